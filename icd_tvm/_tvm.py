@@ -1,0 +1,63 @@
+"""Every TVM name that has moved between releases, imported in one place.
+
+TVM 0.27 renamed ``tvm.tir`` to ``tvm.tirx``, moved schedules to ``tvm.s_tir`` and
+``relax.Constant`` to ``tvm.ir.GenericConst``. The rest of the package imports these names
+from here, so a change of the pinned version is a change of this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import relax, s_tir, sym, te, tirx
+from tvm.ir import Call, GenericConst, Op, SourceName, Span, TensorLoad, Var
+from tvm.relax import PyExprMutator
+from tvm.relax.expr_functor import mutator
+from tvm.relax.frontend.onnx import onnx_frontend
+from tvm.s_tir import dlight
+from tvm.s_tir.dlight.base import ScheduleRule
+
+__all__ = [
+    "Call",
+    "GenericConst",
+    "Op",
+    "PyExprMutator",
+    "ScheduleRule",
+    "TensorLoad",
+    "Var",
+    "const_name",
+    "dlight",
+    "i64",
+    "mutator",
+    "named_const",
+    "onnx_frontend",
+    "relax",
+    "s_tir",
+    "sym",
+    "te",
+    "tirx",
+    "tvm",
+    "tvm_ffi",
+]
+
+
+def named_const(array: Any, name: str) -> GenericConst:
+    """Return a Relax constant that remembers its ONNX name.
+
+    The name travels in the expression's span: spans survive mutation, fusion and
+    ``tvm.ir.save_json``, and TVM ignores them for structural equality.
+    """
+    const = relax.const(array)
+    return GenericConst(const.value, const.ty, Span(SourceName(name), 0, 0, 0, 0))
+
+
+def const_name(const: GenericConst) -> str:
+    """Return the ONNX name of a constant, or an empty string if it has none."""
+    return str(const.span.source_name.name) if const.span is not None else ""
+
+
+def i64(value: int) -> Any:
+    """Return an int64 immediate; TE shapes must be int64 to match Relax's when fused."""
+    return tirx.IntImm("int64", value)

@@ -1,0 +1,1 @@
+"""Numpy and scipy algorithms: access graph, cost, solver, permutations. Knows no TVM."""

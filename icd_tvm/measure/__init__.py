@@ -1,0 +1,1 @@
+"""Latency, statistics, environment, quality and reports."""

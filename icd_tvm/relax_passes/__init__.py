@@ -1,0 +1,1 @@
+"""Relax passes, one a file; the file is named after its pass."""

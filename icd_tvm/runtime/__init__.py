@@ -1,0 +1,1 @@
+"""The pipeline around the passes: arms, building, artifacts, locks."""

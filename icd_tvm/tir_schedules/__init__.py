@@ -1,0 +1,1 @@
+"""Analysis and schedules of TIR functions."""

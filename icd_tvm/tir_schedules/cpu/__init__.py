@@ -1,0 +1,1 @@
+"""CPU kernels and schedule rules: a rule returns a schedule, or None."""
