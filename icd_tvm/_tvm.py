@@ -18,6 +18,9 @@ from tvm.relax.expr_functor import mutator
 from tvm.relax.frontend.onnx import onnx_frontend
 from tvm.s_tir import dlight
 from tvm.s_tir.dlight.base import ScheduleRule
+from tvm_ffi.error import register_error
+
+from icd_tvm import errors
 
 __all__ = [
     "Call",
@@ -41,6 +44,11 @@ __all__ = [
     "tvm",
     "tvm_ffi",
 ]
+
+# A Python exception raised inside a pass crosses C++; without this it returns as RuntimeError.
+for _cls in vars(errors).values():
+    if isinstance(_cls, type) and issubclass(_cls, errors.IcdError):
+        register_error(f"icd.{_cls.__name__}", _cls)
 
 
 def named_const(array: Any, name: str) -> GenericConst:

@@ -17,14 +17,14 @@ class IcdError(Exception):
     code = "ICD-E000"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
+        # The hint is part of the text: only the text survives a trip through TVM's C++ side.
+        super().__init__(f"{message} ({hint})" if hint else message)
         self.message = message
         self.hint = hint
 
     def line(self) -> str:
         """Return the error as the single line the command line prints."""
-        tail = f" ({self.hint})" if self.hint else ""
-        return f"error {self.code}: {self.message}{tail}"
+        return f"error {self.code}: {self}"
 
 
 class ModelFileError(IcdError):

@@ -1,0 +1,50 @@
+"""The module attribute ``icd.coaccess_block``: tile accesses that survive save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from icd_tvm._tvm import tvm
+from icd_tvm.core.cost import TileAccess
+
+COACCESS_BLOCK = "icd.coaccess_block"
+
+
+def to_attr(graphs: Mapping[str, Sequence[TileAccess]]) -> dict[str, Any]:
+    """Return TVM containers for the accesses of every group."""
+    return {key: [_encode(access) for access in accesses] for key, accesses in graphs.items()}
+
+
+def read_accesses(mod: Any) -> dict[str, list[TileAccess]]:
+    """Read the attribute of ``mod``; an absent attribute reads as no group at all."""
+    attrs = mod.attrs
+    if attrs is None or COACCESS_BLOCK not in attrs:
+        return {}
+    return {str(k): [_decode(a) for a in v] for k, v in attrs[COACCESS_BLOCK].items()}
+
+
+def _encode(access: TileAccess) -> dict[str, Any]:
+    matrix = access.incidence
+    counts = np.ones(access.windows) if access.counts is None else access.counts
+    return {
+        "n": access.n,
+        "tile": access.tile,
+        "weight": float(access.weight),
+        "label": access.label,
+        "indptr": tvm.runtime.tensor(matrix.indptr.astype(np.int32)),
+        "indices": tvm.runtime.tensor(matrix.indices.astype(np.int32)),
+        "counts": tvm.runtime.tensor(counts),
+    }
+
+
+def _decode(attr: Any) -> TileAccess:
+    indptr, indices = attr["indptr"].numpy(), attr["indices"].numpy()
+    shape = (len(indptr) - 1, int(attr["n"]))
+    matrix = sp.csr_matrix((np.ones(len(indices), dtype=np.bool_), indices, indptr), shape=shape)
+    return TileAccess(
+        matrix, int(attr["tile"]), float(attr["weight"]), str(attr["label"]), attr["counts"].numpy()
+    )

@@ -1,0 +1,88 @@
+"""DecidePermutation: solve for the order of every axis from what its kernels touch."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from icd_tvm._tvm import tvm
+from icd_tvm.core.solver import fit_permutation
+from icd_tvm.relax_passes.coaccess_attr import read_accesses
+
+LAYOUT_PERM = "icd.layout_perm"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The order decided for one axis.
+
+    Attributes
+    ----------
+    group : str
+        Id of the axis group, or ``out:NODE`` for the private output order of one matmul.
+    perm : numpy.ndarray
+        int32 [n], new[i] = old[perm[i]].
+    stats : dict
+        The solver's figures: U, C, Q before and after, winner, reason, elapsed seconds.
+    """
+
+    group: str
+    perm: np.ndarray
+    stats: dict[str, Any]
+
+    @property
+    def improved(self) -> bool:
+        """Whether the order costs less than the one it replaces."""
+        return bool(self.stats["improved"])
+
+
+@tvm.transform.module_pass(opt_level=0, name="DecidePermutation")
+class DecidePermutation:
+    """Decide an order for every axis in ``icd.coaccess_block``; write ``icd.layout_perm``.
+
+    The attribute is a map from group to int32 [n]; only improved axes appear in it. The
+    decisions, improved or not, stay on the pass as ``decisions``.
+
+    Parameters
+    ----------
+    time_budget_s : float
+        Seconds for all axes together.
+    seed : int
+        Seed of the solver.
+    """
+
+    def __init__(self, *, time_budget_s: float = 30.0, seed: int = 0) -> None:
+        self.time_budget_s = time_budget_s
+        self.seed = seed
+        self.decisions: list[Decision] = []
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a module with the attribute; the functions are unchanged."""
+        graphs = read_accesses(mod)
+        deadline = time.perf_counter() + self.time_budget_s
+        self.decisions = []
+        for done, (group, accesses) in enumerate(graphs.items()):
+            share = max(0.05, (deadline - time.perf_counter()) / (len(graphs) - done))
+            perm, stats = fit_permutation(
+                accesses=accesses, time_budget_s=share, rng_seed=self.seed
+            )
+            self.decisions.append(Decision(group, perm, _as_dict(stats)))
+        chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
+        return mod.with_attr(LAYOUT_PERM, chosen)
+
+
+def read_permutations(mod: Any) -> dict[str, np.ndarray]:
+    """Read ``icd.layout_perm`` of ``mod``; absent reads as no permutation."""
+    attrs = mod.attrs
+    if attrs is None or LAYOUT_PERM not in attrs:
+        return {}
+    return {str(group): perm.numpy() for group, perm in attrs[LAYOUT_PERM].items()}
+
+
+def _as_dict(stats: Any) -> dict[str, Any]:
+    record = stats if isinstance(stats, dict) else asdict(stats)
+    return json.loads(json.dumps(record, default=float))

@@ -1,0 +1,60 @@
+"""Lower a module and wrap the result as something that runs on numpy inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from icd_tvm._tvm import relax, tvm
+from icd_tvm.relax_passes.lower_cpu import build_cpu
+
+
+class Built:
+    """A compiled module on the CPU.
+
+    Parameters
+    ----------
+    executable : relax.VMExecutable
+        What the lowering returned.
+    input_names : Sequence[str]
+        Names of the inputs of ``main``, in order.
+    """
+
+    def __init__(self, executable: Any, input_names: list[str]) -> None:
+        self.executable = executable
+        self.input_names = input_names
+        self.vm = relax.VirtualMachine(executable, tvm.cpu())
+
+    def run_all(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run once and return every output as numpy."""
+        result = self.vm["main"](*self._arguments(feeds))
+        outputs = list(result) if not isinstance(result, tvm.runtime.Tensor) else [result]
+        return [tensor.numpy() for tensor in _flatten(outputs)]
+
+    def caller(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Any]:
+        """Return a function without arguments that runs the module on fixed inputs."""
+        arguments = self._arguments(feeds)
+        function = self.vm["main"]
+        return lambda: function(*arguments)
+
+    def export(self, path: str) -> None:
+        """Write the library, weights inside, to ``path``."""
+        self.executable.export_library(path)
+
+    def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        return [tvm.runtime.tensor(np.ascontiguousarray(feeds[n])) for n in self.input_names]
+
+
+def build(mod: Any, target: Any) -> Built:
+    """Lower ``main`` of ``mod`` for ``target`` and load it."""
+    names = [parameter.name for parameter in mod["main"].params]
+    return Built(build_cpu(mod, target), names)
+
+
+def _flatten(outputs: list[Any]) -> list[Any]:
+    flat: list[Any] = []
+    for output in outputs:
+        flat.extend([output] if isinstance(output, tvm.runtime.Tensor) else _flatten(list(output)))
+    return flat

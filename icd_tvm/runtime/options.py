@@ -1,0 +1,105 @@
+"""What one compilation is asked to do, checked once and early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from icd_tvm.errors import ConfigError
+
+Mode = Literal["linear", "iterative"]
+PEERS = ("onnxruntime",)
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of :func:`icd_tvm.runtime.compile_model.compile_model`.
+
+    Parameters
+    ----------
+    model : str
+        Path of an ONNX file, or the name of a built-in model.
+    shapes : Mapping[str, tuple[int, ...]]
+        Sizes of symbolic inputs.
+    sparsity : str
+        ``none`` (use what the model already has), ``unit:RATE`` or ``vecV:RATE``.
+    mode : {"iterative", "linear"}
+        ``linear`` keeps the order that was decided before the transform.
+    target : str
+        ``host``, or a portable x86-64 level (``x86-64-v3``, ``x86-64-v4``).
+    threads : int or None
+        Worker threads; None uses every core.
+    repeats : int
+        Timed calls per arm, at least 30.
+    time_budget_s : float
+        Seconds the solver may spend over all groups.
+    peer : str or None
+        A peer to measure beside our arms.
+    out : Path or None
+        Folder for ``metrics.json``.
+    library : Path or None
+        File for the compiled library of the accepted arm.
+    measure : bool
+        False skips timing; then nothing is accepted on speed and the report says so.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    model: str
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sparsity: str = "none"
+    mode: Mode = "iterative"
+    target: str = "host"
+    threads: int | None = None
+    repeats: int = 200
+    time_budget_s: float = 30.0
+    seed: int = 0
+    peer: str | None = None
+    out: Path | None = None
+    library: Path | None = None
+    measure: bool = True
+    explain: bool = False
+    quality: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _require(self.repeats >= 30, f"--repeats {self.repeats}", "use at least 30")
+        _require(self.time_budget_s > 0, f"--time-budget {self.time_budget_s}", "use seconds > 0")
+        _require(
+            self.threads is None or self.threads >= 1,
+            f"--threads {self.threads}",
+            "use 1 or more",
+        )
+        _require(
+            self.peer is None or self.peer in PEERS,
+            f"--peer {self.peer}",
+            f"known peers: {', '.join(PEERS)}",
+        )
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Parse ``name=1x128`` into ``("name", (1, 128))``.
+
+    Raises
+    ------
+    ConfigError
+        If the text has another form or a size below 1.
+    """
+    name, _, sizes = text.partition("=")
+    parts = sizes.split("x")
+    _require(
+        bool(name) and all(p.isdigit() and int(p) > 0 for p in parts),
+        f"--shape {text}",
+        "write --shape name=1x128",
+    )
+    return name, tuple(int(p) for p in parts)
+
+
+def _require(condition: bool, what: str, hint: str) -> None:
+    if not condition:
+        raise ConfigError(f"bad value: {what}", hint)

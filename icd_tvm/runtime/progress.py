@@ -1,0 +1,71 @@
+"""Stage names on a terminal with a spinner, plain lines otherwise; every stage is timed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+
+@dataclass
+class Stage:
+    """One finished stage: its name, start and end in seconds since the epoch, and a remark."""
+
+    stage: str
+    t_start: float
+    t_end: float = 0.0
+    ok: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds that the stage took."""
+        return self.t_end - self.t_start
+
+    def remark(self) -> str:
+        """Return the stage's metadata as one short phrase."""
+        return ", ".join(f"{key} {value}" for key, value in self.meta.items())
+
+
+class Progress:
+    """Shows the stages of a run and keeps their times.
+
+    Parameters
+    ----------
+    quiet : bool
+        Show nothing; the times are kept all the same.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.stages: list[Stage] = []
+        self._quiet = quiet
+        self._console = Console(file=sys.stderr, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time a stage; what is put into its ``meta`` is shown when it ends."""
+        current = Stage(name, time.time())
+        self.stages.append(current)
+        try:
+            if self._quiet or not self._console.is_terminal:
+                yield current
+            else:
+                with self._console.status(f"{len(self.stages)} {name}"):
+                    yield current
+            current.ok = True
+        finally:
+            current.t_end = time.time()
+            self._report(current)
+
+    def _report(self, stage: Stage) -> None:
+        if self._quiet:
+            return
+        verdict = "" if stage.ok else " FAILED"
+        line = f"{stage.seconds:7.2f} s  {stage.stage}{verdict}"
+        remark = stage.remark()
+        self._console.print(line + (f": {remark}" if remark else ""), soft_wrap=True, markup=False)
