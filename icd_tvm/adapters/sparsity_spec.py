@@ -1,0 +1,186 @@
+"""The text form of a sparsity request: ``unit:0.5``, ``vec16:0.5``, ``2:4``, ``none``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from icd_tvm.errors import ConfigError
+
+Kind = Literal["none", "unit", "vec", "block", "n:m", "unstructured"]
+
+# One valid spelling of every type, for error texts.
+EXAMPLES = ("none", "unit:0.5", "vec16:0.5", "block16x16:0.5", "2:4", "unstructured:0.8")
+
+
+@dataclass(frozen=True)
+class SparsitySpec:
+    """A parsed request.
+
+    Parameters
+    ----------
+    kind : {"none", "unit", "vec", "block", "n:m", "unstructured"}
+        What is removed together.
+    rate : float
+        Share of the elements that is removed, in [0, 1).
+    vector : int
+        Columns that share a row set (``vec``), else 0.
+    block : (int, int)
+        Rows and columns of a block (``block``), else (0, 0).
+    n_m : (int, int)
+        Kept elements and run length (``n:m``), else (0, 0).
+    """
+
+    kind: Kind
+    rate: float = 0.0
+    vector: int = 0
+    block: tuple[int, int] = (0, 0)
+    n_m: tuple[int, int] = (0, 0)
+
+    @property
+    def type_name(self) -> str:
+        """Type without the rate, as :func:`parse_sparsity` reads it."""
+        if self.kind == "vec":
+            return f"vec{self.vector}"
+        if self.kind == "block":
+            return f"block{self.block[0]}x{self.block[1]}"
+        if self.kind == "n:m":
+            return f"{self.n_m[0]}:{self.n_m[1]}"
+        return self.kind
+
+    def __str__(self) -> str:
+        """Canonical text; ``parse_sparsity(str(spec)) == spec``."""
+        if self.kind in ("none", "n:m"):
+            return self.type_name
+        return f"{self.type_name}:{self.rate!r}"
+
+
+def parse_sparsity(text: str) -> SparsitySpec:
+    """Read a sparsity request.
+
+    Parameters
+    ----------
+    text : str
+        ``none``, ``unit:R``, ``vecV:R``, ``blockAxB:R``, ``N:M`` or ``unstructured:R``, where R is
+        the share that is removed, in [0, 1).
+
+    Returns
+    -------
+    SparsitySpec
+
+    Raises
+    ------
+    ConfigError
+        Unknown type, missing or unreadable rate, or a number out of range.
+    """
+    clean = text.strip().lower()
+    if clean == "none":
+        return SparsitySpec("none")
+    if re.fullmatch(r"\d+:\d+", clean):
+        return _n_m(*(int(part) for part in clean.split(":")))
+    name, colon, rate_text = clean.partition(":")
+    spec = _typed(name, text)
+    if not colon:
+        raise ConfigError(
+            f"sparsity {text!r} has no rate", f"write the removed share, e.g. {name}:0.5"
+        )
+    return make_spec(spec, _rate(rate_text, text))
+
+
+def make_spec(
+    type_name: str, rate: float | None, n_m: tuple[int, int] | None = None
+) -> SparsitySpec:
+    """Build a spec from a type and a rate given apart.
+
+    Parameters
+    ----------
+    type_name : str
+        ``none``, ``unit``, ``vecV``, ``blockAxB``, ``N:M``, ``n:m`` or ``unstructured``.
+    rate : float, optional
+        Removed share in [0, 1); may be left out for ``none`` and ``N:M``.
+    n_m : (int, int), optional
+        Kept elements and run length for type ``n:m``.
+
+    Returns
+    -------
+    SparsitySpec
+
+    Raises
+    ------
+    ConfigError
+        Unknown type, a number out of range, or a rate that contradicts N:M.
+    """
+    name = type_name.strip().lower()
+    if name == "none":
+        return SparsitySpec("none")
+    if name == "n:m" or re.fullmatch(r"\d+:\d+", name):
+        return _n_m_with_rate(name, rate, n_m)
+    base = _typed(name, type_name)
+    if rate is None:
+        raise ConfigError(f"sparsity type {type_name!r} needs a rate", f"e.g. {name}:0.5")
+    if not 0.0 <= rate < 1.0:
+        raise ConfigError(
+            f"sparsity rate {rate!r} is outside [0, 1)", f"e.g. {name}:0.5 removes one half"
+        )
+    kind, numbers = _split(base)
+    if kind == "vec":
+        return SparsitySpec("vec", rate, vector=numbers[0])
+    if kind == "block":
+        return SparsitySpec("block", rate, block=(numbers[0], numbers[1]))
+    return SparsitySpec("unit" if kind == "unit" else "unstructured", rate)
+
+
+def _typed(name: str, text: str) -> str:
+    try:
+        kind, numbers = _split(name)
+    except ValueError:
+        nearest = difflib.get_close_matches(text.lower(), EXAMPLES, n=1, cutoff=0.3)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ConfigError(
+            f"unknown sparsity {text!r}", f"{hint}known: {', '.join(EXAMPLES)}"
+        ) from None
+    if kind in ("vec", "block") and min(numbers) < 1:
+        raise ConfigError(f"sparsity {text!r} has a size below 1", "e.g. vec16:0.5, block16x16:0.5")
+    return name
+
+
+def _split(name: str) -> tuple[str, list[int]]:
+    match = re.fullmatch(r"(unit|unstructured|vec(\d+)|block(\d+)x(\d+))", name)
+    if match is None:
+        raise ValueError(name)
+    kind = re.sub(r"\d.*", "", name)
+    return kind, [int(part) for part in match.groups()[1:] if part is not None]
+
+
+def _rate(rate_text: str, text: str) -> float:
+    try:
+        return float(rate_text)
+    except ValueError:
+        raise ConfigError(
+            f"sparsity {text!r} has no readable rate", "write a number in [0, 1), e.g. unit:0.5"
+        ) from None
+
+
+def _n_m(n: int, m: int) -> SparsitySpec:
+    if not 1 <= n < m:
+        raise ConfigError(f"{n}:{m} sparsity keeps {n} of {m}", "needs 1 <= N < M, e.g. 2:4")
+    return SparsitySpec("n:m", 1 - n / m, n_m=(n, m))
+
+
+def _n_m_with_rate(name: str, rate: float | None, n_m: tuple[int, int] | None) -> SparsitySpec:
+    if name == "n:m":
+        if n_m is None:
+            raise ConfigError("sparsity type 'n:m' needs n_m", "pass n_m=(2, 4) or type='2:4'")
+        n, m = n_m
+    else:
+        n, m = (int(part) for part in name.split(":"))
+        if n_m is not None and tuple(n_m) != (n, m):
+            raise ConfigError(f"type {name!r} contradicts n_m = {tuple(n_m)}", "pass one of them")
+    spec = _n_m(n, m)
+    if rate is not None and abs(rate - spec.rate) > 1e-6:
+        raise ConfigError(
+            f"rate {rate!r} contradicts {spec}", f"leave the rate out or pass {spec.rate!r}"
+        )
+    return spec

@@ -1,0 +1,100 @@
+"""``python -m icd_tvm.models minilm --seq 128 -o minilm.onnx``: write an example model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+
+from icd_tvm.errors import ConfigError, IcdError, OutputError
+from icd_tvm.models.registry import MODELS, build
+
+USAGE_ERROR = 2
+
+
+def save_model(model: onnx.ModelProto, path: str | Path) -> Path:
+    """Write a model so that the file is either whole or not there.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+    path : str or Path
+        Its folder must exist.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
+        )
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(model.SerializeToString())
+        # mkstemp makes the file private; a model is an ordinary file.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except (OSError, ValueError) as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write {target}: {reason}") from error
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m icd_tvm.models", description="Write an example model as ONNX."
+    )
+    parser.add_argument("model", nargs="?", help=f"one of: {', '.join(MODELS)}")
+    parser.add_argument("--seq", type=int, help="sequence length")
+    parser.add_argument("--batch", type=int, help="batch size")
+    parser.add_argument("--seed", type=int, help="seed of random weights")
+    parser.add_argument("-o", "--output", help="file to write; default MODEL.onnx")
+    parser.add_argument("--list", action="store_true", help="list the models and stop")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit status (2 after an error)."""
+    options = _parser().parse_args(arguments)
+    if options.list:
+        for name, (_, text) in MODELS.items():
+            print(f"{name:18} {text}")
+        return 0
+    try:
+        if not options.model:
+            raise ConfigError("no model named", f"models: {', '.join(MODELS)}")
+        given = {key: getattr(options, key) for key in ("seq", "batch", "seed")}
+        chosen = {key: value for key, value in given.items() if value is not None}
+        model = build(options.model, **chosen)
+        path = save_model(model, options.output or f"{options.model}.onnx")
+    except IcdError as error:
+        print(error.line(), file=sys.stderr)
+        return USAGE_ERROR
+    print(f"wrote {path} ({path.stat().st_size} bytes)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""A new order is kept only if it is equal and measured faster."""
+
+import pytest
+
+from icd_tvm.measure.statistics import Ratio
+from icd_tvm.relax_passes.verify_layout import Difference
+from icd_tvm.runtime.decide import decide
+
+EQUAL = Difference(1e-6, 1e-6)
+
+
+def _ratio(lo: float, median: float, hi: float) -> Ratio:
+    return Ratio(median=median, lo=lo, hi=hi, min=median, p_faster=0.9)
+
+
+def test_faster_and_equal_is_accepted() -> None:
+    verdict = decide(EQUAL, "", _ratio(0.7, 0.75, 0.8))
+    assert (verdict.arm, verdict.accepted) == ("iterative", True)
+    assert "0.750" in verdict.reason
+
+
+@pytest.mark.parametrize("hi", [1.0, 1.02])
+def test_an_interval_that_reaches_one_rolls_back(hi: float) -> None:
+    verdict = decide(EQUAL, "", _ratio(0.9, 0.97, hi))
+    assert (verdict.arm, verdict.accepted) == ("linear", False)
+    assert "rolled back" in verdict.reason
+
+
+@pytest.mark.parametrize("worst", [1e-3, float("inf"), float("nan")])
+def test_unequal_outputs_roll_back_however_fast(worst: float) -> None:
+    verdict = decide(Difference(worst, worst), "", _ratio(0.1, 0.1, 0.1))
+    assert (verdict.arm, verdict.accepted) == ("linear", False)
+
+
+def test_nothing_measured_is_not_accepted() -> None:
+    verdict = decide(EQUAL, "", None)
+    assert (verdict.arm, verdict.accepted) == ("linear", None)
+
+
+def test_no_opportunity_says_why() -> None:
+    verdict = decide(EQUAL, "W is uniform", _ratio(0.9, 0.9, 0.9))
+    assert (verdict.accepted, verdict.reason) == (False, "no opportunity: W is uniform")
+
+
+def test_linear_mode_keeps_linear() -> None:
+    assert decide(EQUAL, "", None, iterative=False).arm == "linear"
