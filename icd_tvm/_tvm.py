@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tvm
 import tvm_ffi
 from tvm import relax, s_tir, sym, te, tirx
@@ -56,7 +57,16 @@ def named_const(array: Any, name: str) -> GenericConst:
 
     The name travels in the expression's span: spans survive mutation, fusion and
     ``tvm.ir.save_json``, and TVM ignores them for structural equality.
+
+    Parameters
+    ----------
+    array : numpy.ndarray or tvm.runtime.Tensor
+        The value; its dtype is kept (``relax.const`` would narrow 64-bit numpy arrays).
+    name : str
+        Name of the ONNX initializer.
     """
+    if isinstance(array, np.ndarray | np.generic):
+        array = tvm.runtime.tensor(np.ascontiguousarray(array))
     const = relax.const(array)
     return GenericConst(const.value, const.ty, Span(SourceName(name), 0, 0, 0, 0))
 

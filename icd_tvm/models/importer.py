@@ -22,6 +22,7 @@ from icd_tvm._tvm import (
     onnx_frontend,
     relax,
     tirx,
+    tvm,
 )
 from icd_tvm.errors import IcdError, ModelFileError, UnsupportedOpError
 from icd_tvm.models.onnx_file import (
@@ -168,7 +169,9 @@ class _NamedImporter(onnx_frontend.ONNXGraphImporter):
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
-            self._nodes[tensor.name] = named_const(to_array(tensor), tensor.name)
+            # relax.const narrows numpy's 64-bit types; a TVM tensor keeps its dtype.
+            array = tvm.runtime.tensor(to_array(tensor))
+            self._nodes[tensor.name] = named_const(array, tensor.name)
 
     def _convert_subgraph(self, bb: Any, graph: onnx.GraphProto) -> Any:
         self._branch_depth += 1

@@ -85,7 +85,8 @@ def _unknown_input(name: str, names: list[str]) -> ShapeError:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {printable(near[0])}? " if near else ""
     return ShapeError(
-        f"shape given for unknown input {name!r}", f"{hint}inputs: {', '.join(map(printable, names))}"
+        f"shape given for unknown input {name!r}",
+        f"{hint}inputs: {', '.join(map(printable, names))}",
     )
 
 
