@@ -66,7 +66,7 @@ def named_const(array: Any, name: str) -> GenericConst:
         Name of the ONNX initializer.
     """
     if isinstance(array, np.ndarray | np.generic):
-        array = tvm.runtime.tensor(np.ascontiguousarray(array))
+        array = tvm.runtime.tensor(np.asarray(array, order="C"))
     const = relax.const(array)
     return GenericConst(const.value, const.ty, Span(SourceName(name), 0, 0, 0, 0))
 

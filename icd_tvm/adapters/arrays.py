@@ -12,7 +12,7 @@ from icd_tvm.errors import NonFiniteError, ShapeError
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
-Index = npt.NDArray[np.int32]
+Index = npt.NDArray[np.integer[Any]]
 
 
 def as_matrix(tensor: Array, name: str = "tensor") -> Array:

@@ -23,7 +23,9 @@ LEAST_ROWS = 48
 TRIALS = 12
 # Block sides tried, largest area first.
 SIDES = (128, 64, 32, 16, 8, 4)
-RUN_LENGTHS = (2, 4, 8, 16, 32)
+# Longest N:M run tried, and the runs needed to call it a pattern.
+LONGEST_RUN = 32
+LEAST_RUNS = 64
 
 
 @dataclass(frozen=True)
@@ -123,25 +125,26 @@ def detect_sparsity(tensor: Array) -> Detection:
         reason = "every element is zero"
         found = Finding("unit", 1.0, reason, {"zero_rows": shape[0], "zero_columns": shape[1]})
         return Detection(shape, density, (found,))
-    rows, cols = mask.any(axis=1), mask.any(axis=0)
+    rows, cols = np.asarray(mask.any(axis=1)), np.asarray(mask.any(axis=0))
     core = mask[np.ix_(rows, cols)]
     findings = [*_units(rows, cols, core)]
     if float(core.mean()) < FULL:
-        findings += _core_structures(mask, core, np.flatnonzero(rows), np.flatnonzero(cols))
+        findings += _core_structures(mask, core, rows, cols)
     return Detection(shape, density, tuple(findings))
 
 
-def _core_structures(mask: Bool, core: Bool, rows: Index, cols: Index) -> list[Finding]:
-    runs = _n_m(mask)
+def _core_structures(mask: Bool, core: Bool, rows: Bool, cols: Bool) -> list[Finding]:
+    runs = _n_m(mask, rows, cols)
     if runs is not None:
         return [runs]
     block = _blocks(mask)
-    by_columns = _groups(core, rows, cols, axis=1)
-    by_rows = _groups(np.ascontiguousarray(core.T), cols, rows, axis=0)
+    row_ids, col_ids = np.flatnonzero(rows), np.flatnonzero(cols)
+    by_columns = _groups(core, row_ids, col_ids, axis=1)
+    by_rows = _groups(np.ascontiguousarray(core.T), col_ids, row_ids, axis=0)
     if block is None and by_columns and by_rows:
         block = _scattered_block(by_columns, by_rows)
     found = [f for f in (block, by_columns, by_rows) if f is not None]
-    return found or [f for f in (_near_groups(core, rows, cols),) if f is not None]
+    return found or [f for f in (_near_groups(core, row_ids, col_ids),) if f is not None]
 
 
 def _units(rows: Bool, cols: Bool, core: Bool) -> list[Finding]:
@@ -166,13 +169,14 @@ def _units(rows: Bool, cols: Bool, core: Bool) -> list[Finding]:
 
 
 def _groups(core: Bool, rows: Index, cols: Index, axis: int) -> Finding | None:
-    """Group equal columns of ``core`` ([rows, cols]); ``axis`` is the grouped axis of the weight."""
+    """Group equal columns of ``core``, [rows, cols]; ``axis`` is the weight's grouped axis."""
     labels, sizes = _equal_columns(core)
-    size = int(np.gcd.reduce(sizes))
-    if size < 2 or len(sizes) < 2 or _chance_pairs(core) > CHANCE:
+    size = int(np.bincount(sizes).argmax())
+    fitting = float(sizes[sizes % size == 0].sum()) / len(cols)
+    if size < 2 or len(sizes) < 2 or fitting < 0.9 or _chance_pairs(core) > CHANCE:
         return None
     order = np.argsort(labels, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    starts = np.cumsum(sizes) - sizes
     members = np.split(order, starts[1:])
     supports = [rows[core[:, int(order[s])]].tolist() for s in starts]
     kept = sorted({len(s) for s in supports})
@@ -193,7 +197,7 @@ def _groups(core: Bool, rows: Index, cols: Index, axis: int) -> Finding | None:
         f"{len(groups)} closed {where} groups of {size} {across} "
         f"with {_span(kept)} of {core.shape[0]} {along} kept"
     )
-    return Finding("vec", 1.0, reason, params)
+    return Finding("vec", fitting, reason, params)
 
 
 def _equal_columns(core: Bool) -> tuple[Index, Index]:
@@ -210,11 +214,11 @@ def _equal_columns(core: Bool) -> tuple[Index, Index]:
 
 
 def _chance_pairs(core: Bool) -> float:
-    """Expected pairs of equal columns in a random mask with the same density."""
-    length, width = core.shape
-    density = float(core.mean())
-    agree = density**2 + (1 - density) ** 2
-    return float(0.5 * width * (width - 1) * agree**length)
+    """Expected pairs of equal columns in a random mask with the same row densities."""
+    width = core.shape[1]
+    density = core.mean(axis=1)
+    agree = np.prod(density**2 + (1 - density) ** 2)
+    return float(0.5 * width * (width - 1) * agree)
 
 
 def _near_groups(core: Bool, rows: Index, cols: Index) -> Finding | None:
@@ -286,26 +290,37 @@ def _standardised(core: Bool) -> Array:
 
 def _blocks(mask: Bool) -> Finding | None:
     """Find aligned full-or-empty blocks, the largest area first."""
+    least = SIDES[-1]
+    if mask.shape[0] % least or mask.shape[1] % least:
+        return None
+    # Every side is a multiple of the least one, so larger blocks are read off the finest grid.
+    counts = _block_counts(mask, least, least)
+    grid = counts == least * least
+    if not np.all(grid | (counts == 0)):
+        return None
     shapes = sorted(((r, c) for r in SIDES for c in SIDES), key=lambda s: (-s[0] * s[1], -min(s)))
     for rows, cols in shapes:
-        if mask.shape[0] % rows or mask.shape[1] % cols:
+        full = _coarser(grid, rows // least, cols // least)
+        if full is None:
             continue
-        if min(mask.shape[0] // rows, mask.shape[1] // cols) < 2:
-            continue
-        counts = _block_counts(mask, rows, cols)
-        full = counts == rows * cols
-        if not np.all(full | (counts == 0)):
-            continue
-        live = full[np.ix_(full.any(axis=1), full.any(axis=0))]
-        if live.all():
-            # Explained by zero rows and columns alone.
+        if full[np.ix_(full.any(axis=1), full.any(axis=0))].all():
+            # Zero rows and columns alone explain it.
             return None
-        params = {"rows": rows, "cols": cols, "count": int(full.sum()), "aligned": True}
-        reason = (
-            f"{int(full.sum())} of {full.size} aligned {rows}x{cols} blocks are full, none mixed"
-        )
+        count = int(full.sum())
+        params = {"rows": rows, "cols": cols, "count": count, "aligned": True}
+        reason = f"{count} of {full.size} aligned {rows}x{cols} blocks are full, none is mixed"
         return Finding("block", 1.0, reason, params)
     return None
+
+
+def _coarser(grid: Bool, rows: int, cols: int) -> Bool | None:
+    """Return which ``rows`` x ``cols`` blocks of ``grid`` are full, None when any is mixed."""
+    height, width = grid.shape
+    if height % rows or width % cols or min(height // rows, width // cols) < 2:
+        return None
+    counts = _block_counts(grid, rows, cols)
+    full = np.asarray(counts == rows * cols)
+    return full if np.all(full | (counts == 0)) else None
 
 
 def _block_counts(mask: Bool, rows: int, cols: int) -> Index:
@@ -320,24 +335,26 @@ def _scattered_block(by_columns: Finding, by_rows: Finding) -> Finding | None:
     return Finding("block", 1.0, reason, params)
 
 
-def _n_m(mask: Bool) -> Finding | None:
+def _n_m(mask: Bool, rows: Bool, cols: Bool) -> Finding | None:
     """Find the shortest run length of which every run keeps the same number."""
-    for m in RUN_LENGTHS:
-        for axis in (0, 1):
-            view = mask if axis == 0 else mask.T
-            length, width = view.shape
-            if length % m or length < 2 * m:
-                continue
-            counts = view.reshape(length // m, m, width).sum(axis=1)
-            n = int(counts.max())
-            if not 0 < n < m:
-                continue
-            exact = float(np.mean(counts == n))
-            if exact < 0.9 or counts.size < 16:
-                continue
-            reason = f"{n} of {m} along axis {axis} in {100 * exact:.1f} % of the runs, never more"
-            params = {"n": n, "m": m, "axis": axis}
-            return Finding("n:m", exact, reason, params)
+    found = (_runs(mask[:, cols], 0), _runs(mask[rows].T, 1))
+    return min((f for f in found if f is not None), key=lambda f: int(f.params["m"]), default=None)
+
+
+def _runs(view: Bool, axis: int) -> Finding | None:
+    counts = view.astype(np.uint8)
+    m = 1
+    while len(counts) % 2 == 0 and m < LONGEST_RUN:
+        counts = counts[0::2] + counts[1::2]
+        m *= 2
+        n = int(counts.max())
+        if not 0 < n < m or counts.size < LEAST_RUNS:
+            continue
+        exact = float(np.mean(counts == n))
+        if exact < 0.9:
+            continue
+        reason = f"{n} of {m} along axis {axis} in {100 * exact:.1f} % of the runs, never more"
+        return Finding("n:m", exact, reason, {"n": n, "m": m, "axis": axis})
     return None
 
 

@@ -77,6 +77,7 @@ def apply_sparsity(
         Share that is removed, in [0, 1); implied by N:M.
     saliency : {"magnitude", "wanda"}
         ``W ** 2``, or ``W ** 2`` times the energy of the input (needs ``calibration``).
+        Unstructured wanda keeps the same number in every column, magnitude the best overall.
     calibration : array or Calibration, optional
         X [tokens, K], column norms [K], or Gram matrix [K, K].
     groups : int array, shape [N / V, V], optional
@@ -124,7 +125,7 @@ def apply_sparsity(
         if spec.kind != "none" and spec.rate > 0:
             warnings.warn(f"{spec} skipped: {why}", RuntimeWarning, stacklevel=2)
         return weight.copy(), _skipped(spec, weight, params, why)
-    pattern = _pattern(spec, scores, weight.dtype.itemsize, groups, seed)
+    pattern = _pattern(spec, scores, weight.dtype.itemsize, groups, seed, saliency == "wanda")
     if refit and data is not None and data.gram is not None and spec.kind != "unit":
         out = refit_groups(weight, data.gram, pattern.columns, pattern.kept)
     else:
@@ -157,7 +158,12 @@ def _why_not(spec: SparsitySpec, shape: tuple[int, ...]) -> str:
 
 
 def _pattern(
-    spec: SparsitySpec, scores: Float64, itemsize: int, groups: Groups | None, seed: int
+    spec: SparsitySpec,
+    scores: Float64,
+    itemsize: int,
+    groups: Groups | None,
+    seed: int,
+    per_column: bool,
 ) -> _Pattern:
     if groups is not None and spec.kind != "vec":
         raise ConfigError(f"groups given for {spec}", "only vecV takes groups")
@@ -169,7 +175,7 @@ def _pattern(
         return _block(spec, scores, itemsize)
     if spec.kind == "n:m":
         return _n_m(spec, scores, itemsize)
-    mask = unstructured_mask(scores, spec.rate, per_column=False)
+    mask = unstructured_mask(scores, spec.rate, per_column)
     kept, width = int(mask.sum()), scores.shape[1]
     packed = kept * (itemsize + INDEX_BYTES) + (width + 1) * INDEX_BYTES
     return _Pattern(mask, _single_columns(width), mask.T, {}, packed, "csc")

@@ -45,7 +45,6 @@ class Dim:
             dim = dim.parent
         return dim
 
-
     def leaves(self) -> Iterator[Dim]:
         """Yield the leaf classes beneath this dimension, shared ones repeatedly."""
         root = self.root()

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from icd_tvm.relax_passes.axis_rules.site import Site, Unsupported, rule
 
-_UNARY = """
-abs acos acosh asin asinh astype atan atanh bitwise_not ceil clip cos cosh erf exp floor
-isfinite isinf isnan log logical_not negative nn.gelu nn.gelu_tanh nn.leakyrelu nn.relu nn.selu
-nn.silu nn.softplus round rsqrt sigmoid sign sin sinh sqrt square tan tanh trunc
-builtin.stop_lift_params hint_on_device memory.ensure_zero_offset to_vdevice wrap_param
-grad.no_grad grad.start_checkpoint grad.end_checkpoint
-""".split()
-_BROADCAST = """
-add atan2 bitwise_and bitwise_or bitwise_xor divide equal ewise_fma floor_divide floor_mod
-greater greater_equal left_shift less less_equal log_add_exp logical_and logical_or logical_xor
-maximum minimum mod multiply not_equal power right_shift subtract where
-""".split()
+# fmt: off
+_UNARY = (
+    "abs", "acos", "acosh", "asin", "asinh", "astype", "atan", "atanh", "bitwise_not", "ceil",
+    "clip", "cos", "cosh", "erf", "exp", "floor", "isfinite", "isinf", "isnan", "log",
+    "logical_not", "negative", "nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.selu",
+    "nn.silu", "nn.softplus", "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt",
+    "square", "tan", "tanh", "trunc", "builtin.stop_lift_params", "hint_on_device",
+    "memory.ensure_zero_offset", "to_vdevice", "wrap_param", "grad.no_grad",
+    "grad.start_checkpoint", "grad.end_checkpoint",
+)
+# fmt: on
+# fmt: off
+_BROADCAST = (
+    "add", "atan2", "bitwise_and", "bitwise_or", "bitwise_xor", "divide", "equal", "ewise_fma",
+    "floor_divide", "floor_mod", "greater", "greater_equal", "left_shift", "less", "less_equal",
+    "log_add_exp", "logical_and", "logical_or", "logical_xor", "maximum", "minimum", "mod",
+    "multiply", "not_equal", "power", "right_shift", "subtract", "where",
+)
+# fmt: on
 
 
 @rule(*_UNARY)

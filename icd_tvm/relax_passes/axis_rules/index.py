@@ -25,7 +25,7 @@ def _index_axis(site: Site, index: Tensor, row: Dim) -> None:
         site.pin("indexed by data", row)
         return
     values = index.const.value.numpy()
-    if values.size and not (0 <= values.min() and values.max() < row.size):
+    if values.size and (values.min() < 0 or values.max() >= row.size):
         site.pin("indexed from the end or out of range", row)
         return
     site.indexed[1] = row

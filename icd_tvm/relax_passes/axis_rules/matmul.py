@@ -25,7 +25,10 @@ def matmul(site: Site) -> None:
 
 def _name_heads(site: Site, left: Tensor, right: Tensor) -> None:
     """Describe the axes of scores (q k^T) and of their product with the values."""
-    site.role("heads", *(left.axes[1:-2] or left.axes[:-2]))
+    heads = [axis for axis in left.axes[:-2] if axis.size > 1]
+    if not heads:
+        return
+    site.role("heads", *heads[-1:])
     if any("softmax" in leaf.roles for leaf in left.axes[-1].leaves()):
         site.role("inside a head: v", right.axes[-1])
     else:

@@ -53,9 +53,7 @@ def strided_slice(site: Site) -> None:
         _slice_axis(site, data.axes[axis], result.axes[axis], begin, end, stride)
 
 
-def _slice_arguments(
-    site: Site, data: Tensor
-) -> tuple[list[int], list[int], list[int], list[int]]:
+def _slice_arguments(site: Site, data: Tensor) -> tuple[list[int], list[int], list[int], list[int]]:
     lists = [_integers(argument) for argument in site.call.args[1:5]]
     axes, begins, ends = ([*lists[0]], [*lists[1]], [*lists[2]])
     strides = lists[3] if len(lists) > 3 else [1] * len(axes)

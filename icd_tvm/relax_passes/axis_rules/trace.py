@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -24,24 +25,29 @@ class Use(NamedTuple):
     """One appearance of a constant.
 
     ``var`` is the binding that reads it and ``path`` its place among the arguments (one
-    number, two inside a tuple). ``index`` is the axis that its values point into.
+    number, two inside a tuple). ``points_to`` is the axis that its values index.
     """
 
     const: GenericConst
     var: Var
     path: tuple[int, ...]
     axes: tuple[Dim, ...]
-    index: Dim | None
+    points_to: Dim | None
 
 
 class Step(NamedTuple):
-    """One binding: its op, its result, and what it read."""
+    """One binding: its op, its result, and what it read.
+
+    ``operands`` are the expressions behind ``args``; ``order`` is a transpose's axis order.
+    """
 
     var: Var
     op: str
     out: Value
     args: list[Value]
     uses: list[Use]
+    operands: tuple[Any, ...]
+    order: tuple[int, ...]
 
 
 @dataclass
@@ -103,18 +109,22 @@ def _definition(func: Any, expr: Any) -> Any:
 
 
 def _check_states(func: Any, states: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
-    inputs = {param.name for param in func.params}
-    outputs = output_names(func)
-    found = []
-    for source, target in states:
-        if source not in inputs:
-            raise TransformError(f"no input named {source!r}", f"inputs: {sorted(inputs)}")
-        places = [i for i, names in enumerate(outputs) if target in names]
-        if not places:
-            known = ", ".join(names[0] for names in outputs)
-            raise TransformError(f"no output named {target!r}", f"outputs: {known}")
-        found.append((source, places[0]))
-    return found
+    inputs = [[param.name] for param in func.params]
+    outputs = output_names(func) if states else []
+    return [
+        (func.params[_place(inputs, source, "input")].name, _place(outputs, target, "output"))
+        for source, target in states
+    ]
+
+
+def _place(names: Sequence[Sequence[str]], wanted: str, what: str) -> int:
+    """Find a name, also in the spelling that the ONNX importer gives it (``a.b`` -> ``a_b``)."""
+    for spelled in (wanted, re.sub(r"\W", "_", wanted)):
+        for i, own in enumerate(names):
+            if spelled in own:
+                return i
+    known = ", ".join(own[0] for own in names)
+    raise TransformError(f"no {what} named {wanted!r}", f"{what}s: {known}")
 
 
 def _enter_params(found: Trace, func: Any, states: set[str]) -> None:
@@ -137,9 +147,7 @@ def _pin_value(dims: DimTable, value: Value, what: str) -> None:
             _pin_value(dims, item, f"{what}[{i}]")
 
 
-def _leave(
-    found: Trace, func: Any, states: Sequence[tuple[str, int]], keep_outputs: bool
-) -> None:
+def _leave(found: Trace, func: Any, states: Sequence[tuple[str, int]], keep_outputs: bool) -> None:
     uses: list[Use] = []
     value = _read(found, func.body.body, None, (), uses)
     outputs = list(value) if isinstance(value, tuple) else [value]
@@ -183,13 +191,21 @@ def _step(found: Trace, binding: Any) -> None:
         out = _read(found, value, var, (), uses)
         args = [out]
     found.env[var] = out
-    found.steps.append(Step(var, op, out, args, uses))
+    operands = tuple(value.args) if isinstance(value, Call) else (value,)
+    order = _order(value) if op == "relax.permute_dims" else ()
+    found.steps.append(Step(var, op, out, args, uses, operands, order))
+
+
+def _order(call: Any) -> tuple[int, ...]:
+    rank = len(call.ty.shape.values)
+    axes = call.attrs.axes
+    return tuple(range(rank))[::-1] if axes is None else tuple(int(i) % rank for i in axes)
 
 
 def _with_index(use: Use, site: Site) -> Use:
     if len(use.path) != 1 or use.path[0] not in site.indexed:
         return use
-    return use._replace(index=site.indexed[use.path[0]])
+    return use._replace(points_to=site.indexed[use.path[0]])
 
 
 def _op_name(value: Any) -> str:
@@ -240,9 +256,3 @@ def _opaque(found: Trace, expr: Any) -> Value:
         for axis in value_axes(value):
             found.dims.pin(axis, reason)
     return result
-
-
-def step_values(step: Step) -> Iterator[Dim]:
-    """Yield every axis that a binding reads or makes."""
-    for value in (*step.args, step.out):
-        yield from value_axes(value)

@@ -1,0 +1,338 @@
+"""The co-access graph W of one axis: W[i, j] says how often i and j are touched together."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import ArrayLike, NDArray
+
+from icd_tvm.core.cost import Csr, TileAccess, check_accesses
+from icd_tvm.errors import ConfigError, NonFiniteError, OutputError, ShapeError
+
+Source = Literal["tir", "trace", "mock"]
+NORMALIZE = ("none", "row", "sym")
+_META_KEYS = {"shape", "format", "nnz", "source", "seed"}
+# Bytes of one dense block of rows of W while it is being built.
+_BLOCK_BYTES = 1 << 28
+
+
+def build_w(source: Source = "tir", **cfg: Any) -> Csr:
+    """Build the co-access graph of an axis.
+
+    Symmetric, non-negative, zero diagonal, sorted indices, deterministic.
+
+    Parameters
+    ----------
+    source : {"tir", "trace", "mock"}
+        ``tir``: ``accesses`` (sequence of TileAccess): W = sum weight_w over the windows that
+        touch both i and j.
+        ``trace``: ``windows`` and ``indices`` (int arrays of one length), ``n``: W[i, j] is the
+        number of windows with both.
+        ``mock``: ``n`` (2560), ``blocks`` (32), ``density`` (0.04, at most 0.05), ``noise``
+        (0.1: share of the edges outside blocks), ``seed`` (0), ``shuffle`` (True): planted
+        blocks hidden by a permutation; see :func:`planted_order`.
+    normalize : {"none", "row", "sym"}, keyword
+        ``row``: W / row sums, then symmetrised as (W + W^T) / 2. ``sym``: D^-1/2 W D^-1/2.
+    nnz_cap : int, keyword
+        Keep only the strongest entries of each row, then those that two rows agree on or either
+        keeps, so that no more than about ``nnz_cap`` entries remain.
+
+    Returns
+    -------
+    csr_matrix of float32, shape [n, n]
+
+    Raises
+    ------
+    ConfigError, ShapeError, NonFiniteError
+        If a key is unknown or a value invalid.
+    """
+    normalize = cfg.pop("normalize", "none")
+    nnz_cap = cfg.pop("nnz_cap", None)
+    builders: dict[str, Callable[..., Csr]] = {
+        "tir": lambda **kw: w_from_accesses(nnz_cap=nnz_cap, **kw),
+        "trace": lambda **kw: w_from_trace(nnz_cap=nnz_cap, **kw),
+        "mock": mock_w,
+    }
+    if source not in builders:
+        raise ConfigError(f"build_w: source={source!r} is unknown", "tir, trace or mock")
+    if normalize not in NORMALIZE:
+        raise ConfigError(f"build_w: normalize={normalize!r}", ", ".join(NORMALIZE))
+    if nnz_cap is not None and nnz_cap < 1:
+        raise ConfigError(f"build_w: nnz_cap={nnz_cap} must be at least 1")
+    try:
+        graph = builders[source](**cfg)
+    except TypeError as error:
+        raise ConfigError(f"build_w: bad keys for source {source!r}: {error}") from error
+    return _capped(normalized(graph, normalize), nnz_cap)
+
+
+def w_from_accesses(accesses: Sequence[TileAccess], nnz_cap: int | None = None) -> Csr:
+    """Return W = sum_l B_l^T diag(weight_l counts_l) B_l without its diagonal.
+
+    Built in blocks of rows, so the memory is that of the result, after ``nnz_cap``, and one
+    block. O(sum of squared window sizes).
+    """
+    n = check_accesses(accesses)
+    rows = max(1, min(n, _BLOCK_BYTES // (8 * max(n, 1))))
+    keep = n if nnz_cap is None else max(1, nnz_cap // max(n, 1))
+    parts = [(sp.csc_matrix(a.incidence), a) for a in accesses]
+    blocks = [
+        _strongest(_product_rows(parts, first, min(first + rows, n)), keep)
+        for first in range(0, n, rows)
+    ]
+    graph = sp.csr_matrix(sp.vstack(blocks, format="csr"), dtype=np.float32)
+    return graph if nnz_cap is None else _capped(sp.csr_matrix(graph.maximum(graph.T)), nnz_cap)
+
+
+def _product_rows(parts: Sequence[tuple[Any, TileAccess]], first: int, last: int) -> Csr:
+    total: Any = None
+    for columns, access in parts:
+        left = sp.csr_matrix(columns[:, first:last].T, dtype=np.float64)
+        left.data *= access.unit_weights[left.indices]
+        product = left @ access.incidence.astype(np.float64)
+        total = product if total is None else total + product
+    block = sp.coo_matrix(total)
+    off = (block.row + first != block.col) & (block.data > 0)
+    return sp.csr_matrix((block.data[off], (block.row[off], block.col[off])), shape=block.shape)
+
+
+def w_from_trace(windows: ArrayLike, indices: ArrayLike, n: int, nnz_cap: int | None = None) -> Csr:
+    """Return W of a trace of events: event k touched ``indices[k]`` in window ``windows[k]``.
+
+    Raises
+    ------
+    ShapeError, ConfigError
+        If the arrays differ in length, are not integers, or an index is outside 0..n-1.
+    """
+    window, index = np.asarray(windows), np.asarray(indices)
+    if window.shape != index.shape or window.ndim != 1:
+        raise ShapeError(f"trace: windows {window.shape} and indices {index.shape} differ")
+    if not window.size:
+        raise ConfigError("trace: no events", "record some, or use source='mock'")
+    for name, array in (("windows", window), ("indices", index)):
+        if np.issubdtype(array.dtype, np.floating) and not np.all(np.isfinite(array)):
+            raise NonFiniteError(f"trace: {name} hold NaN or infinity")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ShapeError(f"trace: {name} have dtype {array.dtype}, expected integers")
+    if index.min() < 0 or index.max() >= n:
+        raise ConfigError(f"trace: an index is outside 0..{n - 1}")
+    compact = np.unique(window, return_inverse=True)[1]
+    touched = sp.csr_matrix(
+        (np.ones(index.size, dtype=np.bool_), (compact, index)), shape=(int(compact.max()) + 1, n)
+    )
+    return w_from_accesses([TileAccess(touched, 1)], nnz_cap)
+
+
+def mock_w(
+    n: int = 2560,
+    blocks: int = 32,
+    density: float = 0.04,
+    noise: float = 0.1,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> Csr:
+    """Return a graph of ``blocks`` equal planted blocks, hidden by :func:`planted_order`.
+
+    Edges get weights in [0.5, 1.5). ``noise`` is the share of edges that ignore the blocks.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is out of range or the density cannot be reached inside the blocks.
+    """
+    checks = {
+        f"n={n}": n >= 2,
+        f"blocks={blocks}": 1 <= blocks <= n,
+        f"density={density}": 0 < density <= 0.05,
+        f"noise={noise}": 0 <= noise <= 1,
+    }
+    for text, good in checks.items():
+        if not good:
+            raise ConfigError(f"mock W: {text} is out of range", "density is at most 0.05")
+    rng = np.random.default_rng(seed)
+    edges = int(density * n * n / 2)
+    outside = round(noise * edges)
+    label = np.arange(n) * blocks // n
+    capacity = int(sum(size * (size - 1) // 2 for size in np.bincount(label)))
+    if edges - outside > capacity:
+        raise ConfigError(f"mock W: density {density} does not fit into {blocks} blocks of {n}")
+    inside = _block_edges(label, edges - outside, rng)
+    row, col = (rng.integers(n, size=outside) for _ in range(2))
+    rows, cols = np.concatenate([inside[0], row]), np.concatenate([inside[1], col])
+    if shuffle:
+        hidden = np.argsort(planted_order(n, seed))
+        rows, cols = hidden[rows], hidden[cols]
+    low, high = np.minimum(rows, cols), np.maximum(rows, cols)
+    unique = np.unique(low[low != high] * n + high[low != high])
+    weights = rng.uniform(0.5, 1.5, unique.size).astype(np.float32)
+    half = sp.coo_matrix((weights, (unique // n, unique % n)), shape=(n, n))
+    return sp.csr_matrix(half + half.T)
+
+
+def planted_order(n: int, seed: int) -> NDArray[np.int32]:
+    """Return the order under which the blocks of ``mock_w(n, seed=seed)`` are contiguous."""
+    return np.random.default_rng([seed, n]).permutation(n).astype(np.int32)
+
+
+def _block_edges(
+    label: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw ``count`` distinct pairs inside the blocks, uniformly."""
+    sizes = np.bincount(label)
+    start = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    pairs = sizes * (sizes - 1) // 2
+    ends = np.cumsum(pairs)
+    drawn = rng.choice(int(ends[-1]), size=count, replace=False)
+    block = np.searchsorted(ends, drawn, side="right")
+    rank = drawn - (ends - pairs)[block]
+    # Pair number rank of a triangle: row r holds the ranks r (r - 1) / 2 .. r (r + 1) / 2 - 1.
+    row = ((1 + np.sqrt(1 + 8 * rank.astype(np.float64))) / 2).astype(np.int64)
+    row -= row * (row - 1) // 2 > rank
+    row += row * (row + 1) // 2 <= rank
+    return start[block] + row, start[block] + rank - row * (row - 1) // 2
+
+
+def validate_w(graph: Csr) -> None:
+    """Raise unless ``graph`` is a valid W.
+
+    Raises
+    ------
+    ShapeError
+        If it is not square.
+    NonFiniteError
+        If it holds NaN or infinity.
+    ConfigError
+        If it is not symmetric, or holds a negative weight or a diagonal entry.
+    """
+    if not sp.issparse(graph) or graph.format != "csr":
+        raise ShapeError(f"W is a {type(graph).__name__}, expected a csr_matrix")
+    if len(graph.shape) != 2 or graph.shape[0] != graph.shape[1]:
+        raise ShapeError(f"W {graph.shape} is not square")
+    if not np.all(np.isfinite(graph.data)):
+        raise NonFiniteError("W holds NaN or infinity")
+    if graph.nnz and graph.data.min() < 0:
+        raise ConfigError("W holds a negative weight")
+    if graph.diagonal().any():
+        raise ConfigError("W has a non-zero diagonal")
+    gap = abs(graph - graph.T)
+    if gap.nnz and gap.max() > 1e-5 * graph.data.max():
+        raise ConfigError("W is not symmetric", "use (W + W.T) / 2")
+
+
+def is_uniform(graph: Csr | None = None, *, accesses: Sequence[TileAccess] = ()) -> bool:
+    """Say whether all off-diagonal entries of W are equal, so that no order can matter.
+
+    From ``graph`` in O(nnz). From ``accesses`` without forming W: True when every window
+    touches all indices, or at most one; that is sufficient, not necessary.
+    """
+    if graph is None:
+        degrees = [(a.degrees(), a.n) for a in accesses]
+        return all(bool(np.all((d <= 1) | (d == n))) for d, n in degrees)
+    n = graph.shape[0]
+    if graph.count_nonzero() == 0:
+        return True
+    return graph.nnz == n * (n - 1) and bool(np.ptp(graph.data) <= 1e-6 * graph.data.max())
+
+
+def normalized(graph: Csr, how: str) -> Csr:
+    """Return W normalised as :func:`build_w` says; rows that sum to zero stay zero."""
+    if how == "none" or graph.nnz == 0:
+        return _clean(graph)
+    degree = np.asarray(graph.sum(axis=1), dtype=np.float64).ravel()
+    inverse = np.divide(1.0, degree, out=np.zeros_like(degree), where=degree > 0)
+    if how == "row":
+        scaled = sp.diags(inverse) @ graph
+        return _clean((scaled + scaled.T) / 2)
+    root = sp.diags(np.sqrt(inverse))
+    return _clean(root @ graph @ root)
+
+
+def _clean(graph: Any) -> Csr:
+    result = sp.csr_matrix(graph, dtype=np.float32)
+    result.sum_duplicates()
+    result.eliminate_zeros()
+    result.sort_indices()
+    return result
+
+
+def _capped(graph: Csr, cap: int | None) -> Csr:
+    """Keep the ``cap`` strongest entries, both directions of an edge or none."""
+    if cap is None or graph.nnz <= cap:
+        return graph
+    half = sp.triu(graph, k=1).tocoo()
+    chosen = np.lexsort((half.col, half.row, -half.data))[: cap // 2]
+    kept = sp.coo_matrix(
+        (half.data[chosen], (half.row[chosen], half.col[chosen])), shape=graph.shape
+    )
+    return _clean(kept + kept.T)
+
+
+def _strongest(rows: Csr, keep: int) -> Csr:
+    """Keep the ``keep`` strongest entries of each row, the lower column first among equals."""
+    if keep >= rows.shape[1]:
+        return rows
+    number = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    order = np.lexsort((rows.indices, -rows.data, number))
+    rank = np.arange(order.size) - rows.indptr[number[order]]
+    chosen = order[rank < keep]
+    return sp.csr_matrix(
+        (rows.data[chosen], (number[chosen], rows.indices[chosen])), shape=rows.shape
+    )
+
+
+def save_w(path: str | Path, graph: Csr, source: str, seed: int | None = None) -> None:
+    """Write ``W.npz``: data, indices, indptr and ``meta`` as JSON text; no pickle.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    meta = {
+        "shape": list(graph.shape),
+        "format": "csr",
+        "nnz": int(graph.nnz),
+        "source": source,
+        "seed": seed,
+    }
+    try:
+        with Path(path).open("wb") as file:
+            np.savez_compressed(
+                file,
+                data=graph.data,
+                indices=graph.indices,
+                indptr=graph.indptr,
+                meta=np.array(json.dumps(meta)),
+            )
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_w(path: str | Path) -> tuple[Csr, dict[str, Any]]:
+    """Read a file of :func:`save_w`: W and its meta data.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, truncated, or its meta data do not match its arrays.
+    ShapeError, NonFiniteError
+        If the matrix is no valid W.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            meta = json.loads(str(file["meta"]))
+            arrays = tuple(file[name] for name in ("data", "indices", "indptr"))
+        graph = sp.csr_matrix(arrays, shape=tuple(meta["shape"]))
+        graph.check_format()
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"cannot read W from {path}: {error}") from error
+    if set(meta) != _META_KEYS or meta["nnz"] != graph.nnz:
+        raise ConfigError(f"W in {path}: meta data {meta} do not match the arrays")
+    validate_w(graph)
+    return graph, meta

@@ -1,0 +1,437 @@
+"""Cost of an order of one axis: distinct tiles U, distance C, modularity Q, combined J.
+
+Definitions, proofs and measured rank correlations: ``docs/Theoretical_Analysis.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import ArrayLike, NDArray
+
+from icd_tvm.core.hardware import Hardware
+from icd_tvm.core.permutation import Perm, as_permutation, invert
+from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
+
+Csr = sp.csr_matrix
+_BITMAP_CAP = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class TileAccess:
+    """What one kernel touches on the axis that is to be permuted.
+
+    Attributes
+    ----------
+    incidence : csr_matrix of bool, shape [windows, n]
+        Entry (w, i) is set when window w touches the logical index i.
+    tile : int
+        Contiguous new positions the kernel handles as one unit.
+    weight : float
+        Cost of one (window, tile) unit, in any unit common to all accesses.
+    label : str
+        Name for reports.
+    counts : ndarray of float64, shape [windows], optional
+        How often each window is executed; 1 where absent.
+
+    Raises
+    ------
+    ShapeError, ConfigError, NonFiniteError
+        If a field has the wrong shape or value.
+    """
+
+    incidence: Csr
+    tile: int
+    weight: float = 1.0
+    label: str = ""
+    counts: NDArray[np.float64] | None = None
+
+    def __post_init__(self) -> None:
+        matrix = sp.csr_matrix(self.incidence)
+        if matrix.dtype != np.bool_:
+            matrix = matrix.astype(np.bool_)
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        object.__setattr__(self, "incidence", matrix)
+        if self.tile < 1:
+            raise ConfigError(f"access {self.label!r}: tile {self.tile} must be at least 1")
+        if not np.isfinite(self.weight):
+            raise NonFiniteError(f"access {self.label!r}: weight {self.weight} is not finite")
+        if self.weight < 0:
+            raise ConfigError(f"access {self.label!r}: weight {self.weight} is negative")
+        if self.counts is not None:
+            self._check_counts(np.asarray(self.counts, dtype=np.float64))
+
+    def _check_counts(self, counts: NDArray[np.float64]) -> None:
+        if counts.shape != (self.windows,):
+            raise ShapeError(f"access {self.label!r}: counts {counts.shape} != ({self.windows},)")
+        if not np.all(np.isfinite(counts)):
+            raise NonFiniteError(f"access {self.label!r}: counts hold NaN or infinity")
+        if np.any(counts < 0):
+            raise ConfigError(f"access {self.label!r}: counts are negative")
+        object.__setattr__(self, "counts", counts)
+
+    @property
+    def windows(self) -> int:
+        """Number of windows (rows)."""
+        return int(self.incidence.shape[0])
+
+    @property
+    def n(self) -> int:
+        """Length of the axis (columns)."""
+        return int(self.incidence.shape[1])
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, the last one perhaps partial."""
+        return -(-self.n // self.tile)
+
+    @property
+    def unit_weights(self) -> NDArray[np.float64]:
+        """Cost of one touched tile of each window, float64[windows]."""
+        counts = np.ones(self.windows) if self.counts is None else self.counts
+        return counts * self.weight
+
+    def degrees(self) -> NDArray[np.int64]:
+        """Number of indices each window touches, int64[windows]."""
+        return np.diff(self.incidence.indptr).astype(np.int64)
+
+
+def check_accesses(accesses: Sequence[TileAccess]) -> int:
+    """Return the common axis length of ``accesses``; ShapeError if they differ or are none."""
+    lengths = {access.n for access in accesses}
+    if len(lengths) != 1:
+        raise ShapeError(f"accesses have axis lengths {sorted(lengths)}, expected exactly one")
+    return lengths.pop()
+
+
+def touched_tiles(access: TileAccess, perm: ArrayLike) -> NDArray[np.int64]:
+    """Return how many distinct tiles each window touches under ``perm``, int64[windows]."""
+    tile_of = invert(as_permutation(perm, access.n)) // access.tile
+    matrix, tiles = access.incidence, access.tiles
+    touched = np.zeros(access.windows, dtype=np.int64)
+    step = max(1, _BITMAP_CAP // max(1, tiles))
+    for first in range(0, access.windows, step):
+        last = min(first + step, access.windows)
+        start, stop = matrix.indptr[first], matrix.indptr[last]
+        rows = np.repeat(np.arange(last - first), np.diff(matrix.indptr[first : last + 1]))
+        bitmap = np.zeros((last - first, tiles), dtype=np.bool_)
+        bitmap[rows, tile_of[matrix.indices[start:stop]]] = True
+        touched[first:last] = bitmap.sum(axis=1)
+    return touched
+
+
+def tile_cost(accesses: Sequence[TileAccess], perm: ArrayLike) -> float:
+    """Return U(perm), the weighted number of distinct (window, tile) units touched.
+
+    Exact, O(nnz + windows * tiles).
+
+    Parameters
+    ----------
+    accesses : sequence of TileAccess
+        All on the same axis of length n.
+    perm : array_like of int, shape [n]
+        ``new[i] = old[perm[i]]``.
+
+    Raises
+    ------
+    ShapeError, PermutationError
+        If the accesses disagree on n, or ``perm`` is no permutation of n indices.
+    """
+    order = as_permutation(perm, check_accesses(accesses)) if accesses else None
+    if order is None:
+        return 0.0
+    return float(sum(touched_tiles(a, order) @ a.unit_weights for a in accesses))
+
+
+def tile_lower_bound(accesses: Sequence[TileAccess]) -> float:
+    """Return a bound that U of no permutation is below.
+
+    A window that touches d indices touches at least ceil(d / tile) tiles.
+    """
+    return float(sum(-(-a.degrees() // a.tile) @ a.unit_weights for a in accesses))
+
+
+def tile_upper_bound(accesses: Sequence[TileAccess]) -> float:
+    """Return a bound that U of no permutation exceeds: min(d, tiles) for each window."""
+    return float(sum(np.minimum(a.degrees(), a.tiles) @ a.unit_weights for a in accesses))
+
+
+class TileState:
+    """U of a changing order, kept up to date in time proportional to what a move touches.
+
+    Parameters
+    ----------
+    accesses : sequence of TileAccess
+    perm : array_like of int, shape [n]
+        The starting order; copied.
+    """
+
+    def __init__(self, accesses: Sequence[TileAccess], perm: ArrayLike) -> None:
+        self.accesses = tuple(accesses)
+        self.perm: Perm = as_permutation(perm, check_accesses(self.accesses)).copy()
+        self.items = [sp.csr_matrix(a.incidence.T) for a in self.accesses]
+        self.weights = [a.unit_weights for a in self.accesses]
+        self.counts = [self._count(a) for a in self.accesses]
+        self.cost = tile_cost(self.accesses, self.perm)
+
+    def _count(self, access: TileAccess) -> NDArray[np.int32]:
+        tile_of = invert(self.perm) // access.tile
+        one_hot = sp.csr_matrix(
+            (np.ones(access.n, dtype=np.int32), (tile_of, np.arange(access.n))),
+            shape=(access.tiles, access.n),
+        )
+        product: Any = one_hot @ access.incidence.T.astype(np.int32)
+        return np.asarray(product.todense(), dtype=np.int32)
+
+    def delta(self, positions: NDArray[np.intp], items: NDArray[np.int32]) -> float:
+        """Return the change of U if ``items[k]`` were placed at ``positions[k]`` for every k.
+
+        ``items`` must be the items now at ``positions``, in another order.
+        """
+        return float(sum(gain for _, _, gain in self._changes(positions, items)))
+
+    def apply(self, positions: NDArray[np.intp], items: NDArray[np.int32]) -> float:
+        """Do what :meth:`delta` prices, and return that change of U."""
+        total = 0.0
+        for counts, (keys, steps, gain) in zip(
+            self.counts, self._changes(positions, items), strict=True
+        ):
+            counts.reshape(-1)[keys] += steps
+            total += gain
+        self.perm[positions] = items
+        self.cost += total
+        return total
+
+    def _changes(
+        self, positions: NDArray[np.intp], items: NDArray[np.int32]
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.int32], float]]:
+        old = self.perm[positions]
+        return [
+            self._access_changes(k, positions // a.tile, old, items)
+            for k, a in enumerate(self.accesses)
+        ]
+
+    def _access_changes(
+        self, k: int, tiles: NDArray[np.intp], old: NDArray[np.int32], new: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], float]:
+        windows = self.accesses[k].windows
+        leave = _cells(self.items[k], old, tiles, windows)
+        enter = _cells(self.items[k], new, tiles, windows)
+        keys, where = np.unique(np.concatenate([leave, enter]), return_inverse=True)
+        signs = np.concatenate([np.full(leave.size, -1), np.full(enter.size, 1)])
+        steps = np.bincount(where, weights=signs, minlength=keys.size).astype(np.int32)
+        before = self.counts[k].reshape(-1)[keys]
+        flips = (before + steps > 0).astype(np.int64) - (before > 0)
+        return keys, steps, float(flips @ self.weights[k][keys % windows])
+
+    def swap_delta(self, a: int, b: int) -> float:
+        """Return the change of U if the items at positions ``a`` and ``b`` changed places."""
+        return self.delta(*self._swap(a, b))
+
+    def swap(self, a: int, b: int) -> float:
+        """Exchange the items at positions ``a`` and ``b``; return the change of U."""
+        return self.apply(*self._swap(a, b))
+
+    def _swap(self, a: int, b: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
+        positions = np.array([a, b] if a != b else [a], dtype=np.intp)
+        return positions, self.perm[positions[::-1]]
+
+    def move_delta(self, start: int, length: int, dest: int) -> float:
+        """Return the change of U if a segment moved; arguments as in :func:`moved_segment`."""
+        return self.delta(*moved_segment(self.perm, start, length, dest))
+
+    def move(self, start: int, length: int, dest: int) -> float:
+        """Move a segment; arguments as in :func:`moved_segment`; return the change of U."""
+        return self.apply(*moved_segment(self.perm, start, length, dest))
+
+
+def _cells(
+    items: Csr, chosen: NDArray[np.int32], tiles: NDArray[np.intp], windows: int
+) -> NDArray[np.int64]:
+    rows = items[chosen]
+    return np.repeat(tiles, np.diff(rows.indptr)).astype(np.int64) * windows + rows.indices
+
+
+def moved_segment(
+    perm: Perm, start: int, length: int, dest: int
+) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
+    """Return the positions a segment move touches and the items it puts there.
+
+    The segment ``perm[start : start + length]`` is taken out and put back so that it starts at
+    position ``dest``; what lies between shifts.
+
+    Raises
+    ------
+    ConfigError
+        If the segment or its destination leaves the axis.
+    """
+    last = perm.size - length
+    if length < 1 or not 0 <= start <= last or not 0 <= dest <= last:
+        raise ConfigError(f"segment [{start}, {start + length}) to {dest} leaves {perm.size}")
+    low, high = min(start, dest), max(start, dest) + length
+    window = perm[low:high]
+    segment = perm[start : start + length]
+    rest = np.delete(window, np.s_[start - low : start - low + length])
+    items = np.insert(rest, dest - low, segment)
+    return np.arange(low, high, dtype=np.intp), items.astype(np.int32)
+
+
+def distance_cost(graph: Csr, perm: ArrayLike, window: int = 16) -> float:
+    """Return C(perm), the windowed saturating distance, in [0, 1].
+
+    C = sum_ij W_ij min(|p_i - p_j|, window) / (window * sum_ij W_ij), with p the new position
+    of an index. Zero for an empty graph. O(nnz).
+
+    Raises
+    ------
+    ConfigError
+        If ``window`` is below 1.
+    """
+    if window < 1:
+        raise ConfigError(f"distance window {window} must be at least 1")
+    total = float(graph.data.sum(dtype=np.float64))
+    if total == 0.0:
+        return 0.0
+    position = invert(as_permutation(perm, graph.shape[0])).astype(np.int64)
+    rows = np.repeat(position, np.diff(graph.indptr))
+    distance = np.minimum(np.abs(rows - position[graph.indices]), window)
+    return float(graph.data.astype(np.float64) @ distance) / (window * total)
+
+
+def block_labels(n: int, blocks: int) -> NDArray[np.int64]:
+    """Return the block of each position when n positions are cut into ``blocks`` equal runs."""
+    if not 1 <= blocks <= max(n, 1):
+        raise ConfigError(f"k_blocks {blocks} must be between 1 and {n}")
+    return np.arange(n, dtype=np.int64) * blocks // max(n, 1)
+
+
+def label_modularity(graph: Csr, labels: NDArray[np.int64], gamma: float = 1.0) -> float:
+    """Return Newman's modularity of a partition, with resolution ``gamma``.
+
+    Q = sum_b [ W_bb / 2m - gamma (d_b / 2m)^2 ], W_bb the weight inside block b counted in
+    both directions, d_b its degree, 2m the sum of W. Zero for an empty graph. O(nnz).
+    Source: Newman, Phys. Rev. E 70, 056131 (2004); resolution: Reichardt and Bornholdt (2006).
+    """
+    data = graph.data.astype(np.float64)
+    total = float(data.sum())
+    if total == 0.0:
+        return 0.0
+    rows = np.repeat(labels, np.diff(graph.indptr))
+    inside = float(data[rows == labels[graph.indices]].sum())
+    degree = np.bincount(rows, weights=data)
+    return inside / total - gamma * float(degree @ degree) / total**2
+
+
+def modularity(graph: Csr, perm: ArrayLike, blocks: int, gamma: float = 1.0) -> float:
+    """Return Q(perm): the modularity of ``blocks`` equal contiguous runs of new positions."""
+    position = invert(as_permutation(perm, graph.shape[0]))
+    return label_modularity(graph, block_labels(position.size, blocks)[position], gamma)
+
+
+def shuffled_graph(graph: Csr, seed: int) -> Csr:
+    """Return a graph with the same degrees in expectation and no structure.
+
+    The stubs of all edges are re-paired at random (configuration model), the weights shuffled
+    with them; self loops are dropped and parallel edges added. Symmetric, zero diagonal.
+    """
+    upper = sp.triu(graph, k=1).tocoo()
+    rng = np.random.default_rng(seed)
+    ends = rng.permutation(np.concatenate([upper.row, upper.col]))
+    first, second = np.split(ends, 2)
+    keep = first != second
+    weights = rng.permutation(upper.data)[keep]
+    half = sp.coo_matrix((weights, (first[keep], second[keep])), shape=graph.shape)
+    return sp.csr_matrix(half + half.T)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of J = c * C + q * (1 - Q) + u * U / U_max; the terms present are renormalised.
+
+    U is what a kernel pays, C and Q are surrogates of it, so U gets half of the weight.
+    """
+
+    c: float = 0.25
+    q: float = 0.25
+    u: float = 0.5
+
+
+def combined_cost(
+    distance: float | None,
+    quality: float | None,
+    relative_units: float | None,
+    weights: Weights = Weights(),
+) -> float:
+    """Return J from C, Q and U / U_max; a term that is None drops out. Lower is better."""
+    terms = [
+        (weights.c, distance),
+        (weights.q, None if quality is None else 1.0 - quality),
+        (weights.u, relative_units),
+    ]
+    present = [(weight, value) for weight, value in terms if value is not None]
+    total = sum(weight for weight, _ in present)
+    return sum(weight * value for weight, value in present) / total if total else 0.0
+
+
+def incidence_distance(accesses: Sequence[TileAccess], perm: ArrayLike, window: int = 16) -> float:
+    """Return C(perm) of W = sum_l weight_l B_l^T diag(counts_l) B_l without forming W.
+
+    O(window * windows * n) bit operations.
+    """
+    order = as_permutation(perm, check_accesses(accesses))
+    total, near = 0.0, 0.0
+    for access in accesses:
+        weights, degrees = access.unit_weights, access.degrees()
+        total += float(weights @ (degrees * (degrees - 1) / 2))
+        for rows in range(0, access.windows, 1024):
+            block = access.incidence[rows : rows + 1024][:, order].toarray()
+            for gap in range(1, min(window, access.n)):
+                pairs = (block[:, gap:] & block[:, :-gap]).sum(axis=1)
+                near += float(weights[rows : rows + 1024] @ pairs) * (1 - gap / window)
+    return 1.0 - near / total if total else 0.0
+
+
+def incidence_modularity(
+    accesses: Sequence[TileAccess], perm: ArrayLike, blocks: int, gamma: float = 1.0
+) -> float:
+    """Return Q(perm) of W = sum_l weight_l B_l^T diag(counts_l) B_l without forming W. O(nnz)."""
+    n = check_accesses(accesses)
+    labels = block_labels(n, blocks)[invert(as_permutation(perm, n))]
+    degree, inside = np.zeros(blocks), 0.0
+    for access in accesses:
+        weights = access.unit_weights
+        one_hot = sp.csr_matrix((np.ones(n), (np.arange(n), labels)), shape=(n, blocks))
+        shares = sp.csr_matrix(access.incidence.astype(np.float64) @ one_hot)
+        row_weight = np.repeat(weights, np.diff(shares.indptr))
+        inside += float(row_weight @ (shares.data * (shares.data - 1)))
+        row_degree = np.repeat(weights * (access.degrees() - 1), np.diff(shares.indptr))
+        degree += np.bincount(shares.indices, row_degree * shares.data, minlength=blocks)
+    total = float(degree.sum())
+    return inside / total - gamma * float(degree @ degree) / total**2 if total else 0.0
+
+
+def predicted_time(
+    units: float, flop_per_unit: float, bytes_per_unit: float, hardware: Hardware
+) -> float:
+    """Return the roofline time of ``units`` tile units, in seconds. A model, not a measurement.
+
+    max(units * flop_per_unit / peak, units * bytes_per_unit / bandwidth), with the bandwidth of
+    the smallest memory level that holds all the bytes.
+    Source: Williams, Waterman and Patterson, Commun. ACM 52(4), 2009.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is negative or not finite.
+    """
+    values = {"units": units, "flop_per_unit": flop_per_unit, "bytes_per_unit": bytes_per_unit}
+    for name, value in values.items():
+        if not np.isfinite(value) or value < 0:
+            raise ConfigError(f"predicted_time: {name}={value} must be finite and not negative")
+    moved = units * bytes_per_unit
+    return max(units * flop_per_unit / hardware.peak_flops, moved / hardware.bandwidth(moved))

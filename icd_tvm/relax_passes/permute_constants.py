@@ -1,0 +1,413 @@
+"""PermuteConstants: apply permutations of free axis groups to the constants of ``main``.
+
+Activations take the new order by themselves, so nothing is added at run time. Convention:
+``new[i] = old[perm[i]]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from icd_tvm._tvm import Call, GenericConst, Var, const_name, named_const, relax, tvm
+from icd_tvm.core.permutation import invert
+from icd_tvm.errors import OutputError, PermutationError
+from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, find_axis_groups
+from icd_tvm.relax_passes.axis_structure import (
+    AxisStructure,
+    Index,
+    axis_index,
+    split_permutation,
+)
+
+_FORMAT = "icd/group_perms/v1"
+Rewrite = Callable[[GenericConst, Var, tuple[int, ...]], GenericConst]
+
+
+def validate_permutation(group: AxisGroup, perm: ArrayLike) -> Index:
+    """Check one permutation against its group.
+
+    Parameters
+    ----------
+    group : AxisGroup
+        Atomic or composite.
+    perm : array_like of int, shape [group.size]
+        ``new[i] = old[perm[i]]``.
+
+    Returns
+    -------
+    numpy.ndarray
+        int64[group.size].
+
+    Raises
+    ------
+    PermutationError
+        With the group, the first bad position and the reason.
+    """
+    order = _checked_array(group, perm)
+    if group.composite:
+        try:
+            parts = split_permutation(group.structure, order)
+        except PermutationError as error:
+            raise PermutationError(f"group {group.id!r}: {error.message}", error.hint) from None
+        _check_unit_segments(group, order, parts)
+    elif group.pins and not np.array_equal(order, np.arange(group.size)):
+        pin = group.pins[0]
+        raise PermutationError(
+            f"group {group.id!r} is pinned by {pin.op} at {pin.node!r}: {pin.reason}",
+            "leave it out or permute it by the identity",
+        )
+    return order
+
+
+def _checked_array(group: AxisGroup, perm: ArrayLike) -> Index:
+    array = np.asarray(perm)
+    where = f"permutation of group {group.id!r}"
+    if array.ndim != 1 or array.size != group.size:
+        raise PermutationError(f"{where} has shape {array.shape}, expected ({group.size},)")
+    if not np.issubdtype(array.dtype, np.integer):
+        whole = np.issubdtype(array.dtype, np.floating) and array == np.floor(array)
+        bad = int(np.flatnonzero(~np.broadcast_to(whole, array.shape))[:1].sum())
+        raise PermutationError(f"{where} is not integer at position {bad}: dtype {array.dtype}")
+    order = array.astype(np.int64)
+    outside = np.flatnonzero((order < 0) | (order >= group.size))
+    if outside.size:
+        bad = int(outside[0])
+        raise PermutationError(
+            f"{where} is out of range at position {bad}: {int(order[bad])} not in [0, {group.size})"
+        )
+    _, first = np.unique(order, return_index=True)
+    if first.size != order.size:
+        bad = int(np.setdiff1d(np.arange(order.size), first)[0])
+        raise PermutationError(
+            f"{where} has a duplicate at position {bad}: index {int(order[bad])} again"
+        )
+    return order
+
+
+def _check_unit_segments(group: AxisGroup, order: Index, parts: Mapping[str, Index]) -> None:
+    """Refuse what the leaves cannot express, such as a swap of two one-index segments."""
+    built = axis_index(group.structure, parts)
+    if not np.array_equal(built, order):
+        bad = int(np.flatnonzero(built != order)[0])
+        raise PermutationError(f"group {group.id!r}: position {bad} crosses a segment")
+
+
+def leaf_permutations(groups: AxisGroups, perms: Mapping[str, ArrayLike]) -> dict[str, Index]:
+    """Validate permutations and break composite ones down to atomic groups.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Atomic group id -> int64 permutation; identities are left out.
+
+    Raises
+    ------
+    PermutationError
+        Unknown, pinned or invalid; or two entries that order one group differently.
+    """
+    leaves: dict[str, Index] = {}
+    for group_id, perm in perms.items():
+        group = groups.get(group_id)
+        order = validate_permutation(group, perm)
+        own = split_permutation(group.structure, order)
+        for leaf, part in own.items():
+            validate_permutation(groups.get(leaf), part)
+            known = leaves.setdefault(leaf, part)
+            if not np.array_equal(known, part):
+                raise PermutationError(
+                    f"group {leaf!r} is ordered in two ways, the second through {group_id!r}"
+                )
+    return {leaf: order for leaf, order in leaves.items() if np.any(order != np.arange(order.size))}
+
+
+def compose_permutations(
+    first: Mapping[str, ArrayLike], second: Mapping[str, ArrayLike]
+) -> dict[str, Index]:
+    """Return the permutations that apply ``first`` and then ``second`` (atomic ids)."""
+    result = {group: np.asarray(perm, dtype=np.int64) for group, perm in first.items()}
+    for group, perm in second.items():
+        order = np.asarray(perm, dtype=np.int64)
+        result[group] = result[group][order] if group in result else order
+    return result
+
+
+def invert_permutations(perms: Mapping[str, ArrayLike]) -> dict[str, Index]:
+    """Return the permutations that undo others."""
+    return {group: invert(perm).astype(np.int64) for group, perm in perms.items()}
+
+
+def permute_groups(mod: Any, groups: AxisGroups, perms: Mapping[str, ArrayLike]) -> Any:
+    """Permute the constants of free groups.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        ``main`` must be the function that was analysed. Left untouched.
+    groups : AxisGroups
+    perms : mapping of str to int array
+        Group id, atomic or composite -> permutation.
+
+    Returns
+    -------
+    tvm.IRModule
+        The same function up to rounding; a constant that two uses need in different orders
+        is split in two.
+
+    Raises
+    ------
+    PermutationError
+        If a permutation is invalid or its group is pinned, unknown or has weights that are
+        parameters.
+    """
+    leaves = leaf_permutations(groups, perms)
+    _refuse_params(groups, leaves)
+    rewriter = _Permuter(groups, leaves)
+    mod = mod.clone()
+    mod["main"] = rewrite_constants(mod["main"], rewriter.rewrite)
+    return relax.transform.Normalize()(mod)
+
+
+def _refuse_params(groups: AxisGroups, leaves: Iterable[str]) -> None:
+    for leaf in leaves:
+        names = [m.name for m in groups.get(leaf).members if m.kind == "param"]
+        inputs = {name for name, _ in groups.opaque_states}
+        if any(name not in inputs for name in names):
+            raise PermutationError(
+                f"group {leaf!r} holds parameter {names[0]!r}, not only constants",
+                "bind the parameters first (relax.transform.BindParams)",
+            )
+
+
+class _Permuter:
+    """Makes each permuted constant once."""
+
+    def __init__(self, groups: AxisGroups, leaves: Mapping[str, Index]) -> None:
+        self._groups, self._leaves = groups, leaves
+        self._made: dict[Any, GenericConst] = {}
+
+    def rewrite(self, const: GenericConst, var: Var, path: tuple[int, ...]) -> GenericConst:
+        """Return the constant as one use of it needs it."""
+        axes = self._groups.const_axes.get((var, path))
+        if axes is None:
+            return const
+        points = self._groups.index_axes.get((var, path))
+        moved = [(i, own) for i, own in enumerate(axes) if self._moves(own)]
+        if points is not None and not self._moves(points):
+            points = None
+        if not moved and points is None:
+            return const
+        key = (const, tuple(moved), points)
+        if key not in self._made:
+            self._made[key] = self._permuted(const, moved, points)
+        return self._made[key]
+
+    def _moves(self, structure: AxisStructure) -> bool:
+        return any(group in self._leaves for group in structure.groups())
+
+    def _permuted(
+        self,
+        const: GenericConst,
+        moved: Sequence[tuple[int, AxisStructure]],
+        points: AxisStructure | None,
+    ) -> GenericConst:
+        array = const.value.numpy()
+        for axis, structure in moved:
+            array = np.take(array, axis_index(structure, self._leaves), axis=axis)
+        if points is not None:
+            array = invert(axis_index(points, self._leaves))[array].astype(array.dtype)
+        return named_const(np.ascontiguousarray(array), const_name(const))
+
+
+def rewrite_constants(func: Any, rewrite: Rewrite) -> Any:
+    """Return a function whose constant operands are replaced one use at a time.
+
+    Parameters
+    ----------
+    func : relax.Function
+    rewrite : callable
+        (constant, binding that reads it, argument path) -> constant of the same shape and
+        dtype; the same object keeps it.
+
+    Returns
+    -------
+    relax.Function
+        With the same variables; `relax.transform.Normalize` fills in the body's type.
+    """
+    blocks = []
+    for block in func.body.blocks:
+        bindings = [_rewrite_binding(binding, rewrite) for binding in block.bindings]
+        blocks.append(type(block)(bindings, block.span))
+    body = relax.SeqExpr(blocks, func.body.body, func.body.span)
+    return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
+
+
+def _rewrite_binding(binding: Any, rewrite: Rewrite) -> Any:
+    old = binding.value
+    new = _rewrite_value(old, binding.var, (), rewrite)
+    if new is old or not isinstance(binding, relax.VarBinding):
+        return binding
+    return relax.VarBinding(binding.var, new, binding.span)
+
+
+def _rewrite_value(value: Any, var: Var, path: tuple[int, ...], rewrite: Rewrite) -> Any:
+    if isinstance(value, GenericConst):
+        return rewrite(value, var, path)
+    if isinstance(value, Call) and not path:
+        args = _rewrite_all(value.args, var, path, rewrite)
+        return value if args is None else _with_args(value, args)
+    if isinstance(value, relax.Tuple):
+        fields = _rewrite_all(value.fields, var, path, rewrite)
+        return value if fields is None else relax.Tuple(fields, value.span)
+    return value
+
+
+def _rewrite_all(
+    items: Iterable[Any], var: Var, path: tuple[int, ...], rewrite: Rewrite
+) -> list[Any] | None:
+    old = list(items)
+    new = [_rewrite_value(item, var, (*path, i), rewrite) for i, item in enumerate(old)]
+    return new if any(a is not b for a, b in zip(new, old, strict=True)) else None
+
+
+def _with_args(call: Call, args: Sequence[Any]) -> Call:
+    return Call(call.op, args, call.attrs, call.ty_args, call.span, ret_ty=call.ty)
+
+
+@tvm.transform.module_pass(opt_level=0, name="PermuteConstants")
+class PermuteConstants:
+    """Permute free axis groups of ``main``; the analysis runs inside the pass.
+
+    Parameters
+    ----------
+    perms : mapping of str to int array
+        Group id -> permutation with ``new[i] = old[perm[i]]``.
+    opaque_states : sequence of (input name, output name)
+        As for `find_axis_groups`.
+    """
+
+    def __init__(
+        self, perms: Mapping[str, ArrayLike], opaque_states: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.perms = dict(perms)
+        self.opaque_states = tuple(opaque_states)
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a module with permuted constants.
+
+        Raises
+        ------
+        PermutationError
+            As `permute_groups`.
+        """
+        groups = find_axis_groups(mod["main"], opaque_states=self.opaque_states)
+        return permute_groups(mod, groups, self.perms)
+
+
+def model_hash(func: Any) -> str:
+    """Return the sha256 of a function's graph, shapes, attributes and constants.
+
+    Names of bindings do not count, nor do names of constants.
+    """
+    digest = hashlib.sha256()
+    numbers: dict[Any, int] = {}
+    for param in func.params:
+        numbers[param] = len(numbers)
+        digest.update(str(param.ty).encode())
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            _hash_expr(digest, binding.value, numbers)
+            numbers[binding.var] = len(numbers)
+            digest.update(str(binding.var.ty).encode())
+    _hash_expr(digest, func.body.body, numbers)
+    return digest.hexdigest()
+
+
+def _hash_expr(digest: Any, expr: Any, numbers: Mapping[Any, int]) -> None:
+    if isinstance(expr, Var) and expr in numbers:
+        digest.update(f"%{numbers[expr]}".encode())
+    elif isinstance(expr, GenericConst):
+        digest.update(str(expr.ty).encode())
+        digest.update(np.ascontiguousarray(expr.value.numpy()).tobytes())
+    elif isinstance(expr, Call):
+        digest.update(f"{expr.op}{expr.attrs}".encode())
+        for arg in expr.args:
+            _hash_expr(digest, arg, numbers)
+    elif isinstance(expr, relax.Tuple):
+        for item in expr.fields:
+            _hash_expr(digest, item, numbers)
+    elif isinstance(expr, relax.TupleGetItem):
+        _hash_expr(digest, expr.tuple_value, numbers)
+        digest.update(f"[{expr.index}]".encode())
+    else:
+        digest.update(str(expr).encode())
+
+
+def save_permutations(path: str | Path, perms: Mapping[str, ArrayLike], model_hash: str) -> None:
+    """Write permutations as JSON.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    content = {
+        "format": _FORMAT,
+        "model_hash": model_hash,
+        "perms": {group: np.asarray(perm).tolist() for group, perm in perms.items()},
+    }
+    try:
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def load_permutations(path: str | Path, groups: AxisGroups, model_hash: str) -> dict[str, Index]:
+    """Read permutations written by `save_permutations` and check them against a model.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        Group id -> int64 permutation.
+
+    Raises
+    ------
+    PermutationError
+        If the file is missing or malformed, belongs to another model, or holds a permutation
+        that the model's groups do not allow.
+    """
+    content = _read_json(path)
+    if content.get("format") != _FORMAT or not isinstance(content.get("perms"), dict):
+        raise PermutationError(
+            f"{str(path)!r} is no permutation file", f"expected format {_FORMAT!r}"
+        )
+    found = str(content.get("model_hash"))
+    if found != model_hash:
+        raise PermutationError(
+            f"{str(path)!r} belongs to another model: hash {found[:12]}, not {model_hash[:12]}",
+            "decide the permutations again for this model",
+        )
+    perms = {
+        str(group): validate_permutation(groups.get(group), perm)
+        for group, perm in content["perms"].items()
+    }
+    leaf_permutations(groups, perms)
+    return perms
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PermutationError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise PermutationError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise PermutationError(f"{str(path)!r} is no permutation file")
+    return content

@@ -1,0 +1,126 @@
+"""Dense matmul on weights packed into register-tile panels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm._tvm import ScheduleRule, i64, te
+from icd_tvm.errors import ShapeError
+from icd_tvm.tir_schedules.cpu.tile import (
+    Tile,
+    is_prim_func,
+    schedule_tiled,
+    tile_attrs,
+)
+
+# FuseOps lets elementwise consumers join a kernel of this kind (kOutEWiseFusable).
+OUT_EWISE_FUSABLE = 4
+Lead = tuple[int, ...]
+
+
+def dense_matmul(m: int, k: int, n: int, tile: Tile, lead: Lead = ()) -> Any:
+    """Return the TIR function of ``Y = X @ W`` for a packed weight.
+
+    Parameters
+    ----------
+    m, k, n : int
+        Rows of X, the reduced axis, columns of W; none needs to divide by the tile.
+    tile : Tile
+        Register tile; it fixes the panel width of the packed weight.
+    lead : tuple of int, optional
+        Leading batch axes of X and Y.
+
+    Returns
+    -------
+    PrimFunc
+        ``(X: f32[*lead, m, k], W: f32[ceil(n / P), k, P], Y: f32[*lead, m, n])`` with
+        ``P = tile.columns``, marked so that FuseOps fuses an epilogue into it.
+    """
+    panels = -(-n // tile.columns)
+    x = te.placeholder(shape64((*lead, m, k)), "float32", name="X")
+    w = te.placeholder(shape64((panels, k, tile.columns)), "float32", name="W")
+    axis = te.reduce_axis((i64(0), i64(k)), "k")
+    width = tile.columns
+
+    def product(*index: Any) -> Any:
+        *batch, i, j = index
+        return te.sum(
+            x[(*batch, clamp_row(i, m, tile), axis)] * w[j // width, axis, j % width], axis=axis
+        )
+
+    return tiled_func(product, (x, w), (*lead, m, n), tile, "dense")
+
+
+def pack_dense(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.float32]:
+    """Return ``weight`` cut into panels of ``columns`` columns, the last one zero-padded.
+
+    Parameters
+    ----------
+    weight : array [K, N] of float32
+    columns : int
+        Panel width P.
+
+    Returns
+    -------
+    array [ceil(N / P), K, P] of float32
+
+    Raises
+    ------
+    ShapeError
+        If ``weight`` is not a matrix.
+    """
+    k, n = matrix_shape(weight)
+    panels = -(-n // columns)
+    padded = np.zeros((k, panels * columns), np.float32)
+    padded[:, :n] = weight
+    return np.ascontiguousarray(padded.reshape(k, panels, columns).transpose(1, 0, 2))
+
+
+class DenseRule(ScheduleRule):
+    """Schedule rule for functions that hold one `dense_matmul` and its epilogue."""
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:
+        """Return the schedule of ``func``, or None if it holds no packed dense matmul."""
+        return schedule_tiled(func, target, ("dense",)) if is_prim_func(func) else None
+
+
+def tiled_func(product: Any, inputs: tuple[Any, ...], shape: Lead, tile: Tile, kernel: str) -> Any:
+    """Return a TIR function with a padded accumulator stage and an output stage.
+
+    The accumulator covers whole tiles; rows past the end recompute the last row and columns
+    past the end multiply padding, and the output stage drops both.
+    """
+    *lead, m, n = shape
+    rows, columns = tile.padded(m, n)
+    acc = te.compute(
+        shape64((*lead, rows, columns)), product, name="acc", attrs=tile_attrs(tile, kernel)
+    )
+    y = te.compute(shape64(shape), lambda *index: acc[index], name="Y")
+    func = te.create_prim_func([*inputs, y])
+    return func.without_attr("global_symbol").with_attr("op_pattern", OUT_EWISE_FUSABLE)
+
+
+def clamp_row(row: Any, m: int, tile: Tile) -> Any:
+    """Return ``row``, held inside the ``m`` rows that exist when the last tile is ragged."""
+    return row if m % tile.rows == 0 else te.min(row, i64(m - 1))
+
+
+def shape64(shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Return ``shape`` as int64 immediates."""
+    return tuple(i64(extent) for extent in shape)
+
+
+def matrix_shape(weight: npt.NDArray[Any]) -> tuple[int, int]:
+    """Return the shape of a matrix.
+
+    Raises
+    ------
+    ShapeError
+        If ``weight`` does not have two axes.
+    """
+    if weight.ndim != 2:
+        raise ShapeError(f"a weight must have two axes, not shape {weight.shape}", "pass [K, N]")
+    return int(weight.shape[0]), int(weight.shape[1])

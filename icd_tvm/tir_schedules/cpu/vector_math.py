@@ -1,0 +1,88 @@
+"""Transcendental functions as fp32 polynomials that LLVM turns into vector code.
+
+A call to ``expf`` or ``erff`` is scalar and keeps a whole loop scalar. The clamps take the
+argument second, so that a NaN passes through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icd_tvm._tvm import te, tirx
+
+_LOG2E = 1.4426950408889634
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+# exp(r) = 1 + r + r^2 p(r) on |r| <= ln(2) / 2 (Cephes, expf).
+_EXP = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_EXP_MIN, _EXP_MAX = -87.33654, 88.72283
+_ERF_LIMIT = 3.8
+# erf(x) = x p(2 x^2 / 3.8^2 - 1) on |x| <= 3.8: minimax in |error|, 5e-8 before rounding; beyond,
+# erf is 1 to within 8e-8. No division, and coefficients small enough for Horner in fp32.
+_ERF = (
+    1.022083103e-03,
+    -2.695758129e-03,
+    2.367288573e-03,
+    -3.299472388e-03,
+    9.949505329e-03,
+    -1.833326928e-02,
+    2.669303492e-02,
+    -3.893965483e-02,
+    5.505656078e-02,
+    -7.251549512e-02,
+    9.083271027e-02,
+    -1.111855730e-01,
+    1.377395093e-01,
+    -1.856411994e-01,
+    3.721076250e-01,
+)
+
+
+def exp(x: Any) -> Any:
+    """Return ``e ** x`` to 2 ulp; zero below -87.3, saturated near the largest float above."""
+    clamped = tirx.min(_f32(_EXP_MAX), tirx.max(_f32(_EXP_MIN), x))
+    n = te.floor(clamped * _f32(_LOG2E) + _f32(0.5))
+    r = clamped - n * _f32(_LN2_HIGH) - n * _f32(_LN2_LOW)
+    value = _horner(_EXP, r) * r * r + r + _f32(1.0)
+    # Scaling by half the power keeps the exponent in range at both ends.
+    half = tirx.reinterpret("float32", (n.astype("int32") + 126) << 23)
+    return value * half * _f32(2.0)
+
+
+def erf(x: Any) -> Any:
+    """Return the error function to 3e-7 absolute."""
+    clamped = tirx.min(_f32(_ERF_LIMIT), tirx.max(_f32(-_ERF_LIMIT), x))
+    t = clamped * clamped * _f32(2.0 / _ERF_LIMIT**2) - _f32(1.0)
+    return clamped * _horner(_ERF, t)
+
+
+def gelu(x: Any) -> Any:
+    """Return ``x * (1 + erf(x / sqrt(2))) / 2``."""
+    return x * (_f32(0.5) + _f32(0.5) * erf(x * _f32(0.5**0.5)))
+
+
+def sigmoid(x: Any) -> Any:
+    """Return ``1 / (1 + e ** -x)``."""
+    return _f32(1.0) / (_f32(1.0) + exp(-x))
+
+
+def tanh(x: Any) -> Any:
+    """Return the hyperbolic tangent to 3e-7 absolute."""
+    return _f32(2.0) * sigmoid(x * _f32(2.0)) - _f32(1.0)
+
+
+def _horner(coefficients: tuple[float, ...], x: Any) -> Any:
+    value = _f32(coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + _f32(coefficient)
+    return value
+
+
+def _f32(value: float) -> Any:
+    return tirx.FloatImm("float32", value)

@@ -1,0 +1,98 @@
+"""CPU targets: the machine at hand, or a portable x86-64 level, with its vector width."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+from icd_tvm._tvm import tvm
+from icd_tvm.errors import ConfigError
+
+_HOST_NAMES = ("host", "native")
+
+
+def host_target(threads: int | None = None) -> Any:
+    """Return the LLVM target of this machine, with every instruction its CPU has.
+
+    ``mcpu="native"`` is not an option: TVM falls back to plain SSE code without an error.
+
+    Parameters
+    ----------
+    threads : int, optional
+        Number of worker threads the kernels are balanced for; all CPUs this process may use
+        if omitted.
+
+    Returns
+    -------
+    tvm.target.Target
+
+    Raises
+    ------
+    ConfigError
+        If ``threads`` is less than one.
+    """
+    return _llvm_target(str(tvm.target.codegen.llvm_get_system_cpu()), threads)
+
+
+def parse_target(text: str, threads: int | None = None) -> Any:
+    """Return the CPU target that ``text`` names.
+
+    Parameters
+    ----------
+    text : str
+        ``"host"`` (or ``"native"``), a portable level such as ``"x86-64-v3"`` (AVX2) or
+        ``"x86-64-v4"`` (AVX-512), or any CPU name LLVM knows.
+    threads : int, optional
+        As for `host_target`.
+
+    Returns
+    -------
+    tvm.target.Target
+
+    Raises
+    ------
+    ConfigError
+        If LLVM knows no such CPU, or ``threads`` is less than one.
+    """
+    name = text.strip()
+    if name in _HOST_NAMES:
+        return host_target(threads)
+    if name not in _known_cpus():
+        raise ConfigError(f"unknown CPU target {text!r}", "use host, x86-64-v3 or x86-64-v4")
+    return _llvm_target(name, threads)
+
+
+def vector_bits(target: Any) -> int:
+    """Return the width in bits of the widest floating-point vector register of ``target``.
+
+    Raises
+    ------
+    ConfigError
+        If ``target`` is no LLVM target.
+    """
+    if target.kind.name != "llvm":
+        raise ConfigError(f"target kind {target.kind.name!r} has no CPU vectors", "use llvm")
+    has = tvm.target.codegen.target_has_features
+    if has("avx512f", target):
+        return 512
+    return 256 if has("avx2", target) else 128
+
+
+def target_threads(target: Any) -> int:
+    """Return the number of worker threads ``target`` was made for (1 if it does not say)."""
+    return int(target.attrs.get("num-cores", 1))
+
+
+def _llvm_target(cpu: str, threads: int | None) -> Any:
+    count = len(os.sched_getaffinity(0)) if threads is None else threads
+    if count < 1:
+        raise ConfigError(f"threads must be at least 1, not {threads}", "omit it to use all CPUs")
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": count})
+
+
+@lru_cache(maxsize=1)
+def _known_cpus() -> frozenset[str]:
+    """Return the CPU names LLVM accepts for the host's architecture."""
+    listing = tvm.target.codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm"}))
+    return frozenset(str(name) for name in listing)

@@ -1,0 +1,87 @@
+"""ApplySparsity: zeros where the spec says, order untouched, the incoming module untouched."""
+
+import json
+
+import numpy as np
+import pytest
+from relax_models import F, constants, example, mlp, mlp_weights, random_mlp, run
+
+from icd_tvm._tvm import relax, tvm
+from icd_tvm.adapters.sparsity import parse_sparsity
+from icd_tvm.errors import TransformError
+from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_requests
+from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats
+from icd_tvm.relax_passes.hidden_groups import hidden_groups
+
+UNIT, VEC = parse_sparsity("unit:0.5"), parse_sparsity("vec16:0.5")
+
+
+def test_the_hidden_axis_is_the_only_hidden_group() -> None:
+    func = random_mlp()["main"]
+    groups = hidden_groups(func, find_axis_groups(func))
+    assert [(group.size, len(group.weights)) for group in groups] == [(F, 2)]
+
+
+def test_unit_equals_the_mlp_with_zeroed_units() -> None:
+    mod = random_mlp()
+    sparse = ApplySparsity(UNIT)(mod)
+    w1, b1, w2 = mlp_weights()
+    saliency = (w1.astype(float) ** 2).sum(0) * (w2.astype(float) ** 2).sum(1)
+    dropped = np.argsort(-saliency, kind="stable")[F // 2 :]
+    w1[:, dropped] = 0
+    b1[dropped] = 0
+    w2[dropped] = 0
+    tvm.ir.assert_structural_equal(
+        sparse.without_attr("icd.transform_meta"), mlp(w1, b1, w2), map_free_vars=True
+    )
+    np.testing.assert_array_equal(constants(mod)["w1"], mlp_weights()[0])
+
+
+def test_vec_halves_every_weight_and_keeps_biases() -> None:
+    sparse = constants(ApplySparsity(VEC)(random_mlp()))
+    assert [np.mean(sparse[name] != 0) for name in ("w1", "w2")] == [0.5, 0.5]
+    np.testing.assert_array_equal(sparse["b1"], mlp_weights()[1])
+
+
+def test_refit_on_activations_lowers_the_error() -> None:
+    mod, x = random_mlp(), example(rows=8)
+    statistics = {}
+    for node, kind in calibration_requests(mod, UNIT).items():
+        statistics[node] = _statistics(CollectActivationStats({node: kind})(mod), x)
+    plain, refitted = ApplySparsity(UNIT)(mod), ApplySparsity(UNIT, statistics)(mod)
+    errors = [np.linalg.norm(run(m, x) - run(mod, x)) for m in (plain, refitted)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_statistics_are_the_gram_matrix_of_the_activations() -> None:
+    mod, x = random_mlp(), example()
+    gram = _statistics(CollectActivationStats({"fc1": "gram"})(mod), x)
+    moment = _statistics(CollectActivationStats({"fc1": "moment"})(mod), x)
+    rows = x.reshape(-1, x.shape[-1])
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moment, np.diag(gram), rtol=1e-4)
+
+
+def test_meta_travels_with_the_module() -> None:
+    pass_ = ApplySparsity(UNIT)
+    sparse = tvm.ir.load_json(tvm.ir.save_json(pass_(random_mlp())))
+    assert json.loads(sparse.attrs["icd.transform_meta"]) == pass_.meta
+    assert pass_.meta["sparsity"]["entries"][0]["kept"] == F // 2
+
+
+def test_none_changes_nothing() -> None:
+    mod = random_mlp()
+    same = ApplySparsity(parse_sparsity("none"))(mod)
+    tvm.ir.assert_structural_equal(same["main"], mod["main"])
+
+
+def test_unknown_matmul_is_refused() -> None:
+    with pytest.raises(TransformError, match="no matmul named 'fc9'"):
+        CollectActivationStats({"fc9": "gram"})(random_mlp())
+
+
+def _statistics(mod: object, x: np.ndarray) -> np.ndarray:
+    executable = tvm.compile(mod, tvm.target.Target("llvm"))
+    outputs = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x))
+    return outputs[1].numpy()
