@@ -111,6 +111,8 @@ class _Collector:
                 draft.bytes_of[use.const] = _bytes(use.const.ty)
 
     def _add_op(self, step: Step) -> None:
+        if not step.op.startswith(("relax.", "call")):
+            return
         use = OpUse(step.op, step.var.name)
         structures = {
             self.structures[dim.root()]

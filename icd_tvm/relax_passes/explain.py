@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from icd_tvm.relax_passes.axis_model import AxisGroup, AxisGroups, Member, OpUse, Pin
+from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, Member, OpUse, Pin
 
 _WIDTH = 100
 _MOST_MEMBERS = 12
@@ -101,7 +101,7 @@ def _list(texts: Iterable[str]) -> str:
 
 def _member_text(member: Member) -> str:
     size = "x".join("?" if extent < 0 else str(extent) for extent in member.shape)
-    inner = "" if member.layout.isdigit() else f" as {member.layout}"
+    inner = "" if member.layout.isdigit() else f" as {member.layout.replace(' ', '')}"
     return f"{member.name}[{size}] axis {member.axis}{inner}"
 
 

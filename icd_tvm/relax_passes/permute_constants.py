@@ -25,6 +25,21 @@ from icd_tvm.relax_passes.axis_structure import (
     axis_index,
     split_permutation,
 )
+from icd_tvm.relax_passes.compact_groups import compact_groups
+
+__all__ = [
+    "PermuteConstants",
+    "compact_groups",
+    "compose_permutations",
+    "invert_permutations",
+    "leaf_permutations",
+    "load_permutations",
+    "model_hash",
+    "permute_groups",
+    "rewrite_constants",
+    "save_permutations",
+    "validate_permutation",
+]
 
 _FORMAT = "icd/group_perms/v1"
 Rewrite = Callable[[GenericConst, Var, tuple[int, ...]], GenericConst]

@@ -49,12 +49,12 @@ def _tie_channels(site: Site, data: Dim, inner: Dim, outer: Dim, groups: int) ->
     rest = site.dims.fresh(outer.size // groups)
     site.tie(data, site.dims.product([group, inner]))
     site.tie(outer, site.dims.product([group, rest]))
-    site.count("the op's groups attribute", group)
 
 
 @rule("nn.conv1d_transpose", "nn.conv2d_transpose", "nn.conv3d_transpose")
 def conv_transpose(site: Site) -> None:
     """As a convolution with the roles of I and O exchanged."""
+    site.count("the op's groups attribute", *site.tensor(1).axes)
     attrs = site.call.attrs
     data = _lettered(site.tensor(0), attrs.data_layout)
     kernel = _lettered(site.tensor(1), attrs.kernel_layout)

@@ -1,0 +1,154 @@
+"""BuildAccessGraph: what the scheduled kernels touch together on every axis that may move.
+
+The kernel of each matmul with a constant weight is built and scheduled as it will be for the
+target; its read of the packed weight is evaluated over the loop nest. One window is one step of
+the reduction: the columns whose weights that step multiplies. Only non-zero weights of live
+units count, so a transform that zeroes weights changes the graph.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from icd_tvm._tvm import Call, GenericConst, Op, tvm
+from icd_tvm.core.cost import TileAccess
+from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.coaccess_attr import COACCESS_BLOCK, to_attr
+from icd_tvm.relax_passes.dead_units import dead_units
+from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.rewrite_layout import OUTPUT_ORDER
+from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
+from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
+from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
+from icd_tvm.tir_schedules.cpu.tile import Tile
+from icd_tvm.tir_schedules.target import host_target, vector_bits
+
+
+@tvm.transform.module_pass(opt_level=0, name="BuildAccessGraph")
+class BuildAccessGraph:
+    """Attach ``icd.coaccess_block``: axis -> tile accesses of the kernels on it.
+
+    An axis is a free group that is the output of matmuls, or ``out:NODE``: the output order of
+    one matmul whose weight has zeros and whose output axis cannot be permuted as a group.
+
+    Parameters
+    ----------
+    target : tvm.target.Target, optional
+        Whose kernels are analysed; this machine if omitted.
+    """
+
+    def __init__(self, target: Any = None) -> None:
+        self.target = target or host_target()
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a module with the attribute; the functions are unchanged."""
+        func, groups = mod["main"], find_axis_groups(mod["main"])
+        rows = _output_rows(func)
+        hidden = {group.id for group in hidden_groups(func, groups)}
+        graphs: dict[str, list[TileAccess]] = {}
+        owned: set[str] = set()
+        for group in groups.free:
+            makers = [use for use in group.weights if use.side == "N"]
+            if group.constraint != "free" or not makers:
+                continue
+            axes = {use.var: use.axis for use in group.values}
+            dead = dead_units(func, group.size, axes) if group.id in hidden else None
+            graphs[group.id] = [
+                self._access(use.const, rows[use.node], use.name or use.node, dead)
+                for use in makers
+            ]
+            owned |= {use.node for use in makers}
+        for node, weight in _weights(func).items():
+            if node not in owned and not weight.value.numpy().all():
+                graphs[OUTPUT_ORDER + node] = [self._access(weight, rows[node], node)]
+        return mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
+
+    def _access(
+        self, weight: Any, rows: int, label: str, dead: np.ndarray | None = None
+    ) -> TileAccess:
+        mask = weight.value.numpy() != 0
+        if dead is not None:
+            mask = mask & ~dead
+        return weight_access(mask, rows, label, self.target)
+
+
+def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileAccess:
+    """Return what the V-row kernel of one weight touches on its output axis.
+
+    Parameters
+    ----------
+    mask : numpy.ndarray
+        bool [K, N], True where the weight counts.
+    rows : int
+        Rows M of the matmul's left operand.
+    label : str
+        Name for reports.
+    target : tvm.target.Target
+        Whose kernel it is.
+
+    Returns
+    -------
+    TileAccess
+        Windows are reduction steps, equal ones merged; the weight of a unit is its FLOP.
+    """
+    k, n = mask.shape
+    access, tile = _kernel_read(rows, k, n, target)
+
+    def logical(panel: np.ndarray, row: np.ndarray, lane: np.ndarray) -> tuple[Any, Any]:
+        return row, panel * tile.columns + lane
+
+    found = window_incidence(access, 1, "reduction", nonzero=mask, logical=logical)
+    matrix, counts = _merge_equal(found.matrix, found.counts)
+    return TileAccess(matrix, tile.columns, 2.0 * tile.rows * tile.columns, label, counts)
+
+
+@lru_cache(maxsize=64)
+def _kernel_read(rows: int, k: int, n: int, target: Any) -> tuple[Access, Tile]:
+    """Return the weight's read in the scheduled kernel, and the kernel's register tile."""
+    tile = vrow_tile(rows, k, n, vector_bits(target) // 32, target)
+    schedule = DenseRule().apply(dense_matmul(rows, k, n, tile), target, False)
+    func = schedule.mod["main"]
+    weight = func.params[1]
+    reads = [a for a in accesses(func) if a.buffer.same_as(weight) and not a.write]
+    return reads[0], tile
+
+
+def _merge_equal(
+    matrix: sp.csr_matrix, counts: np.ndarray
+) -> tuple[sp.csr_matrix, np.ndarray]:
+    packed = np.packbits(matrix.toarray(), axis=1)
+    _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))
+    return matrix[first], merged
+
+
+def _weights(func: Any) -> dict[str, Any]:
+    """Return the constant 2-D weight of every matmul by binding name."""
+    return {
+        binding.var.name: binding.value.args[1]
+        for binding in _matmuls(func)
+        if isinstance(binding.value.args[1], GenericConst)
+        and len(binding.value.args[1].value.shape) == 2
+    }
+
+
+def _output_rows(func: Any) -> dict[str, int]:
+    return {
+        binding.var.name: int(np.prod([int(s) for s in binding.var.ty.shape.values[:-1]]))
+        for binding in _matmuls(func)
+    }
+
+
+def _matmuls(func: Any) -> list[Any]:
+    return [
+        binding
+        for block in func.body.blocks
+        for binding in block.bindings
+        if isinstance(binding.value, Call)
+        and isinstance(binding.value.op, Op)
+        and binding.value.op.name == "relax.matmul"
+    ]

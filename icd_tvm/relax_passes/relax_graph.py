@@ -1,0 +1,122 @@
+"""Read-only questions about Relax dataflow that the lowering passes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm._tvm import Call, GenericConst, Op, Var, relax, tirx
+
+Rewriter = Callable[[Any], Any]
+
+
+class Dataflow:
+    """Values and users of the variables of one Relax function."""
+
+    def __init__(self, func: Any) -> None:
+        self.values: dict[Any, Any] = {}
+        self.users: dict[Any, list[Any]] = {}
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                self.values[binding.var] = binding.value
+                for used in _variables(binding.value):
+                    self.users.setdefault(used, []).append(binding.var)
+        for used in _variables(func.body.body):
+            self.users.setdefault(used, []).append(None)
+
+    def call(self, expr: Any, op: str) -> Any:
+        """Return the call of ``op`` that ``expr`` is or is bound to, or None."""
+        value = self.resolve(expr)
+        return value if is_call(value, op) else None
+
+    def resolve(self, expr: Any) -> Any:
+        """Follow variables to the expression they are bound to."""
+        while isinstance(expr, Var) and expr in self.values:
+            expr = self.values[expr]
+        return expr
+
+    def single_use(self, var: Any) -> bool:
+        """Tell whether ``var`` is read exactly once."""
+        return len(self.users.get(var, [])) == 1
+
+    def only_user(self, var: Any) -> Any:
+        """Return the one variable computed from ``var``, or None if there are more or none."""
+        users = self.users.get(var, [])
+        return users[0] if len(users) == 1 else None
+
+
+def is_call(expr: Any, op: str) -> bool:
+    """Tell whether ``expr`` is a call of the operator named ``op``."""
+    return isinstance(expr, Call) and isinstance(expr.op, Op) and expr.op.name == op
+
+
+def static_shape(expr: Any) -> tuple[int, ...] | None:
+    """Return the shape of a tensor expression, or None if it is not fully known."""
+    if not isinstance(expr.ty, relax.TensorType) or expr.ty.shape is None:
+        return None
+    dims = getattr(expr.ty.shape, "values", None)
+    if dims is None or not all(isinstance(dim, tirx.IntImm) for dim in dims):
+        return None
+    return tuple(int(dim) for dim in dims)
+
+
+def is_float32(expr: Any) -> bool:
+    """Tell whether ``expr`` is a tensor of float32."""
+    return isinstance(expr.ty, relax.TensorType) and str(expr.ty.dtype) == "float32"
+
+
+def constant_array(expr: Any, dims: int | None = None) -> npt.NDArray[Any] | None:
+    """Return the value of a constant, or None if it is none or has other than ``dims`` axes."""
+    if not isinstance(expr, GenericConst):
+        return None
+    if dims is not None and len(expr.value.shape) != dims:
+        return None
+    return np.asarray(expr.value.numpy())
+
+
+def scalar_constant(expr: Any) -> float | None:
+    """Return the value of a constant of one element, or None."""
+    array = constant_array(expr)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def constant_weight(call: Any) -> npt.NDArray[Any] | None:
+    """Return the constant float32 weight [K, N] of a ``relax.matmul``, or None.
+
+    None also if the input is no float32 tensor of at least two axes with a known shape.
+    """
+    if not is_call(call, "relax.matmul") or not is_float32(call.args[0]):
+        return None
+    shape = static_shape(call.args[0])
+    weight = constant_array(call.args[1], dims=2)
+    if shape is None or len(shape) < 2 or weight is None or not is_float32(call):
+        return None
+    return weight if weight.dtype == np.float32 and min(weight.shape) > 0 else None
+
+
+def operands(call: Any) -> tuple[Any, Any]:
+    """Return the two operands of a commutative call, a constant second."""
+    left, right = call.args
+    return (right, left) if isinstance(left, GenericConst) else (left, right)
+
+
+def call_func(builder: Any, func: Any, name: str, args: list[Any], like: Any) -> Any:
+    """Return ``call_tir`` of a new function with the type of ``like`` as its result."""
+    return relax.call_tir(builder.add_func(func, name), relax.Tuple(args), like)
+
+
+def _variables(expr: Any) -> list[Any]:
+    if isinstance(expr, Var):
+        return [expr]
+    if isinstance(expr, Call):
+        return [var for arg in expr.args for var in _variables(arg)]
+    if isinstance(expr, relax.Tuple):
+        return [var for field in expr.fields for var in _variables(field)]
+    if isinstance(expr, relax.TupleGetItem):
+        return _variables(expr.tuple_value)
+    if isinstance(expr, relax.If):
+        return [var for part in (expr.cond,) for var in _variables(part)]
+    return []
