@@ -103,7 +103,7 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
 
     found = window_incidence(access, 1, "reduction", nonzero=mask, logical=logical)
     matrix, counts = _merge_equal(found.matrix, found.counts)
-    return TileAccess(matrix, tile.columns, 2.0 * tile.rows * tile.columns, label, counts)
+    return TileAccess(matrix, tile.columns, 2.0 * rows * tile.columns, label, counts)
 
 
 @lru_cache(maxsize=64)

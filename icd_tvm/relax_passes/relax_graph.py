@@ -22,9 +22,9 @@ class Dataflow:
         for block in func.body.blocks:
             for binding in block.bindings:
                 self.values[binding.var] = binding.value
-                for used in _variables(binding.value):
+                for used in relax.analysis.free_vars(binding.value):
                     self.users.setdefault(used, []).append(binding.var)
-        for used in _variables(func.body.body):
+        for used in relax.analysis.free_vars(func.body.body):
             self.users.setdefault(used, []).append(None)
 
     def call(self, expr: Any, op: str) -> Any:
@@ -106,17 +106,3 @@ def operands(call: Any) -> tuple[Any, Any]:
 def call_func(builder: Any, func: Any, name: str, args: list[Any], like: Any) -> Any:
     """Return ``call_tir`` of a new function with the type of ``like`` as its result."""
     return relax.call_tir(builder.add_func(func, name), relax.Tuple(args), like)
-
-
-def _variables(expr: Any) -> list[Any]:
-    if isinstance(expr, Var):
-        return [expr]
-    if isinstance(expr, Call):
-        return [var for arg in expr.args for var in _variables(arg)]
-    if isinstance(expr, relax.Tuple):
-        return [var for field in expr.fields for var in _variables(field)]
-    if isinstance(expr, relax.TupleGetItem):
-        return _variables(expr.tuple_value)
-    if isinstance(expr, relax.If):
-        return [var for part in (expr.cond,) for var in _variables(part)]
-    return []

@@ -158,9 +158,7 @@ def accesses(func: Any) -> list[Access]:
 
 
 def _marked(access: Access, reduction: set[Any]) -> Access:
-    loops = tuple(
-        Loop(p.var, p.minimum, p.extent, p.tag, p.var in reduction) for p in access.loops
-    )
+    loops = tuple(Loop(p.var, p.minimum, p.extent, p.tag, p.var in reduction) for p in access.loops)
     return Access(
         access.buffer,
         access.shape,
@@ -746,7 +744,9 @@ class _Domain:
         inner = [p for p in self.main if p.var not in self.window_vars]
         inside = {p.var for p in inner}
         if any(_variables([p.minimum, p.extent]) & inside for p in outer):
-            raise ConfigError(f"{self.access.name}: window loops depend on others", "raise point_cap")
+            raise ConfigError(
+                f"{self.access.name}: window loops depend on others", "raise point_cap"
+            )
         windows = math.prod(self._extent(p) for p in outer)
         number = cap // max(1, total // windows)
         if number < 1:

@@ -1,1 +1,15 @@
-"""CPU kernels and schedule rules: a rule returns a schedule, or None."""
+"""CPU kernels: builders, packings and the schedule rules that recognise them."""
+
+from __future__ import annotations
+
+from icd_tvm._tvm import ScheduleRule
+from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
+from icd_tvm.tir_schedules.cpu.dense import DenseRule
+from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
+
+__all__ = ["cpu_rules"]
+
+
+def cpu_rules() -> list[ScheduleRule]:
+    """Return the schedule rules for ``ApplyDefaultSchedule``, most specific first."""
+    return [DenseRule(), BlockSparseRule(), ElementwiseRule()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -20,6 +20,7 @@ from icd_tvm.tir_schedules.cpu.tile import row_pieces
 from icd_tvm.tir_schedules.target import target_threads, vector_bits
 
 _ROWS = 8
+_SHAPE_ATTR = "icd.attention"
 Combine = Callable[[Any, Any], Any]
 
 
@@ -93,7 +94,19 @@ def attention(shape: AttentionShape, target: Any) -> Any:
     row_tiles = -(-shape.queries // min(_ROWS, shape.queries))
     pieces = row_pieces(shape.batch * shape.heads, row_tiles, target_threads(target))
     func = _build(shape, lanes, pieces)
-    return func.with_attr("op_pattern", OPAQUE).with_attr("tirx.is_scheduled", True)
+    marks = {"op_pattern": OPAQUE, "tirx.is_scheduled": True, _SHAPE_ATTR: asdict(shape)}
+    return func.with_attr(marks)
+
+
+def attention_shape(func: Any) -> AttentionShape | None:
+    """Return the shape a function was built from by `attention`, or None for any other one."""
+    if func.attrs is None or _SHAPE_ATTR not in func.attrs:
+        return None
+    sizes = dict(func.attrs[_SHAPE_ATTR])
+    for name in ("strides", "offsets"):
+        sizes[name] = tuple(int(value) for value in sizes[name])
+    return AttentionShape(**sizes)
+
 
 def _build(shape: AttentionShape, lanes: int, pieces: int) -> Any:
     """Return the unmarked TIR function; the loop over tasks is parallel."""

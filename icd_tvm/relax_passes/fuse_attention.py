@@ -1,0 +1,247 @@
+"""FuseAttention: encoder attention as exporters write it becomes one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    call_func,
+    is_float32,
+    operands,
+    scalar_constant,
+    static_shape,
+)
+from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention
+
+_HEADS_FIRST = (0, 2, 1, 3)
+_KEYS_LAST = (0, 2, 3, 1)
+_SWAP_LAST = (0, 1, 3, 2)
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    """One attention: its result, its inputs as [batch, length, width] rows, and its sizes."""
+
+    result: Any
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+    shape: AttentionShape
+
+
+class _Refused(Exception):
+    """Carries the reason why a softmax is not part of a supported attention."""
+
+
+@tvm.transform.module_pass(opt_level=0, name="FuseAttention")
+class FuseAttention:
+    """Replace ``softmax(Q K^T * scale + mask) V`` by a call of the fused kernel.
+
+    Recognised: heads split by Reshape to [batch, length, heads, dim] and Transpose; a scale by
+    Mul or Div with a constant before or after the product; an additive mask of shape
+    [batch or 1, 1, 1, keys] or none; merged back by Transpose and Reshape.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        The kernel is built for it.
+
+    Attributes
+    ----------
+    refusals : dict of str to str
+        Name of each softmax that was left alone -> the reason.
+    fused : list of str
+        Names of the results that were replaced.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.refusals: dict[str, str] = {}
+        self.fused: list[str] = []
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a clone of ``mod`` with every supported attention replaced."""
+        mod = mod.clone()
+        self.refusals, self.fused = {}, []
+        for name, func in mod.functions_items():
+            if not isinstance(func, relax.Function):
+                continue
+            found = self._find(func)
+            self.fused += [str(match.result.name) for match in found]
+            rewriter = _Rewriter(mod, found, self.target, Dataflow(func))
+            new = rewriter.visit_expr(func)
+            mod = rewriter.builder_.get()
+            mod[name] = new
+        return relax.transform.DeadCodeElimination()(mod)
+
+    def _find(self, func: Any) -> list[AttentionMatch]:
+        flow = Dataflow(func)
+        found = []
+        for var in list(flow.values):
+            if flow.call(var, "relax.nn.softmax") is None:
+                continue
+            try:
+                found.append(match_attention(flow, var))
+            except _Refused as refusal:
+                self.refusals[str(var.name)] = str(refusal)
+        return found
+
+
+def match_attention(flow: Dataflow, probabilities: Any) -> AttentionMatch:
+    """Return the attention around the softmax bound to ``probabilities``.
+
+    Raises
+    ------
+    _Refused
+        With the reason, if the surroundings are not a supported attention.
+    """
+    softmax = flow.call(probabilities, "relax.nn.softmax")
+    shape = _need(static_shape(softmax), "its shape is not static")
+    _require(len(shape) == 4, f"its input has {len(shape)} axes, not 4")
+    _require(int(softmax.attrs.axis) in (-1, 3), "it does not run over the last axis")
+    _require(is_float32(softmax), "it is not float32")
+    batch, heads, queries, keys = shape
+
+    product, scale, mask = _scores(flow, softmax.args[0])
+    query, query_scale = _scaled(flow, product.args[0])
+    key, key_scale = _scaled(flow, product.args[1])
+    query = _split_heads(flow, query, _HEADS_FIRST, "query")
+    key = _split_heads(flow, key, _KEYS_LAST, "key")
+    context = _user(flow, probabilities, "relax.matmul", "the probabilities")
+    value_heads = flow.call(context, "relax.matmul").args[1]
+    value = _split_heads(flow, value_heads, _HEADS_FIRST, "value")
+    result, width = _merge_heads(flow, context)
+
+    _require(width % heads == 0, f"{heads} heads do not divide the width {width}")
+    for rows, length in ((query, queries), (key, keys), (value, keys)):
+        _require(static_shape(rows) == (batch, length, width), "heads have different widths")
+    mask_batch = _mask_batch(mask, batch, keys)
+    factor = scale * query_scale * key_scale
+    _require(isfinite(factor), "its scale is not finite")
+    sizes = AttentionShape(
+        batch, queries, keys, heads, width // heads, factor, mask_batch, (width,) * 3
+    )
+    return AttentionMatch(result, query, key, value, mask, sizes)
+
+
+def _scores(flow: Dataflow, scores: Any) -> tuple[Any, float, Any]:
+    """Return (product of queries and keys, scale, mask or None)."""
+    mask = None
+    added = flow.call(scores, "relax.add")
+    if added is not None:
+        scores, mask = _scores_and_mask(added)
+    scores, scale = _scaled(flow, scores)
+    product = flow.call(scores, "relax.matmul")
+    _require(product is not None, "its input is no product of queries and keys")
+    return product, scale, mask
+
+
+def _scores_and_mask(added: Any) -> tuple[Any, Any]:
+    full = static_shape(added)
+    first, second = operands(added)
+    return (first, second) if static_shape(first) == full else (second, first)
+
+
+def _scaled(flow: Dataflow, expr: Any) -> tuple[Any, float]:
+    """Strip multiplications and divisions by a scalar constant; return their product too."""
+    scale = 1.0
+    while True:
+        times, over = flow.call(expr, "relax.multiply"), flow.call(expr, "relax.divide")
+        call = times or over
+        if call is None:
+            return expr, scale
+        inner, factor = operands(call) if times else (call.args[0], call.args[1])
+        number = scalar_constant(flow.resolve(factor))
+        if number is None or number == 0.0:
+            return expr, scale
+        scale = scale * number if times else scale / number
+        expr = inner
+
+
+def _split_heads(flow: Dataflow, expr: Any, order: tuple[int, ...], role: str) -> Any:
+    """Return the rows [batch, length, width] whose heads ``expr`` has split off in ``order``."""
+    axes = [0, 1, 2, 3]
+    while (move := flow.call(expr, "relax.permute_dims")) is not None:
+        step = [int(a) for a in move.attrs.axes] if move.attrs.axes is not None else [3, 2, 1, 0]
+        axes = [step[a] for a in axes]
+        expr = move.args[0]
+    _require(tuple(axes) == order, f"the {role} heads are transposed by {tuple(axes)}, not {order}")
+    split = flow.call(expr, "relax.reshape")
+    _require(split is not None, f"the {role} heads are not split by a reshape")
+    rows = split.args[0]
+    before, after = static_shape(rows), static_shape(split)
+    fits = before is not None and after is not None and len(before) == 3 and len(after) == 4
+    _require(fits and before[:2] == after[:2], f"the {role} reshape does not split the last axis")
+    return rows
+
+
+def _merge_heads(flow: Dataflow, context: Any) -> tuple[Any, int]:
+    """Return the variable that holds the merged heads, and its width."""
+    moved = _user(flow, context, "relax.permute_dims", "the context")
+    axes = flow.call(moved, "relax.permute_dims").attrs.axes
+    order = tuple(int(axis) for axis in axes) if axes is not None else (3, 2, 1, 0)
+    _require(order == _HEADS_FIRST, f"the context is transposed by {order}, not {_HEADS_FIRST}")
+    result = _user(flow, moved, "relax.reshape", "the transposed context")
+    before, after = static_shape(moved), static_shape(result)
+    fits = before is not None and after is not None and len(after) == 3
+    _require(fits and after[:2] == before[:2], "the context reshape does not merge the heads")
+    return result, after[2]
+
+
+def _user(flow: Dataflow, var: Any, op: str, what: str) -> Any:
+    user = flow.only_user(var)
+    _require(user is not None, f"{what} have no single user")
+    _require(flow.call(user, op) is not None, f"{what} are not used by {op}")
+    return user
+
+
+def _mask_batch(mask: Any, batch: int, keys: int) -> int:
+    if mask is None:
+        return 1
+    shape = static_shape(mask)
+    _require(is_float32(mask), "the mask is not float32")
+    _require(
+        shape in ((1, 1, 1, keys), (batch, 1, 1, keys)),
+        f"the mask has shape {shape}, not [{batch} or 1, 1, 1, {keys}]",
+    )
+    return shape[0] if shape is not None else 1
+
+
+def _require(condition: Any, reason: str) -> None:
+    if not condition:
+        raise _Refused(reason)
+
+
+def _need(value: Any, reason: str) -> Any:
+    _require(value is not None, reason)
+    return value
+
+
+@mutator
+class _Rewriter(PyExprMutator):
+    """Replaces the merging reshape of each match by a call of the kernel."""
+
+    def __init__(
+        self, mod: Any, found: list[AttentionMatch], target: Any, flow: Dataflow
+    ) -> None:
+        super().__init__(mod)
+        self._found = {flow.values[match.result]: match for match in found}
+        self._target = target
+
+    def visit_call_(self, call: Any) -> Any:
+        match = self._found.get(call)
+        if match is None:
+            return super().visit_call_(call)
+        mask = match.mask
+        if mask is None:
+            mask = relax.const(np.zeros((1, 1, 1, match.shape.keys), np.float32))
+        args = [self.visit_expr(arg) for arg in (match.query, match.key, match.value, mask)]
+        func = attention(match.shape, self._target)
+        return call_func(self.builder_, func, "attention", args, call.ty)

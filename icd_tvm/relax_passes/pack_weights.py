@@ -1,0 +1,65 @@
+"""PackWeights: matmuls with constant weights become packed kernels, repacked at compile time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
+from icd_tvm.relax_passes.relax_graph import call_func, constant_weight, static_shape
+from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+from icd_tvm.tir_schedules.cpu.tile import choose_tile
+
+
+@tvm.transform.module_pass(opt_level=0, name="PackWeights")
+class PackWeights:
+    """Replace ``relax.matmul(x, W)`` with a constant 2-D W by the packed dense kernel.
+
+    Runs before legalisation, while the weight is still recognisable as one. The packed
+    constant keeps the name of the weight.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        The register tile, and so the packing, is chosen for it.
+
+    Attributes
+    ----------
+    packed : int
+        Matmuls replaced.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.packed = 0
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a clone of ``mod`` with the matmuls replaced."""
+        mod = mod.clone()
+        self.packed = 0
+        for name, func in mod.functions_items():
+            if isinstance(func, relax.Function):
+                rewriter = _Packer(mod, self)
+                new = rewriter.visit_expr(func)
+                mod = rewriter.builder_.get()
+                mod[name] = new
+        return mod
+
+
+@mutator
+class _Packer(PyExprMutator):
+    def __init__(self, mod: Any, owner: PackWeights) -> None:
+        super().__init__(mod)
+        self._owner = owner
+
+    def visit_call_(self, call: Any) -> Any:
+        call = super().visit_call_(call)
+        weight = constant_weight(call)
+        if weight is None:
+            return call
+        *lead, m, k = static_shape(call.args[0]) or ()
+        n = weight.shape[1]
+        tile = choose_tile(m, k, n, self._owner.target)
+        packed = named_const(pack_dense(weight, tile.columns), const_name(call.args[1]))
+        self._owner.packed += 1
+        func = dense_matmul(m, k, n, tile, tuple(lead))
+        return call_func(self.builder_, func, "dense_matmul", [call.args[0], packed], call.ty)

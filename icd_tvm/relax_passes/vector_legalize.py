@@ -1,0 +1,81 @@
+"""Legalisations that replace scalar library calls by vector code on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from icd_tvm._tvm import Op, relax, te, tirx
+from icd_tvm.relax_passes.relax_graph import call_func, is_float32, scalar_constant, static_shape
+from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.softmax import softmax
+
+Legalizer = Callable[[Any, Any], Any]
+
+
+def legalize_map(target: Any) -> dict[str, Legalizer]:
+    """Return the functions that ``LegalizeOps`` takes instead of TVM's own for float32.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        The softmax kernel is built for it.
+
+    Returns
+    -------
+    dict of str to callable
+        Operator name -> ``(BlockBuilder, call) -> expression``. Other types and dynamic
+        shapes go to TVM's legalisation.
+    """
+    unary: dict[str, Callable[[Any], Any]] = {
+        "relax.erf": vector_math.erf,
+        "relax.exp": vector_math.exp,
+        "relax.tanh": vector_math.tanh,
+        "relax.sigmoid": vector_math.sigmoid,
+        "relax.nn.gelu": vector_math.gelu,
+        "relax.nn.silu": lambda x: x * vector_math.sigmoid(x),
+    }
+    table = {name: _unary(name, function) for name, function in unary.items()}
+    table["relax.divide"] = _divide
+    table["relax.nn.softmax"] = lambda builder, call: _softmax(builder, call, target)
+    return table
+
+
+def _unary(name: str, function: Callable[[Any], Any]) -> Legalizer:
+    def legalize(builder: Any, call: Any) -> Any:
+        if not is_float32(call):
+            return _default(builder, call)
+
+        def compute(x: Any) -> Any:
+            return te.compute(x.shape, lambda *index: function(x[index]), name="compute")
+
+        hint = name.rsplit(".", 1)[-1]
+        return builder.call_te(compute, call.args[0], primfunc_name_hint=hint)
+
+    return legalize
+
+
+def _divide(builder: Any, call: Any) -> Any:
+    """Multiply by the reciprocal of a constant: one rounding more, and no division."""
+    number = scalar_constant(call.args[1])
+    if number is None or number == 0.0 or not is_float32(call):
+        return _default(builder, call)
+    inverse = tirx.FloatImm("float32", 1.0 / number)
+
+    def compute(x: Any) -> Any:
+        return te.compute(x.shape, lambda *index: x[index] * inverse, name="compute")
+
+    return builder.call_te(compute, call.args[0], primfunc_name_hint="divide")
+
+
+def _softmax(builder: Any, call: Any, target: Any) -> Any:
+    shape = static_shape(call)
+    if shape is None or len(shape) < 2 or min(shape) < 1 or not is_float32(call):
+        return _default(builder, call)
+    if int(call.attrs.axis) % len(shape) != len(shape) - 1:
+        return _default(builder, call)
+    return call_func(builder, softmax(shape, target), "softmax", [call.args[0]], call.ty)
+
+
+def _default(builder: Any, call: Any) -> Any:
+    return Op.get(call.op.name).get_attr("FLegalize")(builder, call)
