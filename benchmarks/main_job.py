@@ -51,7 +51,9 @@ def report(sparsity: str, threads: int, bar: float, record: dict[str, Any]) -> N
         print(f"  {name:12s} median {latency['median']:7.3f} ms  min {latency['min']:7.3f} ms")
     setup = sum(s["seconds"] for s in record["stages"] if s["stage"] != "measure")
     verdict = "met" if setup <= SETUP_BAR_S else "MISSED"
-    print(f"  set-up {setup:.1f} s, bar {SETUP_BAR_S:.0f} s {verdict}; wall {record['wall_s']:.1f} s")
+    print(
+        f"  set-up {setup:.1f} s, bar {SETUP_BAR_S:.0f} s {verdict}; wall {record['wall_s']:.1f} s"
+    )
 
 
 def main() -> None:

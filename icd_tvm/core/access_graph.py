@@ -166,7 +166,7 @@ def mock_w(
     row, col = (rng.integers(n, size=outside) for _ in range(2))
     rows, cols = np.concatenate([inside[0], row]), np.concatenate([inside[1], col])
     if shuffle:
-        hidden = np.argsort(planted_order(n, seed))
+        hidden = planted_order(n, seed)
         rows, cols = hidden[rows], hidden[cols]
     low, high = np.minimum(rows, cols), np.maximum(rows, cols)
     unique = np.unique(low[low != high] * n + high[low != high])

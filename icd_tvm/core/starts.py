@@ -262,7 +262,7 @@ def incidence_fiedler_order(items: Csr, weights: NDArray[np.float64]) -> Perm:
 
 
 def _by_component(
-    labels: NDArray[Any], values: Callable[[NDArray[np.intp]], NDArray[np.float64]]
+    labels: NDArray[Any], values: Callable[[NDArray[Any]], NDArray[np.float64]]
 ) -> Perm:
     compact = np.unique(labels, return_inverse=True)[1].astype(np.int64)
     order = label_order(compact)

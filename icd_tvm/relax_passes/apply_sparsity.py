@@ -90,9 +90,7 @@ class ApplySparsity:
         makers = [use for use in group.weights if use.side == "N"]
         takers = [use for use in group.weights if use.side == "K"]
         gram = self.statistics.get(takers[0].node) if len(takers) == 1 else None
-        scores = unit_scores(
-            [_array(use) for use in makers], [_array(use) for use in takers], gram
-        )
+        scores = unit_scores([_array(use) for use in makers], [_array(use) for use in takers], gram)
         kept = select_units(scores, self.spec.rate)
         for use in group.consts:
             arrays[use.const] = zero_units(arrays.get(use.const, _array(use)), kept, use.axis)

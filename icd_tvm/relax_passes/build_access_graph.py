@@ -117,9 +117,7 @@ def _kernel_read(rows: int, k: int, n: int, target: Any) -> tuple[Access, Tile]:
     return reads[0], tile
 
 
-def _merge_equal(
-    matrix: sp.csr_matrix, counts: np.ndarray
-) -> tuple[sp.csr_matrix, np.ndarray]:
+def _merge_equal(matrix: sp.csr_matrix, counts: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
     packed = np.packbits(matrix.toarray(), axis=1)
     _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))

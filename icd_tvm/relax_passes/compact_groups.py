@@ -149,7 +149,7 @@ class _Compactor:
                 array = np.take(array, self._index(structure), axis=axis)
             if points is not None:
                 array = self._renumbered(array, points, var)
-            self._made[key] = named_const(np.ascontiguousarray(array), const_name(const))
+            self._made[key] = named_const(np.asarray(array, order="C"), const_name(const))
         return self._made[key]
 
     def _renumbered(self, array: Any, points: AxisStructure, var: Var) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from icd_tvm._tvm import tvm
-from icd_tvm.core.solver import fit_permutation
+from icd_tvm.core.access_graph import build_w, is_uniform
+from icd_tvm.core.cost import TileAccess
+from icd_tvm.core.solver import FitStats, fit_permutation
 from icd_tvm.relax_passes.coaccess_attr import read_accesses
 
 LAYOUT_PERM = "icd.layout_perm"
@@ -28,11 +31,14 @@ class Decision:
         int32 [n], new[i] = old[perm[i]].
     stats : dict
         The solver's figures: U, C, Q before and after, winner, reason, elapsed seconds.
+    w_nnz : int
+        Non-zeros of the co-access graph W [n, n].
     """
 
     group: str
     perm: np.ndarray
     stats: dict[str, Any]
+    w_nnz: int
 
     @property
     def improved(self) -> bool:
@@ -70,7 +76,7 @@ class DecidePermutation:
             perm, stats = fit_permutation(
                 accesses=accesses, time_budget_s=share, rng_seed=self.seed
             )
-            self.decisions.append(Decision(group, perm, _as_dict(stats)))
+            self.decisions.append(Decision(group, perm, _as_dict(stats), _graph_nnz(accesses)))
         chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
         return mod.with_attr(LAYOUT_PERM, chosen)
 
@@ -83,6 +89,12 @@ def read_permutations(mod: Any) -> dict[str, np.ndarray]:
     return {str(group): perm.numpy() for group, perm in attrs[LAYOUT_PERM].items()}
 
 
-def _as_dict(stats: Any) -> dict[str, Any]:
-    record = stats if isinstance(stats, dict) else asdict(stats)
-    return json.loads(json.dumps(record, default=float))
+def _as_dict(stats: FitStats) -> dict[str, Any]:
+    return json.loads(json.dumps(stats.to_dict(), default=float))
+
+
+def _graph_nnz(accesses: Sequence[TileAccess]) -> int:
+    n = accesses[0].n
+    if is_uniform(accesses=accesses):
+        return n * (n - 1)
+    return int(build_w("tir", accesses=accesses).nnz)

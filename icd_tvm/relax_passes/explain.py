@@ -62,7 +62,7 @@ def _paragraph(group: AxisGroup) -> str:
     title = f"{'free' if group.free else 'PINNED'} {group.id}  size {group.size}"
     title += f"  {group.constraint}" if group.free else ""
     title += f"  ({group.role})" if group.role else ""
-    lines = [f"{title}  {_bytes(group.bytes_touched)}"]
+    lines = [_wrap(f"{title}  {_bytes(group.bytes_touched)}", "")]
     lines += [_item("pinned by", text) for text in _pin_texts(group.pins)]
     stored = [m for m in group.members if m.kind != "value"]
     lines.append(_item("members", _list(map(_member_text, stored or group.members))))
@@ -76,17 +76,20 @@ def _composite_paragraph(group: AxisGroup) -> str:
     state = "axis" if group.free else "PINNED axis"
     title = f"{state} {group.id}  size {group.size} = {group.structure.text()}  {group.constraint}"
     stored = {m.name: None for m in group.members if m.kind == "const"}
-    lines = [title, _item("made of", ", ".join(group.factors)), _item("of", _list(stored))]
+    lines = [_wrap(title, ""), _item("made of", ", ".join(group.factors)), _item("of", _list(stored))]
     return "\n".join(lines)
 
 
 def _item(label: str, text: str) -> str:
-    indent = " " * 4
+    return _wrap(f"{label}: {text}", " " * 4)
+
+
+def _wrap(text: str, indent: str) -> str:
     return textwrap.fill(
         text,
         _WIDTH,
-        initial_indent=f"{indent}{label}: ",
-        subsequent_indent=indent * 2,
+        initial_indent=indent,
+        subsequent_indent=" " * 8,
         break_on_hyphens=False,
         break_long_words=False,
     )

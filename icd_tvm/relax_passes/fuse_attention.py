@@ -88,13 +88,13 @@ class FuseAttention:
             if flow.call(var, "relax.nn.softmax") is None:
                 continue
             try:
-                found.append(match_attention(flow, var))
+                found.append(_match(flow, var))
             except _Refused as refusal:
                 self.refusals[str(var.name)] = str(refusal)
         return found
 
 
-def match_attention(flow: Dataflow, probabilities: Any) -> AttentionMatch:
+def _match(flow: Dataflow, probabilities: Any) -> AttentionMatch:
     """Return the attention around the softmax bound to ``probabilities``.
 
     Raises
@@ -154,14 +154,16 @@ def _scaled(flow: Dataflow, expr: Any) -> tuple[Any, float]:
     scale = 1.0
     while True:
         times, over = flow.call(expr, "relax.multiply"), flow.call(expr, "relax.divide")
-        call = times or over
-        if call is None:
+        if times is not None:
+            inner, factor = operands(times)
+        elif over is not None:
+            inner, factor = over.args
+        else:
             return expr, scale
-        inner, factor = operands(call) if times else (call.args[0], call.args[1])
         number = scalar_constant(flow.resolve(factor))
         if number is None or number == 0.0:
             return expr, scale
-        scale = scale * number if times else scale / number
+        scale = scale / number if times is None else scale * number
         expr = inner
 
 
@@ -176,9 +178,9 @@ def _split_heads(flow: Dataflow, expr: Any, order: tuple[int, ...], role: str) -
     split = flow.call(expr, "relax.reshape")
     _require(split is not None, f"the {role} heads are not split by a reshape")
     rows = split.args[0]
-    before, after = static_shape(rows), static_shape(split)
-    fits = before is not None and after is not None and len(before) == 3 and len(after) == 4
-    _require(fits and before[:2] == after[:2], f"the {role} reshape does not split the last axis")
+    before, after = static_shape(rows) or (), static_shape(split) or ()
+    fits = len(before) == 3 and len(after) == 4 and before[:2] == after[:2]
+    _require(fits, f"the {role} reshape does not split the last axis")
     return rows
 
 
@@ -189,9 +191,9 @@ def _merge_heads(flow: Dataflow, context: Any) -> tuple[Any, int]:
     order = tuple(int(axis) for axis in axes) if axes is not None else (3, 2, 1, 0)
     _require(order == _HEADS_FIRST, f"the context is transposed by {order}, not {_HEADS_FIRST}")
     result = _user(flow, moved, "relax.reshape", "the transposed context")
-    before, after = static_shape(moved), static_shape(result)
-    fits = before is not None and after is not None and len(after) == 3
-    _require(fits and after[:2] == before[:2], "the context reshape does not merge the heads")
+    before, after = static_shape(moved) or (), static_shape(result) or ()
+    fits = len(after) == 3 and after[:2] == before[:2]
+    _require(fits, "the context reshape does not merge the heads")
     return result, after[2]
 
 
@@ -228,9 +230,7 @@ def _need(value: Any, reason: str) -> Any:
 class _Rewriter(PyExprMutator):
     """Replaces the merging reshape of each match by a call of the kernel."""
 
-    def __init__(
-        self, mod: Any, found: list[AttentionMatch], target: Any, flow: Dataflow
-    ) -> None:
+    def __init__(self, mod: Any, found: list[AttentionMatch], target: Any, flow: Dataflow) -> None:
         super().__init__(mod)
         self._found = {flow.values[match.result]: match for match in found}
         self._target = target

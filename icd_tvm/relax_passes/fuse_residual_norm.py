@@ -61,16 +61,17 @@ class _Fuser(PyExprMutator):
             self._owner.refusals[str(getattr(call.args[0], "name", call.args[0]))] = reason
             return super().visit_call_(call)
         added = _residual(self._flow, call.args[0])
-        self._owner.fused["residual" if added else "plain"] += 1
-        rows = list(added.args) if added else [call.args[0]]
+        residual = added is not None
+        self._owner.fused["residual" if residual else "plain"] += 1
+        rows = list(added.args) if residual else [call.args[0]]
         func = layer_norm(
             static_shape(call) or (),
             float(call.attrs.epsilon),
             self._owner.target,
-            residual=added is not None,
+            residual=residual,
         )
         args = [self.visit_expr(arg) for arg in (*rows, call.args[1], call.args[2])]
-        name = "residual_layer_norm" if added else "layer_norm"
+        name = "residual_layer_norm" if residual else "layer_norm"
         return call_func(self.builder_, func, name, args, call.ty)
 
 

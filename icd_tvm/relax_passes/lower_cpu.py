@@ -9,19 +9,42 @@ from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
+from icd_tvm.relax_passes.select_kernels import SelectKernels
 from icd_tvm.relax_passes.vector_legalize import legalize_map
 from icd_tvm.tir_schedules.cpu import cpu_rules
+from icd_tvm.tir_schedules.cpu.select import KernelChoice
 from icd_tvm.tir_schedules.cpu.stack import register_pipeline
 
 
-def cpu_pipeline(target: Any) -> Any:
+def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool = True) -> Any:
+    """Return the passes that turn a Relax module into scheduled CPU kernels.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        LLVM target, e.g. from `host_target`.
+    kernels : KernelChoice, optional
+        Kernel for every matmul whose weight has zeros; ``KernelChoice("dense", 0, "")`` keeps
+        them all dense. If omitted each is chosen by `choose_matmul_kernel`.
+    tune : bool, optional
+        Whether that choice is measured on this machine (else modelled).
+
+    Returns
+    -------
+    tvm.transform.Sequential
+        To be run under ``with target:``. Compile the result with the TIR pipeline that
+        `build_cpu` uses; TVM's own gives the same results more slowly.
+    """
     rx = relax.transform
     return tvm.transform.Sequential(
         [
             # Patterns are easiest to recognise on named operators.
+            rx.FoldConstant(),
             FuseAttention(target),
             MergeParallelMatmul(target),
             FuseResidualNorm(target),
+            # Constant weights are laid out for the kernel that reads them.
+            SelectKernels(target, force=kernels, tune=tune),
             PackWeights(target),
             # Everything else becomes loops; what depends on constants alone is computed now.
             rx.LegalizeOps(legalize_map(target)),
@@ -37,7 +60,23 @@ def cpu_pipeline(target: Any) -> Any:
     )
 
 
-def build_cpu(mod: Any, target: Any) -> Any:
+def build_cpu(
+    mod: Any, target: Any, *, kernels: KernelChoice | None = None, tune: bool = True
+) -> Any:
+    """Lower and compile a module for the CPU.
+
+    Parameters
+    ----------
+    mod : IRModule
+        Constants bound; matmuls may already be calls of our sparse kernels. Left untouched.
+    target, kernels, tune
+        As for `cpu_pipeline`.
+
+    Returns
+    -------
+    tvm.runtime.vm.VMExecutable
+        For ``relax.VirtualMachine(executable, tvm.cpu())``.
+    """
     with target:
-        lowered = cpu_pipeline(target)(mod)
+        lowered = cpu_pipeline(target, kernels=kernels, tune=tune)(mod)
         return tvm.compile(lowered, target, tir_pipeline=register_pipeline())

@@ -76,7 +76,9 @@ class _Merger(PyExprMutator):
         self._mod, self._flow, self._owner = mod, flow, owner
 
     def visit_call_(self, call: Any) -> Any:
-        shape = attention_shape(self._mod[call.args[0]]) if is_call(call, "relax.call_tir") else None
+        shape = (
+            attention_shape(self._mod[call.args[0]]) if is_call(call, "relax.call_tir") else None
+        )
         if shape is None:
             return super().visit_call_(call)
         query, key, value, mask = call.args[1].fields
@@ -99,7 +101,7 @@ class _Merger(PyExprMutator):
             if part is None:
                 return f"{var.name} is no matmul with a constant weight"
             found.append(part)
-        if any(part.source != found[0].source for part in found):
+        if not all(part.source.same_as(found[0].source) for part in found):
             return "the projections have different inputs"
         if len({part.weight.shape for part in found}) != 1:
             return "the projections have different shapes"

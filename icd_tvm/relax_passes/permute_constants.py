@@ -237,7 +237,8 @@ class _Permuter:
             array = np.take(array, axis_index(structure, self._leaves), axis=axis)
         if points is not None:
             array = invert(axis_index(points, self._leaves))[array].astype(array.dtype)
-        return named_const(np.ascontiguousarray(array), const_name(const))
+        # asarray, unlike ascontiguousarray, leaves scalars without an axis.
+        return named_const(np.asarray(array, order="C"), const_name(const))
 
 
 def rewrite_constants(func: Any, rewrite: Rewrite) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import tvm
+from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
@@ -60,7 +60,7 @@ class RewriteLayout:
             mod = permute_groups(mod, find_axis_groups(mod["main"]), axes)
         if self.compact:
             mod = self._drop_dead_units(mod)
-        return ReorderOutputs(outputs)(mod) if outputs else mod
+        return apply_pass(ReorderOutputs(outputs), mod) if outputs else mod
 
     def _drop_dead_units(self, mod: Any) -> Any:
         func, groups = mod["main"], find_axis_groups(mod["main"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from icd_tvm._tvm import Op, relax, te, tirx
+from icd_tvm._tvm import Op, te, tirx
 from icd_tvm.relax_passes.relax_graph import call_func, is_float32, scalar_constant, static_shape
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.softmax import softmax

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from icd_tvm._tvm import apply_pass
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
@@ -28,31 +29,33 @@ class Arm:
     same_as : str
         Name of an earlier arm with the very same module, or empty. Both are still timed: two
         equal arms must come out equal.
-    notes : dict
-        What was done to the order.
+    removed : dict[str, int]
+        Hidden units removed from each group.
     """
 
     name: str
     mod: Any
     same_as: str = ""
-    notes: dict[str, Any] = field(default_factory=dict)
+    removed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the module differs from the arm it was made from."""
+        return not self.same_as
 
 
-def make_arms(
-    dense: Any,
+def ordered_arms(
     transformed: Any,
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray] | None,
     seed: int,
-) -> list[Arm]:
-    """Return the arms in reporting order.
+) -> dict[str, Arm]:
+    """Return the transformed function in the random, linear and iterative orders.
 
     Parameters
     ----------
-    dense : tvm.IRModule
-        The model as imported.
     transformed : tvm.IRModule
-        The model after the transform, order untouched.
+        The model after the transform, order untouched (the identity arm).
     before : Mapping[str, numpy.ndarray]
         The permutations decided before the transform.
     after : Mapping[str, numpy.ndarray] or None
@@ -61,21 +64,20 @@ def make_arms(
         Seed of the random arm.
     """
     arms = [
-        Arm(DENSE, dense),
-        Arm(IDENTITY, transformed),
         Arm(RANDOM, _randomly_permuted(transformed, seed)),
         _ordered(LINEAR, transformed, before, compact=False),
     ]
     if after is not None:
         arms.append(_ordered(ITERATIVE, transformed, after, compact=True))
-    return arms
+    return {arm.name: arm for arm in arms}
 
 
 def _ordered(name: str, mod: Any, perms: Mapping[str, np.ndarray], compact: bool) -> Arm:
-    if not perms and not compact:
-        return Arm(name, mod, same_as=IDENTITY)
     rewrite = RewriteLayout(perms, compact=compact)
-    return Arm(name, rewrite(mod), notes={"removed_units": dict(rewrite.removed)})
+    ordered = apply_pass(rewrite, mod)
+    if not perms and not rewrite.removed:
+        return Arm(name, mod, same_as=IDENTITY)
+    return Arm(name, ordered, removed=rewrite.removed)
 
 
 def _randomly_permuted(mod: Any, seed: int) -> Any:

@@ -25,6 +25,7 @@ class Built:
     def __init__(self, executable: Any, input_names: list[str]) -> None:
         self.executable = executable
         self.input_names = input_names
+        self.kernels: dict[str, str] = {}
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
 
     def run_all(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from icd_tvm._tvm import apply_pass
 from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats, Statistic
 from icd_tvm.runtime.build import build
 
@@ -35,7 +36,7 @@ def calibrate(
     dict[str, numpy.ndarray]
         float64 [K] (moment) or [K, K] (gram) by binding name, divided by the number of calls.
     """
-    runner = build(CollectActivationStats(requests)(mod), target)
+    runner = build(apply_pass(CollectActivationStats(requests), mod), target)
     totals = [np.zeros(1)] * len(requests)
     for feeds in batches:
         statistics = runner.run_all(feeds)[-len(requests) :]

@@ -39,6 +39,8 @@ class Measured:
     ----------
     samples : dict[str, numpy.ndarray]
         float64 [rounds]; sample i of all arms is from the same round.
+    feeds : Mapping[str, numpy.ndarray]
+        The inputs of every call.
     peer_info : dict[str, dict[str, str]]
         Name and version of each peer.
     peer_outputs : dict[str, dict[str, numpy.ndarray]]
@@ -46,6 +48,7 @@ class Measured:
     """
 
     samples: dict[str, Samples]
+    feeds: Mapping[str, np.ndarray]
     peer_info: dict[str, dict[str, str]] = field(default_factory=dict)
     peer_outputs: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
@@ -95,7 +98,8 @@ def measure_arms(
         If an arm or the peer fails.
     """
     if options.peer is None:
-        return Measured(interleave(callers, repeats=options.repeats, seed=options.seed))
+        samples = interleave(callers, repeats=options.repeats, seed=options.seed)
+        return Measured(samples, feeds)
     blocks = -(-options.repeats // BLOCK_REPEATS)
     threads = options.threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="icd-model-") as folder:
@@ -109,4 +113,4 @@ def measure_arms(
                 block_repeats=BLOCK_REPEATS,
                 seed=options.seed,
             )
-            return Measured(samples, {options.peer: peer.info}, {options.peer: peer.outputs})
+            return Measured(samples, feeds, {options.peer: peer.info}, {options.peer: peer.outputs})

@@ -7,9 +7,10 @@ and indirect indices through constant arrays are exact; nothing is approximated 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,50 +18,24 @@ import scipy.sparse as sp
 import tvm_ffi
 from numpy.typing import NDArray
 
-from icd_tvm._tvm import Call, TensorLoad, Var, s_tir, sym, tirx
+from icd_tvm._tvm import Call, TensorLoad, Var, s_tir, sym, tirx, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.errors import ConfigError, ShapeError, UnsupportedOpError
+from icd_tvm.tir_schedules.index_eval import Constants, Ints, Loop, Points, variables
 
 Window = Literal["vector", "warp", "sector", "line", "tile", "cta", "reduction", "all"]
 WINDOWS = ("vector", "warp", "sector", "line", "tile", "cta", "reduction", "all")
-Ints = NDArray[np.int64]
-Constants = Mapping[str, NDArray[Any]]
 
 _KINDS = ("serial", "parallel", "vectorized", "unrolled", "thread")
 _LANES = ("vectorized", "intrinsic")
 _THREADS = ("threadIdx.z", "threadIdx.y", "threadIdx.x")
 _WARP = 32
+_MAX_WARPS = 32
 _POINT_CAP = 1 << 26
+# Points evaluated at a time.
+_CHUNK = 1 << 20
 # Chance that the error bound of a sampled incidence fails for a given entry.
 _SAMPLING_RISK = 1e-3
-
-
-@dataclass(frozen=True, eq=False)
-class Loop:
-    """One loop around an access.
-
-    Attributes
-    ----------
-    var : Var
-    minimum, extent : Expr
-        May depend on outer loops and on constant index arrays.
-    tag : str
-        serial, parallel, vectorized, unrolled, blockIdx.*, threadIdx.*, or intrinsic: an axis
-        of the region that one tensor instruction handles.
-    reduction : bool
-        Does the loop run over a reduction?
-    """
-
-    var: Any
-    minimum: Any
-    extent: Any
-    tag: str
-    reduction: bool = False
-
-    @property
-    def name(self) -> str:
-        """Name of the loop variable; not unique in a function."""
-        return str(self.var.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,17 +133,8 @@ def accesses(func: Any) -> list[Access]:
 
 
 def _marked(access: Access, reduction: set[Any]) -> Access:
-    loops = tuple(Loop(p.var, p.minimum, p.extent, p.tag, p.var in reduction) for p in access.loops)
-    return Access(
-        access.buffer,
-        access.shape,
-        access.dtype,
-        access.write,
-        access.indices,
-        loops,
-        access.predicates,
-        access.block,
-    )
+    loops = tuple(replace(loop, reduction=loop.var in reduction) for loop in access.loops)
+    return replace(access, loops=loops)
 
 
 class _Walk:
@@ -240,7 +206,7 @@ class _Walk:
             self.loads(index)
         self._record(node.buffer, node.indices, write=True)
         if any(load.source.same_as(node.buffer) for load in _loads_of(node.value)):
-            fixed = _variables(self.found[-1].indices)
+            fixed = variables(self.found[-1].indices)
             self.accumulated |= {loop.var for loop in self.loops if loop.var not in fixed}
 
     def _realize(self, node: Any) -> None:
@@ -249,7 +215,7 @@ class _Walk:
             plain = self.plain(value)
             self.values[variable.var] = plain
             if int(variable.iter_type) == 2:
-                self.reduced |= _variables([plain])
+                self.reduced |= variables([plain])
         self.block = str(block.name_hint) or outer
         self._guarded(self.plain(node.predicate), lambda: self._block_body(block))
         self.block = outer
@@ -329,7 +295,7 @@ class _Walk:
         spatial: set[Any] = set()
         for access in self.found:
             if access.write and any(access.buffer.same_as(p) for p in parameters):
-                spatial |= _variables(access.indices)
+                spatial |= variables(access.indices)
         return self.accumulated - spatial - self._concurrent()
 
     def _concurrent(self) -> set[Any]:
@@ -366,15 +332,6 @@ def _loads_of(expr: Any) -> list[Any]:
     found: list[Any] = []
     tvm_ffi.structural_walk(expr, (TensorLoad, found.append))
     return found
-
-
-def _variables(exprs: Iterable[Any]) -> set[Any]:
-    """Return the variables of the expressions; buffers are not variables here."""
-    found: set[Any] = set()
-    for expr in exprs:
-        if not isinstance(expr, int):
-            tvm_ffi.structural_walk(expr, (Var, found.add))
-    return {var for var in found if not isinstance(var.ty, tirx.BufferType)}
 
 
 def _without_ramps(expr: Any, lanes: dict[int, Any]) -> Any:
@@ -420,116 +377,6 @@ def _affine(index: Any, variables: list[Any]) -> Affine | None:
     values = [int(term.value) for term in terms]
     pairs = zip(variables, values[:-1], strict=True)
     return Affine({str(v.name): value for v, value in pairs if value}, values[-1])
-
-
-_BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
-    tirx.Add: np.add,
-    tirx.Sub: np.subtract,
-    tirx.Mul: np.multiply,
-    tirx.FloorDiv: np.floor_divide,
-    tirx.FloorMod: np.mod,
-    tirx.Div: lambda a, b: np.trunc(np.divide(a, b)).astype(np.int64),
-    tirx.Mod: np.fmod,
-    tirx.Min: np.minimum,
-    tirx.Max: np.maximum,
-    tirx.LT: np.less,
-    tirx.LE: np.less_equal,
-    tirx.GT: np.greater,
-    tirx.GE: np.greater_equal,
-    tirx.EQ: np.equal,
-    tirx.NE: np.not_equal,
-    tirx.And: np.logical_and,
-    tirx.Or: np.logical_or,
-}
-_CALLS: Mapping[str, Callable[..., Any]] = {
-    "tirx.likely": lambda a: a,
-    "tirx.shift_left": np.left_shift,
-    "tirx.shift_right": np.right_shift,
-    "tirx.bitwise_and": np.bitwise_and,
-    "tirx.bitwise_or": np.bitwise_or,
-    "tirx.bitwise_xor": np.bitwise_xor,
-}
-
-
-@dataclass(eq=False)
-class _Points:
-    """A set of loop points: one int64[N] array for each loop variable bound so far."""
-
-    consts: Constants
-    env: dict[Any, Ints] = field(default_factory=dict)
-    size: int = 1
-
-    def expand(self, loop: Loop) -> None:
-        """Bind one more loop; its extent may differ from point to point."""
-        low = np.broadcast_to(self.value(loop.minimum), self.size)
-        extent = np.maximum(np.broadcast_to(self.value(loop.extent), self.size), 0)
-        source = np.repeat(np.arange(self.size), extent)
-        first = np.cumsum(extent) - extent
-        self.take(source)
-        self.env[loop.var] = np.arange(source.size) - first[source] + low[source]
-
-    def take(self, chosen: NDArray[Any]) -> None:
-        """Keep the chosen points (a mask or positions)."""
-        self.env = {var: values[chosen] for var, values in self.env.items()}
-        self.size = int(chosen.sum()) if chosen.dtype == np.bool_ else chosen.size
-
-    def value(self, expr: Any, guarded: bool = False) -> Any:
-        """Evaluate an integer expression at every point; a scalar where it is constant."""
-        if isinstance(expr, int):
-            return expr
-        if isinstance(expr, tirx.IntImm):
-            return int(expr.value)
-        if isinstance(expr, Var):
-            return self._variable(expr)
-        if (combine := _BINARY.get(type(expr))) is not None:
-            return combine(self.value(expr.a, guarded), self.value(expr.b, guarded))
-        if isinstance(expr, tirx.Not):
-            return np.logical_not(self.value(expr.a, guarded))
-        if isinstance(expr, tirx.Cast):
-            return self.value(expr.value, guarded)
-        if isinstance(expr, tirx.Select):
-            return self._choose(expr.condition, expr.true_value, expr.false_value)
-        if isinstance(expr, TensorLoad):
-            return self._load(expr, guarded)
-        if isinstance(expr, Call):
-            return self._call(expr, guarded)
-        raise UnsupportedOpError(f"cannot evaluate the index expression {expr}")
-
-    def _variable(self, var: Any) -> Ints:
-        if var not in self.env:
-            raise UnsupportedOpError(
-                f"index depends on {var.name}, which no loop binds", "specialise the function"
-            )
-        return self.env[var]
-
-    def _choose(self, condition: Any, yes: Any, no: Any) -> Any:
-        # Both sides are evaluated everywhere: the side not taken may index out of range.
-        return np.where(self.value(condition, True), self.value(yes, True), self.value(no, True))
-
-    def _call(self, expr: Any, guarded: bool) -> Any:
-        name = getattr(expr.op, "name", "")
-        if name == "tirx.if_then_else":
-            return self._choose(*expr.args)
-        if name not in _CALLS:
-            raise UnsupportedOpError(f"cannot evaluate the call {name} in an index")
-        return _CALLS[name](*(self.value(arg, guarded) for arg in expr.args))
-
-    def _load(self, expr: Any, guarded: bool) -> Any:
-        name = str(expr.source.name)
-        if name not in self.consts:
-            raise ConfigError(
-                f"index is loaded from {name!r}, whose values are unknown", f"pass consts[{name!r}]"
-            )
-        array = np.asarray(self.consts[name])
-        index = [np.asarray(self.value(i, guarded)) for i in expr.indices]
-        if len(index) != array.ndim:
-            raise ShapeError(f"consts[{name!r}] has {array.ndim} dimensions, not {len(index)}")
-        limits = zip(index, array.shape, strict=True)
-        if guarded:
-            index = [np.clip(i, 0, max(size - 1, 0)) for i, size in limits]
-        elif any(i.size and (i.min() < 0 or i.max() >= size) for i, size in limits):
-            raise ShapeError(f"consts[{name!r}] {array.shape} is indexed out of range")
-        return array[tuple(index)].astype(np.int64)
 
 
 def window_incidence(
@@ -591,24 +438,38 @@ def window_incidence(
         raise ConfigError(f"window={window!r} is unknown", ", ".join(WINDOWS))
     shape = _logical_shape(access, nonzero, logical)
     n = _axis_length(shape, axis_of, length)
-    chosen = _window_loops(access, window)
-    domain = _Domain(access, chosen, window == "warp", consts or {})
-    points, scale, error = domain.evaluate(window, point_cap, seed)
-    index = [np.broadcast_to(points.value(i), points.size) for i in access.indices]
-    ids = _window_ids(access, window, points, chosen, index, line_bytes)
-    place = list(logical(*index)) if logical is not None else list(index)
-    axis = place[axis_of] if isinstance(axis_of, int) else axis_of(*place)
-    axis = np.broadcast_to(np.asarray(axis, dtype=np.int64), points.size)
-    keep = _inside(place, shape) & (axis >= 0) & (axis < n)
-    if nonzero is not None:
-        keep[keep] = nonzero[tuple(np.asarray(p)[keep] for p in place)]
-    names, rows = np.unique(ids, return_inverse=True)
-    cells = np.unique(rows[keep] * n + axis[keep])
+    access = split_fused(access, keep_threads=window == "warp")
+    domain = _Domain(access, _window_loops(access, window), window == "warp", consts or {})
+    naming = _Naming(access, window, domain, line_bytes)
+    ids, cells = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for points in domain.points(naming.by_address, point_cap, seed):
+        index = [np.broadcast_to(points.value(i), points.size) for i in access.indices]
+        place = list(logical(*index)) if logical is not None else list(index)
+        axis = place[axis_of] if isinstance(axis_of, int) else axis_of(*place)
+        axis = np.broadcast_to(np.asarray(axis, dtype=np.int64), points.size)
+        keep = _inside(place, shape) & (axis >= 0) & (axis < n)
+        if nonzero is not None:
+            keep[keep] = nonzero[tuple(np.asarray(p)[keep] for p in place)]
+        name = naming.ids(points, index)
+        ids.append(_distinct(name))
+        cells.append(_distinct(name[keep] * n + axis[keep]))
+    names, touched = np.unique(np.concatenate(ids)), np.unique(np.concatenate(cells))
+    rows = np.searchsorted(names, touched // n)
     matrix = sp.csr_matrix(
-        (np.ones(cells.size, dtype=np.bool_), (cells // n, cells % n)), shape=(names.size, n)
+        (np.ones(touched.size, dtype=np.bool_), (rows, touched % n)), shape=(names.size, n)
     )
-    factor = 1.0 if window in ("sector", "line") else float(domain.repeats)
-    return Incidence(matrix, np.full(names.size, factor * scale), error)
+    factor = 1.0 if naming.by_address else domain.repeats * domain.scale
+    return Incidence(matrix, np.full(names.size, factor), domain.error)
+
+
+def _distinct(values: Ints) -> Ints:
+    """np.unique, without sorting where the range of values is small."""
+    top = int(values.max(initial=0)) + 1
+    if top > 64 * max(values.size, 1 << 16):
+        return np.unique(values)
+    seen = np.zeros(top, dtype=np.bool_)
+    seen[values] = True
+    return np.flatnonzero(seen)
 
 
 def reduction_windows(
@@ -686,6 +547,8 @@ class _Domain:
         Loops connected with the indices by a common index, guard or loop bound.
     repeats : int
         Distinct windows that the other window loops make of one; 0: the access never happens.
+    scale, error : float
+        Windows each evaluated one stands for, and the bound of Incidence.error.
     """
 
     def __init__(
@@ -695,91 +558,87 @@ class _Domain:
         self.window_vars = {loop.var for loop in chosen}
         groups = _connected(access, by_warp)
         self.main = [p for p in access.loops if p.var in groups[0]]
+        self.scale, self.error = 1.0, 0.0
         self.repeats = math.prod(self._repeats(group) for group in groups[1:])
+        for predicate in access.predicates:
+            if not variables([predicate]) and not np.all(Points(consts).value(predicate)):
+                self.repeats = 0
+
+    def _guards(self, group: set[Any]) -> list[Any]:
+        return [p for p in self.access.predicates if variables([p]) & group]
 
     def _repeats(self, group: set[Any]) -> int:
         loops = [p for p in self.access.loops if p.var in group]
-        points = _Points(self.consts)
-        self._bind(points, loops)
+        points = Points(self.consts)
+        points.expand_all(loops, self._guards(group))
         if points.size == 0:
             return 0
         columns = [points.env[p.var] for p in loops if p.var in self.window_vars]
         return len(np.unique(np.stack(columns, axis=1), axis=0)) if columns else 1
 
-    def _bind(self, points: _Points, loops: Sequence[Loop]) -> None:
-        pending = [p for p in self.access.predicates if _variables([p]) & {q.var for q in loops}]
-        for loop in loops:
-            points.expand(loop)
-            ready = [p for p in pending if _variables([p]) <= points.env.keys()]
-            pending = [p for p in pending if not any(p is q for q in ready)]
-            for predicate in ready:
-                points.take(np.broadcast_to(points.value(predicate), points.size).astype(np.bool_))
-
-    def evaluate(self, window: str, cap: int, seed: int) -> tuple[_Points, float, float]:
-        """Return the points, what each stands for, and the bound of the sampling error."""
-        points = _Points(self.consts)
-        constant = [p for p in self.access.predicates if not _variables([p])]
-        if self.repeats == 0 or not all(bool(np.all(points.value(p))) for p in constant):
-            return self._nothing(), 1.0, 0.0
-        total = math.prod(self._extent(p) for p in self.main)
+    def points(self, by_address: bool, cap: int, seed: int) -> Iterator[Points]:
+        """Yield all points, or those of a sample of windows, in chunks."""
+        if self.repeats == 0:
+            return
+        # An extent that varies counts as 1 here, for want of an estimate.
+        total = math.prod(p.constant_extent or 1 for p in self.main)
         if total <= cap:
-            self._bind(points, self.main)
-            return points, 1.0, 0.0
-        if window in ("sector", "line"):
+            yield from self._chunks(Points(self.consts), self.main)
+            return
+        if by_address:
             raise ConfigError(
                 f"{self.access.name}: {total} points exceed point_cap {cap}",
-                f"windows by {window} cannot be sampled; raise point_cap or use another window",
+                "windows by address cannot be sampled; raise point_cap or use another window",
             )
-        return self._sample(total, cap, seed)
+        sample, inner = self._sample(total, cap, seed)
+        yield from self._chunks(sample, inner)
 
-    def _nothing(self) -> _Points:
-        return _Points(self.consts, {p.var: np.empty(0, np.int64) for p in self.main}, 0)
+    def _chunks(self, points: Points, loops: Sequence[Loop]) -> Iterator[Points]:
+        pending = self._guards({p.var for p in self.main})
+        points.filter(pending)
+        rest = math.prod(p.constant_extent or 1 for p in loops)
+        if not loops or points.size * rest <= _CHUNK:
+            points.expand_all(loops, pending)
+            yield points
+            return
+        points.expand(loops[0])
+        rest //= loops[0].constant_extent or 1
+        for chunk in points.chunks(max(1, _CHUNK // max(rest, 1))):
+            yield from self._chunks(chunk, loops[1:])
 
-    def _extent(self, loop: Loop) -> int:
-        """Return the extent of a loop; 1 where it varies, for want of an estimate."""
-        return int(loop.extent) if isinstance(loop.extent, (int, tirx.IntImm)) else 1
-
-    def _sample(self, total: int, cap: int, seed: int) -> tuple[_Points, float, float]:
+    def _sample(self, total: int, cap: int, seed: int) -> tuple[Points, list[Loop]]:
+        """Bind the window loops to a random set of windows; return the loops left to bind."""
         outer = [p for p in self.main if p.var in self.window_vars]
         inner = [p for p in self.main if p.var not in self.window_vars]
-        inside = {p.var for p in inner}
-        if any(_variables([p.minimum, p.extent]) & inside for p in outer):
+        if any(p.constant_extent is None or variables([p.minimum]) for p in outer):
             raise ConfigError(
-                f"{self.access.name}: window loops depend on others", "raise point_cap"
+                f"{self.access.name}: windows of varying loops cannot be sampled", "raise point_cap"
             )
-        windows = math.prod(self._extent(p) for p in outer)
-        number = cap // max(1, total // windows)
+        windows = math.prod(p.constant_extent or 0 for p in outer)
+        number = min(cap // max(1, total // windows), windows)
         if number < 1:
-            raise ConfigError(f"{self.access.name}: one window exceeds point_cap {cap}")
-        ids = np.sort(np.random.default_rng(seed).choice(windows, min(number, windows), False))
-        points = _Points(self.consts, {}, ids.size)
+            raise ConfigError(
+                f"{self.access.name}: one window exceeds point_cap {cap}", "raise point_cap"
+            )
+        ids = np.sort(np.random.default_rng(seed).choice(windows, number, replace=False))
+        points = Points(self.consts, {}, number)
         for loop in reversed(outer):
-            ids, digit = np.divmod(ids, self._extent(loop))
-            points.env[loop.var] = digit + np.broadcast_to(points.value(loop.minimum), digit.shape)
-        number = points.size
-        self._filter(points)
-        for loop in inner:
-            points.expand(loop)
-        self._filter(points)
-        bound = math.sqrt(math.log(2 / _SAMPLING_RISK) / (2 * number))
-        return points, windows / number, bound
-
-    def _filter(self, points: _Points) -> None:
-        for predicate in self.access.predicates:
-            variables = _variables([predicate])
-            if variables and variables <= points.env.keys():
-                points.take(np.broadcast_to(points.value(predicate), points.size).astype(np.bool_))
+            ids, digit = np.divmod(ids, int(loop.extent))
+            points.env[loop.var] = digit + int(loop.minimum)
+        self.scale = windows / number
+        self.error = math.sqrt(math.log(2 / _SAMPLING_RISK) / (2 * number))
+        return points, inner
 
 
 def _connected(access: Access, by_warp: bool) -> list[set[Any]]:
     """Group the loop variables by common indices, guards and bounds; the indices' group first."""
     loops = {loop.var for loop in access.loops}
-    cliques = [_variables(access.indices) & loops]
+    cliques = [variables(access.indices) & loops]
     if by_warp:
         cliques[0] |= {p.var for p in access.loops if p.tag in _THREADS}
     groups = [
-        *(_variables([p]) & loops for p in access.predicates),
-        *(_variables([p.minimum, p.extent]) & loops | {p.var} for p in access.loops),
+        *(variables([p]) & loops for p in access.predicates),
+        *(variables([p.minimum, p.extent]) & loops | {p.var} for p in access.loops),
     ]
     for clique in groups:
         if not clique:
@@ -792,36 +651,139 @@ def _connected(access: Access, by_warp: bool) -> list[set[Any]]:
     return cliques
 
 
-def _window_ids(
-    access: Access,
-    window: str,
-    points: _Points,
-    chosen: Sequence[Loop],
-    index: Sequence[Ints],
-    line_bytes: int,
-) -> Ints:
-    if window in ("sector", "line"):
-        size = 32 if window == "sector" else line_bytes
-        if any(extent < 0 for extent in access.shape):
+class _Naming:
+    """Gives each point the number of its window."""
+
+    def __init__(self, access: Access, window: str, domain: _Domain, line_bytes: int) -> None:
+        self.access = access
+        self.by_address = window in ("sector", "line")
+        self.unit = 32 if window == "sector" else line_bytes
+        self.digits = [p for p in domain.main if p.var in domain.window_vars]
+        self.threads = [
+            p for tag in _THREADS for p in domain.main if window == "warp" and p.tag == tag
+        ]
+        if self.by_address and min(access.shape, default=0) < 0:
             raise ConfigError(f"{access.name} {access.shape} is symbolic", "specialise it")
-        flat = np.zeros(points.size, dtype=np.int64)
-        for values, extent in zip(index, access.shape, strict=True):
-            flat = flat * extent + values
-        return flat * access.item_bits // (8 * size)
-    digits = [points.env[p.var] for p in chosen if p.var in points.env]
-    if window == "warp":
-        digits.append(_thread_ids(access, points) // _WARP)
-    ids = np.zeros(points.size, dtype=np.int64)
-    for digit in digits:
-        # Renumbered, so that the product of many loops cannot overflow.
-        ids = np.unique(ids, return_inverse=True)[1] * (int(digit.max(initial=0)) + 1) + digit
-    return ids
+        # Loops of varying bounds get 31 bits, the others what their extent needs.
+        self.radix = [p.constant_extent or 1 << 31 for p in self.digits]
+        if math.prod(self.radix) >= 1 << 48:
+            raise ConfigError(f"{access.name}: too many {window} windows to number")
+
+    def ids(self, points: Points, index: Sequence[Ints]) -> Ints:
+        """Return the window of each point, int64[N]."""
+        ids = np.zeros(points.size, dtype=np.int64)
+        if self.by_address:
+            for values, extent in zip(index, self.access.shape, strict=True):
+                ids = ids * extent + values
+            return ids * self.access.item_bits // (8 * self.unit)
+        for loop, radix in zip(self.digits, self.radix, strict=True):
+            low = 0 if loop.constant_extent is None else points.value(loop.minimum)
+            ids = ids * radix + (points.env[loop.var] - low)
+        if self.threads:
+            ids = ids * _MAX_WARPS + self._thread(points) // _WARP
+        return ids
+
+    def _thread(self, points: Points) -> Ints:
+        ids = np.zeros(points.size, dtype=np.int64)
+        for loop in self.threads:
+            ids = ids * int(loop.extent) + points.env[loop.var]
+        return ids
 
 
-def _thread_ids(access: Access, points: _Points) -> Ints:
-    ids = np.zeros(points.size, dtype=np.int64)
-    for tag in _THREADS:
-        for loop in access.loops:
-            if loop.tag == tag:
-                ids = ids * int(loop.extent) + points.env[loop.var]
-    return ids
+def split_fused(access: Access, *, keep_threads: bool = False) -> Access:
+    """Replace loops used through ``//`` and ``%`` by one loop for each digit that is used.
+
+    A fused loop ties the axes it was fused from together; its digits do not, so that those the
+    access does not depend on need not be enumerated. ``keep_threads`` leaves threadIdx alone.
+    """
+    cuts = _cuts(access, keep_threads)
+    loops: list[Loop] = []
+    values: dict[Any, Any] = {}
+    analyzer = sym.Analyzer()
+    for loop in access.loops:
+        digits = _digits(loop, cuts.get(loop.var, set()))
+        loops += digits
+        if len(digits) > 1:
+            values[loop.var] = _recombined(digits)
+        for digit in digits:
+            if digit.constant_extent is not None and not variables([digit.minimum]):
+                analyzer.bind(digit.var, tvm.ir.Range.from_min_extent(digit.minimum, digit.extent))
+    if not values:
+        return access
+
+    def rewrite(expr: Any) -> Any:
+        if isinstance(expr, int):
+            return expr
+        return analyzer.simplify(
+            tvm_ffi.structural_map(expr, (Var, lambda var: values.get(var, var)))
+        )
+
+    return replace(
+        access,
+        loops=tuple(loops),
+        indices=tuple(rewrite(index) for index in access.indices),
+        predicates=tuple(rewrite(predicate) for predicate in access.predicates),
+    )
+
+
+def _cuts(access: Access, keep_threads: bool) -> dict[Any, set[int]]:
+    """Return the strides at which indices and predicates cut each loop that may be split."""
+    bounds = variables(bound for p in access.loops for bound in (p.minimum, p.extent))
+    extents = {
+        p.var: p.constant_extent
+        for p in access.loops
+        if p.constant_extent is not None
+        and isinstance(p.minimum, (int, tirx.IntImm))
+        and int(p.minimum) == 0
+        and p.var not in bounds
+        and not (keep_threads and p.tag in _THREADS)
+    }
+    cuts: dict[Any, set[int]] = {var: {1, extent} for var, extent in extents.items()}
+    for expr in (*access.indices, *access.predicates):
+        for node in _nodes(expr):
+            if (digit := _digit(node, extents)) is not None:
+                cuts[digit[0]] |= set(digit[1:])
+    return cuts
+
+
+def _digit(expr: Any, extents: Mapping[Any, int]) -> tuple[Any, int, int] | None:
+    """Return (loop variable, low, high) of an expression ``loop % high // low``, else None."""
+    if isinstance(expr, Var):
+        return (expr, 1, extents[expr]) if expr in extents else None
+    if not isinstance(expr, (tirx.FloorDiv, tirx.FloorMod)) or not isinstance(expr.b, tirx.IntImm):
+        return None
+    inner = _digit(expr.a, extents)
+    if inner is None:
+        return None
+    var, low, high = inner
+    border = low * int(expr.b.value)
+    if isinstance(expr, tirx.FloorDiv):
+        return var, border, max(high, border)
+    return var, low, min(high, border)
+
+
+def _digits(loop: Loop, cuts: set[int]) -> list[Loop]:
+    """Split a loop at ``cuts``, the slowest digit first; whole if they do not nest."""
+    borders = sorted(cuts)
+    pairs = list(itertools.pairwise(borders))
+    if len(pairs) < 2 or any(high % low for low, high in pairs):
+        return [loop]
+    if borders[-1] != loop.constant_extent:
+        return [loop]
+    dtype = str(loop.var.ty.dtype)
+    return [
+        replace(
+            loop,
+            var=Var(f"{loop.name}_{k}", dtype),
+            minimum=tirx.IntImm(dtype, 0),
+            extent=tirx.IntImm(dtype, high // low),
+        )
+        for k, (low, high) in enumerate(pairs)
+    ][::-1]
+
+
+def _recombined(digits: Sequence[Loop]) -> Any:
+    value = digits[0].var
+    for digit in digits[1:]:
+        value = value * digit.extent + digit.var
+    return value

@@ -1,4 +1,4 @@
-"""Convolutions and what goes with them: pooling, resizing, pixel shuffle."""
+"""Convolutions and what goes with them: pooling and resizing."""
 
 from __future__ import annotations
 
@@ -97,18 +97,3 @@ def resize(site: Site) -> None:
             site.tie(axis, out[letter])
         else:
             site.pin("resized", axis, out[letter])
-
-
-@rule("nn.pixel_shuffle")
-def pixel_shuffle(site: Site) -> None:
-    """Channels are (out channels x factor x factor); the factors become positions."""
-    data, result = site.tensor(0), site.result()
-    if data.rank != 4:
-        raise Unsupported(f"rank {data.rank}")
-    channel, out = data.axes[1], result.axes[1]
-    if channel.size < 0 or channel.size % out.size:
-        raise Unsupported("a dynamic channel axis")
-    phase = site.dims.fresh(channel.size // out.size)
-    site.tie(data.axes[0], result.axes[0])
-    site.tie(channel, site.dims.product([out, phase]))
-    site.pin("becomes positions", phase, *data.axes[2:], *result.axes[2:])

@@ -17,7 +17,7 @@ _UNARY = (
 # fmt: on
 # fmt: off
 _BROADCAST = (
-    "add", "atan2", "bitwise_and", "bitwise_or", "bitwise_xor", "divide", "equal", "ewise_fma",
+    "add", "atan2", "bitwise_and", "bitwise_or", "bitwise_xor", "divide", "equal",
     "floor_divide", "floor_mod", "greater", "greater_equal", "left_shift", "less", "less_equal",
     "log_add_exp", "logical_and", "logical_or", "logical_xor", "maximum", "minimum", "mod",
     "multiply", "not_equal", "power", "right_shift", "subtract", "where",

@@ -6,10 +6,11 @@ from icd_tvm._tvm import ScheduleRule
 from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
 from icd_tvm.tir_schedules.cpu.dense import DenseRule
 from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
+from icd_tvm.tir_schedules.cpu.plain_matmul import PlainMatmulRule
 
 __all__ = ["cpu_rules"]
 
 
 def cpu_rules() -> list[ScheduleRule]:
     """Return the schedule rules for ``ApplyDefaultSchedule``, most specific first."""
-    return [DenseRule(), BlockSparseRule(), ElementwiseRule()]
+    return [DenseRule(), BlockSparseRule(), PlainMatmulRule(), ElementwiseRule()]

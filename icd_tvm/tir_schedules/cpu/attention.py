@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -226,9 +225,7 @@ class _Head:
             return self.score[r, j]
 
         def finish(r: Any, at: Any, value: Any) -> None:
-            T.buffer_store(
-                y, value * self.inverse[r], [self.batch, first + r, self.column + at]
-            )
+            T.buffer_store(y, value * self.inverse[r], [self.batch, first + r, self.column + at])
 
         limits = (shape.queries - first, shape.head_dim)
         self._multiply("values", weight, self.table, shape.keys, self.value_pad, finish, limits)
@@ -254,11 +251,14 @@ class _Head:
             start = panel * vectors * lanes
             with T.unroll(rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
                 T.buffer_store(acc, _f32(0.0), [r, c * lanes + x])
-            with T.serial(length) as k:
-                with T.unroll(rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
-                    at = c * lanes + x
-                    product = left(r, k) * right[k, start + at]
-                    T.buffer_store(acc, acc[r, at] + product, [r, at])
+            with (
+                T.serial(length) as k,
+                T.unroll(rows) as r,
+                T.unroll(vectors) as c,
+                T.vectorized(lanes) as x,
+            ):
+                at = c * lanes + x
+                T.buffer_store(acc, acc[r, at] + left(r, k) * right[k, start + at], [r, at])
             with T.unroll(rows) as r:
                 self._finish_row(acc, r, start, vectors, finish, limits)
 

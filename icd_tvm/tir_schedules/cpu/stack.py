@@ -80,7 +80,7 @@ def _mark(alloc: Any) -> Any:
 
 
 def _byte_count(buffer: Any) -> int:
-    count = (int(buffer.ty.dtype.dtype.itemsize)) if hasattr(buffer.ty.dtype, "dtype") else 4
+    count = int(tvm_ffi.dtype(str(buffer.ty.dtype)).itemsize)
     for extent in buffer.ty.shape:
         if not isinstance(extent, tirx.IntImm):
             return _MAX_BYTES + 1

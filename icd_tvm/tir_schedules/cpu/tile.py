@@ -117,10 +117,12 @@ def schedule_tiled(func: Any, target: Any, kernels: tuple[str, ...]) -> Any:
     if acc is None:
         return None
     tile = Tile(*(int(v) for v in sch.get(acc).annotations[TILE_ATTR]))
-    inline_spatial(sch, keep=[acc])
+    prologue = sch.get_producers(acc)
+    inline_spatial(sch, keep=[acc, *prologue])
     tasks, rows, chunk, inner, reduce = _tile_loops(sch, acc, tile)
-    _fuse_epilogue(sch, acc, chunk, tile)
-    _schedule_prologue(sch, acc, target)
+    _fuse_epilogue(sch, acc, chunk, tile, target)
+    for producer in prologue:
+        schedule_spatial(sch, producer, target)
     # Annotate before the split of the reduction: its init block inherits the loop kinds.
     sch.parallel(_spread(sch, tasks, rows, target_threads(target)))
     for loop in (reduce[1], *inner[:2]):
@@ -155,24 +157,20 @@ def panel_chunk(tile: Tile, panels: int, length: int) -> int:
     return max(c for c in range(1, panels + 1) if panels % c == 0 and c <= fits)
 
 
-def _fuse_epilogue(sch: Any, acc: Any, at: Any, tile: Tile) -> None:
-    consumers = sch.get_consumers(acc)
-    sch.set_scope(acc, 0, "local")
-    for consumer in consumers:
+def _fuse_epilogue(sch: Any, acc: Any, at: Any, tile: Tile, target: Any) -> None:
+    """Compute the consumer of the accumulator on the tile, or after it if shapes differ."""
+    (consumer,) = sch.get_consumers(acc)
+    try:
         sch.reverse_compute_at(consumer, at, preserve_unit_loops=True)
-        inner = sch.get_loops(consumer)[-1]
-        if int(sch.get(inner).extent) % tile.lanes == 0 and not _guarded(sch, consumer, tile):
-            sch.vectorize(sch.split(inner, [None, tile.lanes])[1])
-
-
-def _guarded(sch: Any, consumer: Any, tile: Tile) -> bool:
-    """Tell whether the last panel is ragged, so that stores along j carry a predicate."""
-    return int(sch.get(consumer).iter_vars[-1].dom.extent) % tile.columns != 0
-
-
-def _schedule_prologue(sch: Any, acc: Any, target: Any) -> None:
-    for producer in sch.get_producers(acc):
-        schedule_spatial(sch, producer, target)
+    except s_tir.ScheduleError:
+        schedule_spatial(sch, consumer, target)
+        return
+    sch.set_scope(acc, 0, "local")
+    inner = sch.get_loops(consumer)[-1]
+    # The last panel of a ragged output stores under a predicate, which does not vectorise.
+    whole = int(sch.get(consumer).iter_vars[-1].dom.extent) % tile.columns == 0
+    if whole and int(sch.get(inner).extent) % tile.lanes == 0:
+        sch.vectorize(sch.split(inner, [None, tile.lanes])[1])
 
 
 def _spread(sch: Any, tasks: list[Any], rows: Any, threads: int) -> Any:
