@@ -1,6 +1,48 @@
 """Re-decide the memory layout of a compressed model after every compression step.
 
 The public API lives here and nowhere else; everything below is importable by its own path.
+Names are loaded on first use, so that ``TVM_NUM_THREADS`` may be set after ``import icd_tvm``.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icd_tvm.models.importer import import_onnx
+    from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
+    from icd_tvm.relax_passes.repermute_pass import RepermutePass
+    from icd_tvm.runtime.compile_model import compile_model
+    from icd_tvm.runtime.options import CompileOptions
+    from icd_tvm.tir_schedules.target import host_target, parse_target
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CompileOptions": "icd_tvm.runtime.options",
+    "RepermutePass": "icd_tvm.relax_passes.repermute_pass",
+    "build_cpu": "icd_tvm.relax_passes.lower_cpu",
+    "compile_model": "icd_tvm.runtime.compile_model",
+    "cpu_pipeline": "icd_tvm.relax_passes.lower_cpu",
+    "host_target": "icd_tvm.tir_schedules.target",
+    "import_onnx": "icd_tvm.models.importer",
+    "parse_target": "icd_tvm.tir_schedules.target",
+}
+
+__all__ = [
+    "CompileOptions",
+    "RepermutePass",
+    "build_cpu",
+    "compile_model",
+    "cpu_pipeline",
+    "host_target",
+    "import_onnx",
+    "parse_target",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -14,6 +14,9 @@ from icd_tvm.relax_passes.axis_groups import AxisGroups, find_axis_groups
 
 op, nn = relax.op, relax.op.nn
 
+# LLVM's vectoriser miscompiles some tiny odd shapes ("Instruction does not dominate all uses").
+TARGET = tvm.target.Target({"kind": "llvm", "opt-level": 1})
+
 # Hypothesis examples a property; the nightly profile sets more.
 EXAMPLES = int(os.environ.get("ICD_TEST_EXAMPLES", "40"))
 Expected = list[tuple[int, str]]
@@ -543,7 +546,7 @@ Execute = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 def compiled(mod: Any) -> Execute:
     """Compile ``main`` for LLVM; the result maps input arrays to output arrays."""
-    machine = relax.VirtualMachine(tvm.compile(mod, target="llvm"), tvm.cpu())
+    machine = relax.VirtualMachine(tvm.compile(mod, target=TARGET), tvm.cpu())
 
     def execute(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         tensors = [tvm.runtime.tensor(np.asarray(array, order="C")) for array in inputs]

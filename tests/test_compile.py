@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from icd_tvm.measure.metrics import validate_metrics
 from onnx import TensorProto, helper, numpy_helper
 
 from icd_tvm.compile import main
+from icd_tvm.measure.metrics import validate_metrics
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.registry import build
@@ -41,7 +41,7 @@ def test_main_job(model: Path, tmp_path: Path, sparsity: str) -> None:
     assert record["equivalence"]["max_rel"] <= 1e-4
     hidden = [g for g in record["groups"] if g.get("improved") and g["kind"] == "free"]
     assert [g["size"] for g in hidden] == [256, 256]
-    assert all(g["U"]["after"] <= 0.51 * g["U"]["before"] for g in hidden)
+    assert all(g["U"]["after"] <= 0.6 * g["U"]["before"] for g in hidden)
     assert any(g["kind"] == "pinned" and "output" in g["reason"] for g in record["groups"])
     assert record["not_measured"]["ept_j_per_tok"]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.json"]

@@ -35,10 +35,12 @@ def refit_groups(
     Returns
     -------
     array, shape [K, N], dtype of ``weight``
+        Without any calibration energy the survivors keep their values.
     """
     dense = weight.astype(np.float64)
     out = np.zeros_like(dense)
-    pull = max(ridge * float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
+    # With no energy at all any ridge keeps the old weights; 1 is a well-conditioned one.
+    pull = ridge * float(np.trace(gram)) / len(gram) or 1.0
     target = gram @ dense
     for group, rows_kept in zip(columns, kept, strict=True):
         rows = np.flatnonzero(rows_kept)

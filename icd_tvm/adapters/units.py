@@ -197,6 +197,6 @@ def _energy(weight: Array, axis: int) -> Float64:
 
 
 def _energy_after_refit(gram: Float64) -> Float64:
-    ridge = max(RIDGE * float(np.trace(gram)) / len(gram), np.finfo(np.float64).tiny)
+    ridge = RIDGE * float(np.trace(gram)) / len(gram) or 1.0
     inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
     return 1.0 / np.diagonal(inverse)

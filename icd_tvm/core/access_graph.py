@@ -20,6 +20,8 @@ NORMALIZE = ("none", "row", "sym")
 _META_KEYS = {"shape", "format", "nnz", "source", "seed"}
 # Bytes of one dense block of rows of W while it is being built.
 _BLOCK_BYTES = 1 << 28
+# A multiply-add of a dense product costs about a 500th of one of a sparse product.
+_DENSE_SHARE = 0.002
 
 
 def build_w(source: Source = "tir", **cfg: Any) -> Csr:
@@ -76,28 +78,41 @@ def w_from_accesses(accesses: Sequence[TileAccess], nnz_cap: int | None = None) 
     """Return W = sum_l B_l^T diag(weight_l counts_l) B_l without its diagonal.
 
     Built in blocks of rows, so the memory is that of the result, after ``nnz_cap``, and one
-    block. O(sum of squared window sizes).
+    block. O(sum of squared window sizes), or a dense product where that is faster.
     """
     n = check_accesses(accesses)
     rows = max(1, min(n, _BLOCK_BYTES // (8 * max(n, 1))))
     keep = n if nnz_cap is None else max(1, nnz_cap // max(n, 1))
-    parts = [(sp.csc_matrix(a.incidence), a) for a in accesses]
+    parts = [_operand(access) for access in accesses]
     blocks = [
         _strongest(_product_rows(parts, first, min(first + rows, n)), keep)
         for first in range(0, n, rows)
     ]
-    graph = sp.csr_matrix(sp.vstack(blocks, format="csr"), dtype=np.float32)
-    return graph if nnz_cap is None else _capped(sp.csr_matrix(graph.maximum(graph.T)), nnz_cap)
+    graph = sp.csr_matrix(sp.vstack(blocks, format="csr"))
+    del blocks
+    weights = np.concatenate([access.unit_weights for access in accesses])
+    if nnz_cap is not None or np.any(weights != np.rint(weights)):
+        # Sums of fractions differ in rounding between (i, j) and (j, i).
+        graph = sp.csr_matrix(graph.maximum(graph.T))
+    return _capped(_clean(graph), nnz_cap)
 
 
-def _product_rows(parts: Sequence[tuple[Any, TileAccess]], first: int, last: int) -> Csr:
-    total: Any = None
-    for columns, access in parts:
-        left = sp.csr_matrix(columns[:, first:last].T, dtype=np.float64)
-        left.data *= access.unit_weights[left.indices]
-        product = left @ access.incidence.astype(np.float64)
-        total = product if total is None else total + product
-    block = sp.coo_matrix(total)
+def _operand(access: TileAccess) -> Any:
+    """Return (diag(weights) B, B), dense where the dense product is the faster one."""
+    scaled = sp.csr_matrix(sp.diags(access.unit_weights) @ access.incidence.astype(np.float64))
+    degrees = access.degrees().astype(np.float64)
+    dense = degrees @ degrees > _DENSE_SHARE * access.n**2 * access.windows
+    if dense and access.windows * access.n * 8 <= _BLOCK_BYTES * 8:
+        return scaled.toarray(), access.incidence.toarray().astype(np.float64)
+    return sp.csc_matrix(scaled), access.incidence.astype(np.float64)
+
+
+def _product_rows(parts: Sequence[Any], first: int, last: int) -> Csr:
+    products = [left[:, first:last].T @ right for left, right in parts]
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    block = sp.coo_matrix(total, dtype=np.float32)
     off = (block.row + first != block.col) & (block.data > 0)
     return sp.csr_matrix((block.data[off], (block.row[off], block.col[off])), shape=block.shape)
 
@@ -266,7 +281,7 @@ def _capped(graph: Csr, cap: int | None) -> Csr:
     if cap is None or graph.nnz <= cap:
         return graph
     half = sp.triu(graph, k=1).tocoo()
-    chosen = np.lexsort((half.col, half.row, -half.data))[: cap // 2]
+    chosen = np.flatnonzero(_top(half.data[None, :], cap // 2)[0])
     kept = sp.coo_matrix(
         (half.data[chosen], (half.row[chosen], half.col[chosen])), shape=graph.shape
     )
@@ -275,15 +290,20 @@ def _capped(graph: Csr, cap: int | None) -> Csr:
 
 def _strongest(rows: Csr, keep: int) -> Csr:
     """Keep the ``keep`` strongest entries of each row, the lower column first among equals."""
-    if keep >= rows.shape[1]:
+    if np.diff(rows.indptr).max(initial=0) <= keep:
         return rows
-    number = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
-    order = np.lexsort((rows.indices, -rows.data, number))
-    rank = np.arange(order.size) - rows.indptr[number[order]]
-    chosen = order[rank < keep]
-    return sp.csr_matrix(
-        (rows.data[chosen], (number[chosen], rows.indices[chosen])), shape=rows.shape
-    )
+    dense = rows.toarray()
+    return sp.csr_matrix(np.where(_top(dense, keep), dense, np.float32(0)))
+
+
+def _top(values: NDArray[np.float32], keep: int) -> NDArray[np.bool_]:
+    """Mark the ``keep`` largest values of each row, the first ones among equals."""
+    if keep <= 0:
+        return np.zeros(values.shape, dtype=np.bool_)
+    border = np.partition(values, -keep, axis=1)[:, -keep, None]
+    above, equal = values > border, values == border
+    room = keep - above.sum(axis=1, keepdims=True)
+    return above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
 
 
 def save_w(path: str | Path, graph: Csr, source: str, seed: int | None = None) -> None:

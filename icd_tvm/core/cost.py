@@ -19,6 +19,7 @@ from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
 
 Csr = sp.csr_matrix
 _BITMAP_CAP = 1 << 26
+_BITS = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,19 +382,28 @@ def combined_cost(
 def incidence_distance(accesses: Sequence[TileAccess], perm: ArrayLike, window: int = 16) -> float:
     """Return C(perm) of W = sum_l weight_l B_l^T diag(counts_l) B_l without forming W.
 
-    O(window * windows * n) bit operations.
+    O(window * windows * n / 8) byte operations for each distinct window weight.
     """
     order = as_permutation(perm, check_accesses(accesses))
     total, near = 0.0, 0.0
     for access in accesses:
         weights, degrees = access.unit_weights, access.degrees()
         total += float(weights @ (degrees * (degrees - 1) / 2))
-        for rows in range(0, access.windows, 1024):
-            block = access.incidence[rows : rows + 1024][:, order].toarray()
-            for gap in range(1, min(window, access.n)):
-                pairs = (block[:, gap:] & block[:, :-gap]).sum(axis=1)
-                near += float(weights[rows : rows + 1024] @ pairs) * (1 - gap / window)
+        for weight in np.unique(weights[degrees > 1]):
+            chosen = access.incidence[np.flatnonzero((weights == weight) & (degrees > 1))]
+            near += float(weight) * _near_pairs(chosen[:, order], window)
     return 1.0 - near / total if total else 0.0
+
+
+def _near_pairs(incidence: Csr, window: int) -> float:
+    """Sum 1 - gap / window over pairs of one row that are gap < window columns apart."""
+    near = 0.0
+    for first in range(0, incidence.shape[0], 2048):
+        columns = np.packbits(incidence[first : first + 2048].toarray(), axis=0).T.copy()
+        for gap in range(1, min(window, incidence.shape[1])):
+            both = int(_BITS[columns[gap:] & columns[:-gap]].sum(dtype=np.int64))
+            near += both * (1 - gap / window)
+    return near
 
 
 def incidence_modularity(

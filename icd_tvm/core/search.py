@@ -16,7 +16,8 @@ from icd_tvm.core.starts import stacked_items
 
 Floats = NDArray[np.float32]
 
-# Indices compared with each other in one round: 512 x 512 pairs of 1,000 windows are 0.5 GFLOP.
+# Work of one round, items^2 * windows multiply-adds: some hundredths of a second.
+_ROUND_WORK = 2.5e8
 _ROUND_ITEMS = 512
 _KICK_PATIENCE = 200
 
@@ -121,7 +122,8 @@ class TileSearch:
 
     def _sweep(self) -> Iterator[NDArray[np.int64]]:
         """Sets of blocks such that every two blocks meet in one of them."""
-        half = max(1, _ROUND_ITEMS // 2 // self.block)
+        items = min(_ROUND_ITEMS, math.isqrt(int(_ROUND_WORK / max(1, self.weights.size))))
+        half = max(1, items // 2 // self.block)
         order = self.rng.permutation(self.blocks)
         chunks = [order[k : k + half] for k in range(0, self.blocks, half)]
         if len(chunks) == 1:

@@ -39,8 +39,13 @@ OBJECTIVES = ("tiles", "C", "Q", "J")
 
 # Forming W from accesses costs the sum of squared window sizes; beyond this it is left out.
 _W_WORK_CAP = 30_000_000
-# Nanoseconds per non-zero of the eigenvector start, to skip what the budget cannot hold.
+# Longest axis whose W, perhaps dense, is formed from accesses because an objective needs it.
+_GRAPH_CAP = 16_384
+# Nanoseconds per non-zero of steps that cannot be interrupted, to skip what does not fit.
 _SPECTRAL_NS = 800
+_SEARCH_NS = 40
+# Nanoseconds per pair of indices of one window, to form W.
+_W_NS = 15
 
 
 @dataclass
@@ -143,7 +148,8 @@ def fit_permutation(
     accesses : sequence of TileAccess
         What each kernel touches on the axis; they define the objective "tiles".
     time_budget_s : float
-        Wall clock limit, seconds.
+        Wall clock limit, seconds. Checked between steps: a budget of less than a few
+        evaluations of the objective is overrun by those.
     refine_steps : int
         Limit of local search steps.
     k_blocks : int, optional
@@ -183,9 +189,14 @@ def fit_permutation(
     rule.check_length(n)
     problem = _Problem(W, tuple(accesses), objective, tile, k_blocks, rng_seed, refine_steps)
     problem = problem.reordered(first)
-    deadline = began + time_budget_s
     stats = FitStats(problem.objective)
-    order = _improve(problem, rule, deadline, stats) if n > 1 else identity(n)
+    asked = time.perf_counter()
+    _scores(problem, identity(n), _block_count(problem, stats))
+    # The report scores both ends; what that costs is taken from the budget.
+    report_s = 2.5 * (time.perf_counter() - asked)
+    order = (
+        _improve(problem, rule, began + time_budget_s - report_s, stats) if n > 1 else identity(n)
+    )
     _report(problem, order, stats)
     stats.elapsed_s = time.perf_counter() - began
     return compose(first, order), stats
@@ -382,14 +393,21 @@ def _solve_tiles(
         if portfolio.best_cost <= bound or not portfolio.time_left():
             break
         portfolio.try_rule(name, rule)
+    if portfolio.best_cost <= bound:
+        stats.stopped_by = "bound"
+        return portfolio.best
+    if not _fits("search", sum(a.incidence.nnz for a in accesses) * _SEARCH_NS, deadline, stats):
+        stats.stopped_by = "time"
+        return portfolio.best
     search = TileSearch(accesses, portfolio.best, classes, problem.seed, bound)
-    found = search.run(problem.steps, deadline)
-    return portfolio.accept(found, stats)
+    return portfolio.accept(search.run(problem.steps, deadline), stats)
 
 
 def _dead_last(accesses: Sequence[TileAccess], classes: NDArray[np.int64], order: Perm) -> Perm:
     """Move indices that nothing touches to the end of their class where that costs nothing."""
     live = _live(accesses)
+    if live.all():
+        return order
     moved = order[np.lexsort((np.arange(order.size), ~live[order], classes))]
     return moved if tile_cost(accesses, moved) <= tile_cost(accesses, order) else order
 
@@ -421,10 +439,13 @@ def _tile_rules(
         yield f"similar/{tile}", _similar_rule(items, tile, deadline)
         yield f"greedy-sparse/{tile}", _greedy_rule(items, weights, tile, False, deadline)
         yield f"greedy-dense/{tile}", _greedy_rule(items, weights, tile, True, deadline)
-    if _fits(items.nnz, deadline, stats):
+    if _fits("spectral", items.nnz * _SPECTRAL_NS, deadline, stats):
         yield "spectral", lambda columns, _: starts.incidence_fiedler_order(items[columns], weights)
     graph = problem.graph
-    if graph is None and sum(int(a.degrees() @ a.degrees()) for a in accesses) < _W_WORK_CAP:
+    work = sum(int(a.degrees() @ a.degrees()) for a in accesses)
+    if graph is None and work > _W_WORK_CAP:
+        stats.skipped["communities"] = "W is too dense to form"
+    elif graph is None and _fits("communities", work * _W_NS, deadline, stats):
         graph = w_from_accesses(accesses)
     if graph is not None:
         yield "communities", _community_rule(graph, problem.seed, stats)
@@ -451,10 +472,11 @@ def _greedy_rule(
     )
 
 
-def _fits(nnz: int, deadline: float, stats: FitStats) -> bool:
-    if time.perf_counter() + nnz * _SPECTRAL_NS * 1e-9 < deadline:
+def _fits(name: str, nanoseconds: float, deadline: float, stats: FitStats) -> bool:
+    """Say whether an uninterruptible step ends before the deadline; note it if not."""
+    if time.perf_counter() + nanoseconds * 1e-9 < deadline:
         return True
-    stats.skipped["spectral"], stats.deterministic = "time", False
+    stats.skipped[name], stats.deterministic = "time", False
     return False
 
 
@@ -509,10 +531,11 @@ class _Portfolio:
         for columns in self.runs:
             part = rule(columns, int(columns[0]))
             if part is None:
-                self.stats.skipped.setdefault(name, "not applicable, or out of time")
-                self.time_left()
+                reason = "the supports form no groups" if self.time_left() else "time"
+                self.stats.skipped.setdefault(name, reason)
                 return
             parts.append(columns[part])
+        self.time_left()
         self.offer(name, np.concatenate(parts).astype(np.int32))
 
     def accept(self, found: SearchResult, stats: FitStats) -> Perm:
@@ -529,7 +552,7 @@ class _Portfolio:
 def _solve_graph(
     problem: _Problem, classes: NDArray[np.int64], deadline: float, stats: FitStats
 ) -> Perm:
-    graph = problem.graph if problem.graph is not None else w_from_accesses(problem.accesses)
+    graph = problem.graph if problem.graph is not None else _graph_of(problem)
     community = _community_rule(graph, problem.seed, stats)
     columns = np.arange(problem.n)
     by_community = community(columns, 0) if problem.n > 1 else None
@@ -555,10 +578,19 @@ def _solve_graph(
     return portfolio.accept(found, stats)
 
 
+def _graph_of(problem: _Problem) -> Csr:
+    if problem.n > _GRAPH_CAP:
+        raise ConfigError(
+            f"objective={problem.objective!r} on {problem.n} indices needs W",
+            "pass a W with nnz_cap, or use objective='tiles'",
+        )
+    return w_from_accesses(problem.accesses)
+
+
 def _graph_rules(graph: Csr, deadline: float, stats: FitStats) -> Iterator[tuple[str, Rule]]:
     yield "degree", lambda c, o: np.argsort(-graph[c].sum(axis=1).A1, kind="stable").astype("i4")
     yield "rcm", lambda c, o: reverse_cuthill_mckee(graph[c][:, c], symmetric_mode=True)
-    if _fits(graph.nnz, deadline, stats):
+    if _fits("spectral", graph.nnz * _SPECTRAL_NS, deadline, stats):
         yield "spectral", lambda c, o: starts.fiedler_order(graph[c][:, c])
 
 

@@ -67,7 +67,7 @@ def similarity_labels(
     """Label rows by leader clustering: a row joins a leader at Jaccard index >= ``threshold``.
 
     Leaders are taken by size of support, largest first. O(leaders * nnz). Returns None when
-    there are more leaders than a quarter of the rows, or ``time.perf_counter`` passes
+    the first groups have fewer than three rows on average, or ``time.perf_counter`` passes
     ``deadline``.
     """
     matrix = items.astype(np.float32)
@@ -77,7 +77,9 @@ def similarity_labels(
     for row in np.argsort(-size, kind="stable"):
         if labels[row] >= 0:
             continue
-        if leaders * 4 > labels.size or time.perf_counter() > deadline:
+        if leaders % 32 == 31 and np.count_nonzero(labels >= 0) < 3 * leaders:
+            return None
+        if time.perf_counter() > deadline:
             return None
         shared = np.asarray(matrix @ items[row].toarray().ravel())
         near = shared >= threshold * (size + size[row] - shared)
@@ -165,7 +167,7 @@ def greedy_order(
     offset: int = 0,
     dense_first: bool = True,
     deadline: float = float("inf"),
-) -> Perm | None:
+) -> Perm:
     """Fill one tile after the other with the index that adds least to the tile's union.
 
     O(tiles * windows * n) multiply-adds in the worst case. Indices of equal support are one
@@ -180,7 +182,7 @@ def greedy_order(
     dense_first : bool
         A tile starts with the index of the largest support left; False: the smallest.
     deadline : float
-        Value of ``time.perf_counter`` at which to give up and return None.
+        Value of ``time.perf_counter`` at which to leave the rest as it is.
     """
     labels = support_labels(items)
     order = np.argsort(labels, kind="stable")
@@ -194,7 +196,8 @@ def greedy_order(
     room = tile - offset % tile
     while left.any():
         if time.perf_counter() > deadline:
-            return None
+            picked += [group[group.size - k :] for group, k in zip(members, left, strict=True)]
+            break
         fresh = size.copy()
         union = np.zeros(support.shape[1], dtype=np.bool_)
         row = _opening(size, left, dense_first)

@@ -80,10 +80,10 @@ def serve(arguments: list[str], commands: TextIO, answers: TextIO) -> int:
         start = time.perf_counter_ns()
         outputs = step()
         first = time.perf_counter_ns() - start
-        names = list(outputs)
         # Positional keys: an ONNX name may hold characters that a zip entry may not.
-        np.savez(outputs_file, **{str(i): outputs[name] for i, name in enumerate(names)})
-        _answer(answers, {"ready": True, "first_ns": first, "outputs": names, "info": info})
+        arrays: dict[str, Any] = {str(i): value for i, value in enumerate(outputs.values())}
+        np.savez(outputs_file, **arrays)
+        _answer(answers, {"first_ns": first, "outputs": list(outputs), "info": info})
         for line in commands:
             words = line.split()
             if words == ["quit"]:

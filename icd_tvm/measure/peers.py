@@ -164,7 +164,8 @@ class Peer:
 
     def _start(self) -> None:
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="icd-peer-")))
-        np.savez(folder / "feeds.npz", **self.feeds)  # type: ignore[arg-type]
+        feeds: dict[str, Any] = dict(self.feeds)
+        np.savez(folder / "feeds.npz", **feeds)
         self._log = self._cleanup.enter_context((folder / "stderr.txt").open("w+b"))
         command = [sys.executable, "-m", "icd_tvm.measure.peer_worker", self.backend]
         command += [str(self.model_path), str(folder / "feeds.npz"), str(folder / "out.npz")]

@@ -224,10 +224,12 @@ class _Compactor:
             structure = axes[axis % len(axes)]
             if not self._shrinks(structure):
                 continue
-            if lists[3][i] != 1:
-                raise TransformError(f"cannot compact past the stepped slice {binding.var.name!r}")
-            start, stop, _ = slice(lists[1][i], lists[2][i]).indices(structure.size)
             kept = self._index(structure)
+            if lists[3][i] != 1:
+                # Every k-th index of a (rest x k) axis: the phase stays, only the end moves.
+                lists[2][i] = int(kept.size)
+                continue
+            start, stop, _ = slice(lists[1][i], lists[2][i]).indices(structure.size)
             lists[1][i], lists[2][i] = int((kept < start).sum()), int((kept < stop).sum())
         return relax.op.strided_slice(call.args[0], *lists)
 

@@ -76,8 +76,8 @@ def _composite_paragraph(group: AxisGroup) -> str:
     state = "axis" if group.free else "PINNED axis"
     title = f"{state} {group.id}  size {group.size} = {group.structure.text()}  {group.constraint}"
     stored = {m.name: None for m in group.members if m.kind == "const"}
-    lines = [_wrap(title, ""), _item("made of", ", ".join(group.factors)), _item("of", _list(stored))]
-    return "\n".join(lines)
+    parts = [_item("made of", ", ".join(group.factors)), _item("of", _list(stored))]
+    return "\n".join([_wrap(title, ""), *parts])
 
 
 def _item(label: str, text: str) -> str:

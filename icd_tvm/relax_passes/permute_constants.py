@@ -82,8 +82,11 @@ def validate_permutation(group: AxisGroup, perm: ArrayLike) -> Index:
 
 
 def _checked_array(group: AxisGroup, perm: ArrayLike) -> Index:
-    array = np.asarray(perm)
     where = f"permutation of group {group.id!r}"
+    try:
+        array = np.asarray(perm)
+    except ValueError as error:
+        raise PermutationError(f"{where} is no row of integers") from error
     if array.ndim != 1 or array.size != group.size:
         raise PermutationError(f"{where} has shape {array.shape}, expected ({group.size},)")
     if not np.issubdtype(array.dtype, np.integer):

@@ -21,6 +21,7 @@ from icd_tvm._tvm import (
     mutator,
     named_const,
     relax,
+    te,
     tvm,
 )
 from icd_tvm.core.permutation import as_permutation, invert
@@ -29,7 +30,7 @@ from icd_tvm.errors import PermutationError
 
 @tvm.transform.module_pass(opt_level=0, name="ReorderOutputs")
 class ReorderOutputs:
-    """Rewrite ``matmul(x, W)`` to ``take(matmul(x, W[:, perm]), inverse, axis=-1)``.
+    """Rewrite ``matmul(x, W)`` to ``matmul(x, W[:, perm])[..., inverse]``.
 
     Parameters
     ----------
@@ -49,7 +50,9 @@ class ReorderOutputs:
         """Return a rewritten clone."""
         mod = mod.clone()
         reorderer = _OutputReorderer(mod, self.orders)
-        mod["main"] = reorderer.visit_expr(mod["main"])
+        main = reorderer.visit_expr(mod["main"])
+        mod = reorderer.builder_.get()
+        mod["main"] = main
         missing = sorted(set(self.orders) - reorderer.done)
         if missing:
             raise PermutationError(f"cannot reorder {missing[0]!r}: no matmul of that name")
@@ -75,9 +78,21 @@ class _OutputReorderer(PyExprMutator):
         product = self.builder_.emit(
             relax.op.matmul(source, permuted, binding.value.attrs.out_dtype), f"{name}_ordered"
         )
-        restored = relax.op.take(product, relax.const(invert(order)), axis=-1)
-        self.set_var_remap(binding.var, self.builder_.emit(restored, name))
+        restored = self.builder_.emit_te(
+            _gather_columns,
+            product,
+            relax.const(invert(order)),
+            primfunc_name_hint="gather_columns",
+        )
+        self.set_var_remap(binding.var, restored)
         self.done.add(name)
+
+
+def _gather_columns(source: Any, index: Any) -> Any:
+    """Return ``source[..., index]``; relax.take would warn about bounds that cannot be left."""
+    return te.compute(
+        source.shape, lambda *at: source[(*at[:-1], index[at[-1]])], name="gather_columns"
+    )
 
 
 def _is_weight_matmul(value: Any) -> bool:

@@ -261,9 +261,8 @@ def _evaluate(result: Compilation, options: CompileOptions, progress: Progress) 
     if options.quality is None:
         return
     with progress.stage("quality") as stage:
-        names = {DENSE, IDENTITY, result.verdict.arm}
-        arms = {name: built for name, built in result.built.items() if name in names}
-        result.quality = evaluate(options.quality, result.imported, arms)
+        kept = result.verdict.arm
+        result.quality = evaluate(options.quality, result.imported, result.built, kept)
         stage.meta = {"metric": result.quality["metric"], "n": result.quality["n"]}
 
 

@@ -29,8 +29,10 @@ def parse_quality(text: str) -> tuple[str, int | None]:
     return metric, int(limit) if limit else None
 
 
-def evaluate(text: str, imported: ImportedModel, arms: Mapping[str, Built]) -> dict[str, Any]:
-    """Evaluate every arm.
+def evaluate(
+    text: str, imported: ImportedModel, arms: Mapping[str, Built], kept: str
+) -> dict[str, Any]:
+    """Evaluate the dense arm, the identity arm and the arm that is kept.
 
     Parameters
     ----------
@@ -39,12 +41,16 @@ def evaluate(text: str, imported: ImportedModel, arms: Mapping[str, Built]) -> d
     imported : ImportedModel
         A BERT-like encoder [batch, seq] -> last hidden state.
     arms : Mapping[str, Built]
-        What to evaluate.
+        The compiled arms.
+    kept : str
+        Name of the arm that is kept.
 
     Returns
     -------
     dict
-        ``metric``, ``n``, ``source`` and ``arms`` (name -> value).
+        ``metric``, ``n``, ``source``, ``arms`` (name -> value), ``delta_points`` (kept less
+        identity: what the order changed) and ``transform_points`` (identity less dense: what the
+        transform changed), both in percentage points.
 
     Raises
     ------
@@ -61,11 +67,15 @@ def evaluate(text: str, imported: ImportedModel, arms: Mapping[str, Built]) -> d
 
         return stsb_spearman(run, seq, limit, batch=batch)
 
-    results = {name: score(built) for name, built in arms.items()}
+    names_scored = dict.fromkeys(("dense", "identity", kept))
+    results = {name: score(arms[name]) for name in names_scored}
     any_result = next(iter(results.values()))
+    values = {name: result.value for name, result in results.items()}
     return {
         "metric": any_result.metric,
         "n": any_result.n,
         "source": any_result.source,
-        "arms": {name: result.value for name, result in results.items()},
+        "arms": values,
+        "delta_points": 100 * (values[kept] - values["identity"]),
+        "transform_points": 100 * (values["identity"] - values["dense"]),
     }

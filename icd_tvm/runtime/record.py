@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from icd_tvm.measure.environment import fingerprint
-from icd_tvm.measure.metrics import SCHEMA
+from icd_tvm.measure.gates import evaluate_gates
+from icd_tvm.measure.metrics import SCHEMA, arm_record
 from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.relax_passes.verify_layout import difference
@@ -26,7 +27,7 @@ def make_record(
 ) -> dict[str, Any]:
     """Return the metrics record (schema ``icd/metrics/v1``)."""
     measured = result.measured
-    return {
+    record = {
         "schema": SCHEMA,
         "model": _model(result, options),
         "target": str(target),
@@ -40,7 +41,6 @@ def make_record(
         },
         "quality": result.quality,
         "groups": _groups(result),
-        "gates": [],
         "decision": {
             "accepted": result.verdict.accepted,
             "arm": result.verdict.arm,
@@ -56,6 +56,7 @@ def make_record(
         "seed": options.seed,
         "not_measured": _not_measured(result),
     }
+    return {**record, "gates": evaluate_gates(record)}
 
 
 def _model(result: Compilation, options: CompileOptions) -> dict[str, Any]:
@@ -75,19 +76,13 @@ def _arms(result: Compilation) -> dict[str, Any]:
         return {}
     tokens = _tokens(result)
     arms = {}
-    for name, summary in result.measured.summaries().items():
-        arm = result.arms.get(name)
-        arms[name] = {
-            "lat_ms": summary,
-            "toks_per_s": tokens / (summary["median"] * 1e-3) if tokens else None,
-            "l2_hit_pct": None,
-            "dram_bytes": None,
-            "ept_j_per_tok": None,
-            "source": "wall clock",
-            "same_module_as": arm.same_as if arm else "",
-            "removed_units": arm.removed if arm else {},
-            "kernels": result.built[name].kernels if name in result.built else {},
-        }
+    for name, samples in result.measured.samples.items():
+        arms[name] = {**arm_record(samples, tokens_per_call=tokens)}
+        if name in result.arms:
+            arm = result.arms[name]
+            kernels = result.built[name].kernels
+            more = {"same_module_as": arm.same_as, "removed_units": arm.removed, "kernels": kernels}
+            arms[name] |= more
     return arms
 
 
@@ -158,7 +153,11 @@ def _pinned(group: AxisGroup) -> dict[str, Any]:
 
 
 def _not_measured(result: Compilation) -> dict[str, str]:
-    missing = dict.fromkeys(("l2_hit_pct", "dram_bytes", "ept_j_per_tok"), NO_COUNTER)
+    missing: dict[str, str] = dict.fromkeys(
+        ("l2_hit_pct", "dram_bytes", "ept_j_per_tok"), NO_COUNTER
+    )
+    if _tokens(result) is None:
+        missing["toks_per_s"] = "no integer input, so a call has no tokens"
     if result.quality is None:
         missing["quality"] = "no evaluation was asked for"
     if result.measured is None:

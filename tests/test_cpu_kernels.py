@@ -1,0 +1,477 @@
+"""CPU kernels against numpy in float64, on drawn shapes, with poisoned outputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy import special
+
+from icd_tvm._tvm import i64, te, tvm
+from icd_tvm.errors import ConfigError, ShapeError, TransformError
+from icd_tvm.tir_schedules.cpu import cpu_rules, select, vector_math
+from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention, attention_shape
+from icd_tvm.tir_schedules.cpu.block_sparse import (
+    group_rows,
+    kept_rows,
+    pack_rowlist,
+    pack_vrow,
+    rowlist_matmul,
+    vrow_matmul,
+)
+from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
+from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
+from icd_tvm.tir_schedules.cpu.softmax import softmax
+from icd_tvm.tir_schedules.cpu.stack import compile_kernel
+from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, row_pieces, tile_cycles
+from icd_tvm.tir_schedules.target import (
+    host_target,
+    parse_target,
+    target_threads,
+    vector_bits,
+)
+
+Array = np.ndarray
+few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+sizes = st.integers(1, 40)
+threads = st.sampled_from([1, 2])
+leads = st.sampled_from([(), (1,), (2, 3)])
+
+
+def random(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def schedule(func: Any, target: Any) -> Any:
+    for rule in cpu_rules():
+        sch = rule.apply(func, target, False)
+        if sch is not None:
+            return sch.mod["main"]
+    raise AssertionError("no rule applies")
+
+
+def run(func: Any, inputs: list[Array], shape: tuple[int, ...], target: Any) -> Array:
+    """Run a scheduled function on an output full of NaN, so that an unwritten element shows."""
+    out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
+    compile_kernel(func, target)["main"](*[tvm.runtime.tensor(a) for a in inputs], out)
+    return out.numpy()
+
+
+def assert_close(actual: Array, expected: Array, length: int = 1) -> None:
+    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=4e-6 * scale * max(1, length) ** 0.5)
+
+
+# Targets
+
+
+def test_host_target_has_the_cpu_and_the_threads() -> None:
+    target = host_target(3)
+    assert target.kind.name == "llvm"
+    assert target_threads(target) == 3
+    assert target.attrs["mcpu"] == tvm.target.codegen.llvm_get_system_cpu()
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("x86-64", 128), ("x86-64-v3", 256), ("x86-64-v4", 512)]
+)
+def test_vector_bits_of_portable_targets(name: str, bits: int) -> None:
+    assert vector_bits(parse_target(name)) == bits
+
+
+def test_bad_targets_are_refused() -> None:
+    with pytest.raises(ConfigError, match="cpu9000"):
+        parse_target("cpu9000")
+    with pytest.raises(ConfigError, match="at least 1"):
+        host_target(0)
+    with pytest.raises(ConfigError, match="cuda"):
+        vector_bits(tvm.target.Target({"kind": "cuda", "arch": "sm_90"}))
+    assert vector_bits(parse_target("native", 1)) >= 128
+
+
+# Tiles
+
+
+@given(m=st.integers(1, 512), k=st.integers(1, 4096), n=st.integers(1, 4096))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64-v4"])
+def test_chosen_tile_fits_the_registers_and_covers_the_output(
+    name: str, m: int, k: int, n: int
+) -> None:
+    target = parse_target(name)
+    tile = choose_tile(m, k, n, target)
+    registers = 32 if name == "x86-64-v4" else 16
+    assert tile.rows * tile.vectors + tile.vectors < registers or tile.rows == 1
+    rows, columns = tile.padded(m, n)
+    assert m <= rows < m + tile.rows
+    assert n <= columns < n + tile.columns
+    assert rows - m <= 4 or m < tile.rows
+
+
+def test_tile_of_encoder_shapes_has_no_padding() -> None:
+    target = parse_target("x86-64-v4")
+    for k, n in ((384, 384), (384, 1152), (384, 1536), (1536, 384), (768, 3072), (3072, 768)):
+        assert choose_tile(128, k, n, target).padded(128, n) == (128, n)
+
+
+def test_rows_that_share_cache_sets_cost_more() -> None:
+    tall = Tile(26, 1, 16)
+    assert tile_cycles(tall, 130, 4096, 16) > 3 * tile_cycles(tall, 130, 400, 16)
+
+
+@given(tasks=st.integers(1, 60), rows=st.integers(1, 64), count=st.integers(1, 16))
+def test_row_pieces_divide_the_rows_and_never_unbalance(tasks: int, rows: int, count: int) -> None:
+    def share(pieces: int) -> float:
+        return -(-tasks * pieces // count) / pieces
+
+    pieces = row_pieces(tasks, rows, count)
+    assert rows % pieces == 0
+    assert share(pieces) <= share(1)
+
+
+# Dense
+
+
+@few
+@given(
+    m=sizes,
+    k=sizes,
+    n=st.integers(1, 120),
+    lead=leads,
+    count=threads,
+    name=st.sampled_from(["host", "x86-64-v3"]),
+)
+def test_dense_matmul(m: int, k: int, n: int, lead: Any, count: int, name: str) -> None:
+    target = parse_target(name, count)
+    rng = np.random.default_rng(m * 1000 + n)
+    x, w = random(rng, *lead, m, k), random(rng, k, n)
+    tile = choose_tile(m, k, n, target)
+    func = schedule(dense_matmul(m, k, n, tile, lead), target)
+    actual = run(func, [x, pack_dense(w, tile.columns)], (*lead, m, n), target)
+    assert_close(actual, x.astype(np.float64) @ w, k)
+
+
+@pytest.mark.parametrize("tile", [Tile(14, 2, 16), Tile(8, 3, 16), Tile(1, 8, 16), Tile(5, 1, 8)])
+@pytest.mark.parametrize(("m", "n"), [(31, 47), (16, 96), (1, 1)])
+def test_dense_matmul_with_a_ragged_last_tile(tile: Tile, m: int, n: int) -> None:
+    target, rng = host_target(2), np.random.default_rng(0)
+    x, w = random(rng, m, 37), random(rng, 37, n)
+    func = schedule(dense_matmul(m, 37, n, tile), target)
+    assert_close(run(func, [x, pack_dense(w, tile.columns)], (m, n), target), x @ w, 37)
+
+
+def test_pack_dense_pads_the_last_panel_with_zeros() -> None:
+    w = np.arange(10, dtype=np.float32).reshape(2, 5)
+    packed = pack_dense(w, 4)
+    assert packed.shape == (2, 2, 4)
+    np.testing.assert_array_equal(packed[1], [[4, 0, 0, 0], [9, 0, 0, 0]])
+    with pytest.raises(ShapeError, match="two axes"):
+        pack_dense(np.zeros(3, np.float32), 4)
+
+
+# Block sparse
+
+
+def grouped_weight(rng: np.random.Generator, k: int, n: int, v: int, density: float) -> Array:
+    """Return a weight whose groups of v columns share their rows; some groups are empty."""
+    w = random(rng, k, n)
+    for start in range(0, n, v):
+        level = 0.0 if rng.random() < 0.2 else density
+        w[rng.random(k) >= level, start : start + v] = 0
+    return w
+
+
+@few
+@given(
+    m=sizes,
+    k=sizes,
+    n=st.integers(1, 100),
+    v=st.sampled_from([16, 32]),
+    lead=leads,
+    count=threads,
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_vrow_matmul(m: int, k: int, n: int, v: int, lead: Any, count: int, density: float) -> None:
+    target = host_target(count)
+    rng = np.random.default_rng(m * 1000 + n)
+    x, w = random(rng, *lead, m, k), grouped_weight(rng, k, n, v, density)
+    idx, data = pack_vrow(w, v)
+    func = vrow_matmul(m, k, n, idx.shape[1], v, lead=lead, target=target)
+    actual = run(schedule(func, target), [x, idx, data], (*lead, m, n), target)
+    assert_close(actual, x.astype(np.float64) @ w, k)
+
+
+@few
+@given(m=sizes, k=sizes, n=st.integers(1, 100), kept=st.floats(0, 1), count=threads)
+def test_rowlist_matmul(m: int, k: int, n: int, kept: float, count: int) -> None:
+    target = host_target(count)
+    rng = np.random.default_rng(m * 1000 + n)
+    x, w = random(rng, m, k), random(rng, k, n)
+    w[rng.random(k) >= kept] = 0
+    tile = choose_tile(m, k, n, target)
+    idx, data = pack_rowlist(w, tile.columns)
+    func = rowlist_matmul(m, k, n, idx.size, tile)
+    actual = run(schedule(func, target), [x, idx, data], (m, n), target)
+    assert_close(actual, x.astype(np.float64) @ w, k)
+
+
+@given(k=sizes, n=st.integers(1, 70), v=st.integers(1, 33), seed=st.integers(0, 99))
+def test_pack_vrow_keeps_every_value_and_pads_with_zero(k: int, n: int, v: int, seed: int) -> None:
+    w = grouped_weight(np.random.default_rng(seed), k, n, v, 0.5)
+    idx, data = pack_vrow(w, v)
+    groups, nk = idx.shape
+    assert nk == kept_rows(w, v) == max(1, int(group_rows(w, v).sum(axis=1).max()))
+    restored = np.zeros((k, groups * v), np.float32)
+    for group in range(groups):
+        for row, values in zip(idx[group], data[group], strict=True):
+            restored[row, group * v : group * v + v] += values
+    np.testing.assert_array_equal(restored[:, :n], w)
+    assert not restored[:, n:].any()
+
+
+def test_pack_vrow_of_nothing_reads_one_row_of_zeros() -> None:
+    idx, data = pack_vrow(np.zeros((5, 32), np.float32), 16)
+    assert idx.shape == (2, 1)
+    assert not idx.any()
+    assert not data.any()
+
+
+def test_bad_block_sparse_sizes_are_refused() -> None:
+    target = parse_target("x86-64-v4", 1)
+    with pytest.raises(TransformError, match="V = 8"):
+        vrow_matmul(4, 4, 16, 2, 8, target=target)
+    with pytest.raises(TransformError, match="nk = 5"):
+        vrow_matmul(4, 4, 16, 5, 16, target=target)
+    with pytest.raises(TransformError, match="nk = 0"):
+        rowlist_matmul(4, 4, 16, 0, Tile(4, 1, 16))
+
+
+# Selection
+
+
+def test_selection_prefers_what_reads_least() -> None:
+    target, rng = host_target(1), np.random.default_rng(0)
+    w = random(rng, 256, 96)
+    dense = choose_matmul_kernel(64, 256, 96, w, target, tune=False)
+    assert (dense.kind, dense.nk) == ("dense", 256)
+    assert "every row" in dense.reason
+    rows = w.copy()
+    rows[::2] = 0
+    assert choose_matmul_kernel(64, 256, 96, rows, target, tune=False).nk == 128
+    groups = grouped_weight(rng, 256, 96, 32, 0.3)
+    chosen = choose_matmul_kernel(64, 256, 96, groups, target, tune=False)
+    assert (chosen.kind, chosen.group) == ("vrow32", 32)
+    assert chosen.nk == kept_rows(groups, 32)
+
+
+def test_selection_refuses_a_gain_smaller_than_its_overhead() -> None:
+    w = np.ones((256, 96), np.float32)
+    w[0] = 0
+    choice = choose_matmul_kernel(64, 256, 96, w, host_target(1), tune=False)
+    assert choice.kind == "dense"
+    assert "of dense" in choice.reason
+
+
+def test_measured_selection_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def fake(func: Any, shape: tuple[int, ...], target: Any) -> float:
+        calls.append(shape)
+        return 1.0 / len(calls)
+
+    monkeypatch.setattr(select, "_SECONDS", {})
+    monkeypatch.setattr(select, "_time", fake)
+    w = np.ones((32, 32), np.float32)
+    w[:16] = 0
+    first = choose_matmul_kernel(8, 32, 32, w, host_target(1))
+    count = len(calls)
+    assert count == 4
+    assert choose_matmul_kernel(8, 32, 32, w, host_target(1)) == first
+    assert len(calls) == count
+    assert first.kind == "rowlist"
+    assert first.reason.startswith("measured")
+
+
+def test_measuring_runs_every_kind() -> None:
+    for kind in select.KINDS:
+        assert 0 < select.measured_seconds(kind, (8, 24, 40), 12, host_target(1)) < 0.1
+
+
+def test_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ConfigError, match="csr"):
+        KernelChoice("csr", 3, "")
+
+
+# Rows
+
+
+@few
+@given(
+    lead=st.sampled_from([(1,), (3,), (2, 5)]),
+    d=st.integers(1, 200),
+    residual=st.booleans(),
+    offset=st.sampled_from([0.0, 100.0]),
+    count=threads,
+)
+def test_layer_norm(lead: Any, d: int, residual: bool, offset: float, count: int) -> None:
+    target = host_target(count)
+    rng = np.random.default_rng(d)
+    shape = (*lead, d)
+    inputs = [random(rng, *shape) + np.float32(offset) for _ in range(1 + residual)]
+    gamma, beta = random(rng, d), random(rng, d)
+    total = sum(inputs)
+    centre = total.astype(np.float64) - total.mean(-1, keepdims=True, dtype=np.float64)
+    std = np.sqrt((centre**2).mean(-1, keepdims=True) + 1e-5)
+    func = layer_norm(shape, 1e-5, target, residual=residual)
+    actual = run(func, [*inputs, gamma, beta], shape, target)
+    np.testing.assert_allclose(actual, centre / std * gamma + beta, atol=1e-5 + offset * 4e-5)
+
+
+@few
+@given(lead=st.sampled_from([(1,), (2, 5)]), d=st.integers(1, 200), count=threads)
+def test_softmax(lead: Any, d: int, count: int) -> None:
+    target = host_target(count)
+    x = random(np.random.default_rng(d), *lead, d) * 30
+    expected = special.softmax(x.astype(np.float64), axis=-1)
+    assert_close(run(softmax(x.shape, target), [x], x.shape, target), expected)
+
+
+# Attention
+
+
+def reference(shape: AttentionShape, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    def heads(rows: Array, offset: int) -> Array:
+        part = rows[:, :, offset : offset + shape.width].astype(np.float64)
+        return part.reshape(*part.shape[:2], shape.heads, -1).transpose(0, 2, 1, 3)
+
+    parts = [heads(rows, at) for rows, at in zip((q, k, v), shape.offsets, strict=True)]
+    scores = parts[0] @ parts[1].transpose(0, 1, 3, 2) * shape.scale + mask
+    out = special.softmax(scores, axis=-1) @ parts[2]
+    return out.transpose(0, 2, 1, 3).reshape(shape.batch, shape.queries, shape.width)
+
+
+@few
+@given(
+    batch=st.integers(1, 2),
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 40),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 5, 16, 20, 32]),
+    merged=st.booleans(),
+    own_mask=st.booleans(),
+    count=threads,
+)
+def test_attention(
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    merged: bool,
+    own_mask: bool,
+    count: int,
+) -> None:
+    target = host_target(count)
+    width = heads * head_dim
+    mask_batch = batch if own_mask else 1
+    shape = AttentionShape(batch, queries, keys, heads, head_dim, 0.3, mask_batch, (width,) * 3)
+    shape = shape.merged() if merged else shape
+    rng = np.random.default_rng(queries * 100 + keys)
+    lengths = (queries, keys, keys)
+    rows = [random(rng, batch, n, s) for n, s in zip(lengths, shape.strides, strict=True)]
+    mask = np.where(rng.random((mask_batch, 1, 1, keys)) < 0.4, -3.4028235e38, 0)
+    mask[..., 0] = 0
+    mask = mask.astype(np.float32)
+    actual = run(attention(shape, target), [*rows, mask], (batch, queries, width), target)
+    assert_close(actual, reference(shape, *rows, mask))
+
+
+def test_attention_of_a_fully_masked_row_is_the_mean() -> None:
+    target = host_target(1)
+    shape = AttentionShape(1, 3, 5, 1, 16, 1.0, 1, (16,) * 3)
+    rng = np.random.default_rng(0)
+    q, k, v = (random(rng, 1, n, 16) for n in (3, 5, 5))
+    mask = np.full((1, 1, 1, 5), -3.4028235e38, np.float32)
+    actual = run(attention(shape, target), [q, k, v, mask], (1, 3, 16), target)
+    assert_close(actual, np.broadcast_to(v.mean(axis=1, keepdims=True), (1, 3, 16)))
+
+
+def test_attention_remembers_its_shape() -> None:
+    shape = AttentionShape(1, 3, 5, 1, 16, 0.25, 1, (16,) * 3)
+    assert attention_shape(attention(shape, host_target(1))) == shape
+    assert attention_shape(dense_matmul(4, 4, 4, Tile(4, 1, 16))) is None
+
+
+def test_bad_attention_shapes_are_refused() -> None:
+    good = {"batch": 2, "queries": 3, "keys": 3, "heads": 2, "head_dim": 4, "scale": 1.0}
+    for change, word in (
+        ({"queries": 0}, "at least 1"),
+        ({"mask_batch": 3}, "mask batch 3"),
+        ({"strides": (8, 7, 8)}, "row of 7"),
+    ):
+        sizes = {**good, "mask_batch": 1, "strides": (8, 8, 8), **change}
+        with pytest.raises(ShapeError, match=word):
+            attention(AttentionShape(**sizes), host_target(1))
+
+
+# Vector maths
+
+SCALAR_CALL = re.compile(r"call\w*\s+\w*(exp|erf|tanh|floor)f?@PLT")
+
+
+def apply(function: Callable[[Any], Any], x: Array) -> tuple[Array, str]:
+    target = host_target(1)
+    placeholder = te.placeholder((i64(x.size),), "float32")
+    y = te.compute((i64(x.size),), lambda i: function(placeholder[i]))
+    func = schedule(te.create_prim_func([placeholder, y]), target)
+    asm = compile_kernel(func, target).mod.inspect_source("asm")
+    return run(func, [x], x.shape, target), asm
+
+
+@pytest.mark.parametrize(
+    ("function", "exact", "bound"),
+    [
+        (vector_math.exp, np.exp, 1.5e-7),
+        (vector_math.erf, special.erf, 3e-7),
+        (vector_math.gelu, lambda x: x * special.ndtr(x), 1e-6),
+        (vector_math.sigmoid, special.expit, 2e-7),
+        (vector_math.tanh, np.tanh, 3e-7),
+    ],
+)
+def test_vector_functions_are_accurate_and_make_no_call(
+    function: Any, exact: Any, bound: float
+) -> None:
+    x = np.linspace(-9, 9, 4096, dtype=np.float32)
+    actual, asm = apply(function, x)
+    expected = exact(x.astype(np.float64))
+    np.testing.assert_array_less(np.abs(actual - expected) / np.maximum(1, np.abs(expected)), bound)
+    assert not SCALAR_CALL.search(asm)
+
+
+def test_the_search_for_scalar_calls_finds_one() -> None:
+    assert SCALAR_CALL.search(apply(te.erf, np.zeros(64, np.float32))[1])
+
+
+def test_exp_at_its_limits() -> None:
+    x = np.array([-np.inf, -1e9, -88, 0, 88.7, np.inf, np.nan, 1], np.float32)
+    actual, _ = apply(vector_math.exp, np.resize(x, 64))
+    np.testing.assert_array_equal(actual[:4], [0, 0, 0, 1])
+    assert actual[4] == pytest.approx(np.exp(np.float64(x[4])), rel=1e-6)
+    assert actual[5] > 3e38
+    assert np.isnan(actual[6])
+
+
+def test_compiled_tile_keeps_its_accumulators_in_registers() -> None:
+    target = parse_target("x86-64-v4", 1)
+    func = schedule(dense_matmul(64, 64, 96, Tile(8, 3, 16)), target)
+    ours = compile_kernel(func, target).mod.inspect_source("asm")
+    stock = tvm.compile(func.with_attr("global_symbol", "main"), target).mod.inspect_source("asm")
+    assert "AllocWorkspace" in stock
+    assert "AllocWorkspace" not in ours
+    assert len(re.findall(r"vfmadd231ps\s.*%zmm", ours)) >= 4 * 24

@@ -1,0 +1,94 @@
+"""AttachLayoutTags, BuildAccessGraph and DecidePermutation: attributes and what they hold."""
+
+import json
+
+import numpy as np
+import pytest
+from relax_models import D, F, mlp, mlp_weights, random_mlp
+
+from icd_tvm._tvm import tvm
+from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG, AttachLayoutTags
+from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph, weight_access
+from icd_tvm.relax_passes.coaccess_attr import read_accesses
+from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
+from icd_tvm.tir_schedules.target import host_target
+
+
+def _hidden_id() -> str:
+    return find_axis_groups(random_mlp()["main"]).free[0].id
+
+
+def test_tags_survive_save_and_load() -> None:
+    tagged = tvm.ir.load_json(tvm.ir.save_json(AttachLayoutTags()(random_mlp())))
+    tags = json.loads(tagged.attrs[LAYOUT_TAG])
+    assert [group["size"] for group in tags["free"]] == [F]
+    assert {pin["reason"] for group in tags["pinned"] for pin in group["pins"]}
+
+
+def test_functions_are_unchanged() -> None:
+    mod = random_mlp()
+    passes = [AttachLayoutTags(), BuildAccessGraph(), DecidePermutation()]
+    tvm.ir.assert_structural_equal(tvm.transform.Sequential(passes)(mod)["main"], mod["main"])
+
+
+def test_a_dense_weight_is_one_window_that_touches_everything() -> None:
+    accesses = read_accesses(BuildAccessGraph()(random_mlp()))
+    assert list(accesses) == [_hidden_id()]
+    (access,) = accesses[_hidden_id()]
+    assert access.incidence.shape == (1, F)
+    assert access.incidence.nnz == F
+    assert access.counts is not None
+    assert access.counts.sum() == D
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_windows_are_the_rows_of_the_mask(density: float) -> None:
+    mask = np.random.default_rng(0).random((24, 40)) < density
+    access = weight_access(mask, 7, "w", host_target(1))
+    expected: dict[bytes, float] = {}
+    for row in mask:
+        expected[row.tobytes()] = expected.get(row.tobytes(), 0) + 1
+    assert access.counts is not None
+    rows = [row.toarray().ravel().tobytes() for row in access.incidence]
+    assert dict(zip(rows, access.counts, strict=True)) == expected
+    assert access.weight == 2.0 * 7 * access.tile
+
+
+def test_zeros_of_dead_units_do_not_count() -> None:
+    w1, b1, w2 = mlp_weights()
+    w2[10:20] = 0
+    accesses = read_accesses(BuildAccessGraph()(mlp(w1, b1, w2)))
+    untouched = np.flatnonzero(accesses[_hidden_id()][0].incidence.sum(axis=0) == 0)
+    assert untouched.tolist() == list(range(10, 20))
+    assert "out:fc2" in accesses
+
+
+def test_accesses_and_permutations_survive_save_and_load() -> None:
+    w1, b1, w2 = mlp_weights()
+    w2[::2] = 0
+    graphed = BuildAccessGraph()(mlp(w1, b1, w2))
+    decided = DecidePermutation()(graphed)
+    loaded = tvm.ir.load_json(tvm.ir.save_json(decided))
+    for before, after in zip(
+        read_accesses(decided).values(), read_accesses(loaded).values(), strict=True
+    ):
+        assert (before[0].incidence != after[0].incidence).nnz == 0
+        assert (before[0].tile, before[0].weight) == (after[0].tile, after[0].weight)
+    (group, perm), *rest = read_permutations(loaded).items()
+    assert (group, rest) == (_hidden_id(), [])
+    assert set(perm[: F // 2]) == set(range(1, F, 2))
+
+
+def test_same_seed_same_order() -> None:
+    rng = np.random.default_rng(0)
+    w1, b1, w2 = mlp_weights()
+    w1[rng.random(w1.shape) < 0.9] = 0
+    graphed = BuildAccessGraph()(mlp(w1, b1, w2))
+    first, second = (read_permutations(DecidePermutation(seed=3)(graphed)) for _ in range(2))
+    np.testing.assert_array_equal(first[_hidden_id()], second[_hidden_id()])
+
+
+def test_no_attribute_reads_as_nothing() -> None:
+    assert read_accesses(random_mlp()) == {}
+    assert read_permutations(random_mlp()) == {}
