@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from icd_tvm.adapters.arrays import Array, Bool, Index, as_matrix
 
@@ -123,11 +124,12 @@ def detect_sparsity(tensor: Array) -> Detection:
         return Detection(shape, density, ())
     if not mask.any():
         reason = "every element is zero"
-        found = Finding("unit", 1.0, reason, {"zero_rows": shape[0], "zero_columns": shape[1]})
+        zero = {"zero_rows": [*range(shape[0])], "zero_columns": [*range(shape[1])]}
+        found = Finding("unit", 1.0, reason, zero)
         return Detection(shape, density, (found,))
     rows, cols = np.asarray(mask.any(axis=1)), np.asarray(mask.any(axis=0))
     core = mask[np.ix_(rows, cols)]
-    findings = [*_units(rows, cols, core)]
+    findings = _units(rows, cols, density)
     if float(core.mean()) < FULL:
         findings += _core_structures(mask, core, rows, cols)
     return Detection(shape, density, tuple(findings))
@@ -147,33 +149,26 @@ def _core_structures(mask: Bool, core: Bool, rows: Bool, cols: Bool) -> list[Fin
     return found or [f for f in (_near_groups(core, row_ids, col_ids),) if f is not None]
 
 
-def _units(rows: Bool, cols: Bool, core: Bool) -> list[Finding]:
-    zero_rows, zero_cols = np.flatnonzero(~rows), np.flatnonzero(~cols)
-    if not zero_rows.size and not zero_cols.size:
-        return []
-    sparse = 1 - float(core.mean())
-    parts, params = [], {}
-    for name, zero, total, span in (
-        ("columns", zero_cols, cols.size, rows.size),
-        ("rows", zero_rows, rows.size, cols.size),
-    ):
-        if not zero.size:
-            continue
-        if total * sparse**span > CHANCE:
-            continue
-        parts.append(f"{zero.size} of {total} {name} are zero")
-        params[f"zero_{name}"] = zero.tolist()
-    if not parts:
-        return []
-    return [Finding("unit", 1.0, ", ".join(parts), params)]
+def _units(rows: Bool, cols: Bool, density: float) -> list[Finding]:
+    parts = []
+    params: dict[str, Any] = {}
+    for name, live, span in (("columns", cols, rows.size), ("rows", rows, cols.size)):
+        zero = np.flatnonzero(~live)
+        # As many zero lines as this, if the non-zeros were thrown in at random?
+        chance = float(stats.binom.sf(zero.size - 1, live.size, (1 - density) ** span))
+        if zero.size and chance < CHANCE:
+            parts.append(f"{zero.size} of {live.size} {name} are zero")
+            params[f"zero_{name}"] = zero.tolist()
+    return [Finding("unit", 1.0, ", ".join(parts), params)] if parts else []
 
 
 def _groups(core: Bool, rows: Index, cols: Index, axis: int) -> Finding | None:
     """Group equal columns of ``core``, [rows, cols]; ``axis`` is the weight's grouped axis."""
     labels, sizes = _equal_columns(core)
     size = int(np.bincount(sizes).argmax())
-    fitting = float(sizes[sizes % size == 0].sum()) / len(cols)
-    if size < 2 or len(sizes) < 2 or fitting < 0.9 or _chance_pairs(core) > CHANCE:
+    # Dead units make some groups smaller; a column alone belongs to no group.
+    closed = float(sizes[sizes >= max(2, size / 2)].sum()) / len(cols)
+    if size < 2 or len(sizes) < 2 or closed < 0.9 or _chance_pairs(core) > CHANCE:
         return None
     order = np.argsort(labels, kind="stable")
     starts = np.cumsum(sizes) - sizes
@@ -197,7 +192,7 @@ def _groups(core: Bool, rows: Index, cols: Index, axis: int) -> Finding | None:
         f"{len(groups)} closed {where} groups of {size} {across} "
         f"with {_span(kept)} of {core.shape[0]} {along} kept"
     )
-    return Finding("vec", fitting, reason, params)
+    return Finding("vec", closed, reason, params)
 
 
 def _equal_columns(core: Bool) -> tuple[Index, Index]:

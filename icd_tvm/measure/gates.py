@@ -17,6 +17,7 @@ def evaluate_gates(
     *,
     candidate: str = "iterative",
     baseline: str = "linear",
+    quality_reference: str = "dense",
     latency_gain_pct: float = 20.0,
     l2_gain_points: float = 10.0,
     energy_gain_pct: float = 15.0,
@@ -27,10 +28,11 @@ def evaluate_gates(
     Parameters
     ----------
     record : mapping
-        A metrics record; ``quality["delta_points"]`` is the signed change of the quality metric
-        in percentage points.
+        A metrics record; ``quality["arms"]`` holds the metric of each arm as a fraction.
     candidate, baseline : str
         Arms that are compared.
+    quality_reference : str
+        Arm whose quality must be kept.
     latency_gain_pct : float
         Least reduction of the median latency, per cent.
     l2_gain_points : float
@@ -52,7 +54,7 @@ def evaluate_gates(
         _latency(record["ratios"].get(f"{candidate}/{baseline}"), latency_gain_pct),
         _counter(record, "l2", "l2_hit_pct", pair, l2_gain_points, relative=False),
         _counter(record, "energy", "ept_j_per_tok", pair, energy_gain_pct, relative=True),
-        _quality(record, quality_loss_points),
+        _quality(record, candidate, quality_reference, quality_loss_points),
     ]
 
 
@@ -86,14 +88,16 @@ def _counter(
     return _known(name, value, threshold, value >= threshold, reason)
 
 
-def _quality(record: Mapping[str, Any], threshold: float) -> GateRecord:
-    quality = record["quality"]
-    delta = None if quality is None else quality.get("delta_points")
-    if delta is None:
-        reason = record["not_measured"].get("quality", NO_REASON)
-        return _unknown("quality", threshold, reason)
-    reason = f"the metric changed by {delta:+.3f} points"
-    return _known("quality", float(delta), threshold, abs(delta) <= threshold, reason)
+def _quality(
+    record: Mapping[str, Any], candidate: str, reference: str, threshold: float
+) -> GateRecord:
+    values = (record["quality"] or {}).get("arms", {})
+    if candidate not in values or reference not in values:
+        missing = f"no quality of {candidate} and {reference}"
+        return _unknown("quality", threshold, record["not_measured"].get("quality", missing))
+    delta = 100 * (values[candidate] - values[reference])
+    reason = f"the metric changed by {delta:+.3f} points against {reference}"
+    return _known("quality", delta, threshold, abs(delta) <= threshold, reason)
 
 
 def _known(name: str, value: float, threshold: float, passed: bool, reason: str) -> GateRecord:

@@ -7,7 +7,7 @@ from typing import Any
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
 from icd_tvm.relax_passes.relax_graph import call_func, constant_weight, static_shape
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
-from icd_tvm.tir_schedules.cpu.tile import choose_tile
+from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
@@ -58,7 +58,7 @@ class _Packer(PyExprMutator):
             return call
         *lead, m, k = static_shape(call.args[0]) or ()
         n = weight.shape[1]
-        tile = choose_tile(m, k, n, self._owner.target)
+        tile = choose_tile(flat_rows(tuple(lead), m)[1], k, n, self._owner.target)
         packed = named_const(pack_dense(weight, tile.columns), const_name(call.args[1]))
         self._owner.packed += 1
         func = dense_matmul(m, k, n, tile, tuple(lead))

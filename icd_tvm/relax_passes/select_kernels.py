@@ -11,7 +11,7 @@ from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax,
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, constant_weight, static_shape
 from icd_tvm.tir_schedules.cpu.block_sparse import kept_rows, pack_rowlist, pack_vrow
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, build_matmul, choose_matmul_kernel
-from icd_tvm.tir_schedules.cpu.tile import choose_tile
+from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
 
 
 @tvm.transform.module_pass(opt_level=0, name="SelectKernels")
@@ -95,7 +95,9 @@ class _Selector(PyExprMutator):
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         if choice.group:
             return pack_vrow(weight, choice.group)
-        tile = choose_tile(shape[-2], shape[-1], weight.shape[1], self._owner.target)
+        rows = flat_rows(shape[:-2], shape[-2])[1]
+        k, n = weight.shape
+        tile = choose_tile(rows, k, n, self._owner.target)
         return pack_rowlist(weight, tile.columns)
 
 

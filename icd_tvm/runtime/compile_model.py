@@ -139,8 +139,17 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
         result.record = make_record(result, options, target, progress)
         if out is not None:
             write_metrics(out / "metrics.json", result.record)
-    print(arms_table(result.record))
+    print(_summary(result.record))
     return result
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    decision, lines = record["decision"], []
+    if record["arms"]:
+        lines += [arms_table(record), ""]
+    lines += [f"{g['name']:8s} {g['status']}: {g['reason']}" for g in record["gates"]]
+    verdict = {True: "accepted", False: "not accepted", None: "undecided"}[decision["accepted"]]
+    return "\n".join([*lines, f"{verdict}, {decision['arm']} is kept: {decision['reason']}"])
 
 
 def load_model(name_or_path: str) -> str | onnx.ModelProto:

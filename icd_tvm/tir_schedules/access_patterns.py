@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from icd_tvm._tvm import Call, TensorLoad, Var, s_tir, sym, tirx, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.errors import ConfigError, ShapeError, UnsupportedOpError
-from icd_tvm.tir_schedules.index_eval import Constants, Ints, Loop, Points, variables
+from icd_tvm.tir_schedules.index_eval import Constants, Ints, Loop, Points, op_name, variables
 
 Window = Literal["vector", "warp", "sector", "line", "tile", "cta", "reduction", "all"]
 WINDOWS = ("vector", "warp", "sector", "line", "tile", "cta", "reduction", "all")
@@ -247,7 +247,7 @@ class _Walk:
         """Record the loads of an expression; a load under if_then_else gets its condition."""
         if isinstance(expr, int):
             return
-        if isinstance(expr, Call) and getattr(expr.op, "name", "") == "tirx.if_then_else":
+        if isinstance(expr, Call) and op_name(expr) == "if_then_else":
             condition, yes, no = expr.args
             self.loads(condition)
             plain = self.plain(condition)
@@ -569,8 +569,11 @@ class _Domain:
 
     def _repeats(self, group: set[Any]) -> int:
         loops = [p for p in self.access.loops if p.var in group]
+        guards = self._guards(group)
+        if not guards and len(loops) == 1 and (extent := loops[0].constant_extent) is not None:
+            return extent if loops[0].var in self.window_vars else min(extent, 1)
         points = Points(self.consts)
-        points.expand_all(loops, self._guards(group))
+        points.expand_all(loops, guards)
         if points.size == 0:
             return 0
         columns = [points.env[p.var] for p in loops if p.var in self.window_vars]

@@ -60,6 +60,11 @@ def variables(exprs: Iterable[Any]) -> set[Any]:
     return {var for var in found if not isinstance(var.ty, tirx.BufferType)}
 
 
+def op_name(call: Any) -> str:
+    """Return the name of the operator of a call, without its namespace."""
+    return str(getattr(call.op, "name", "")).rpartition(".")[2]
+
+
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     tirx.Add: np.add,
     tirx.Sub: np.subtract,
@@ -78,14 +83,11 @@ _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     tirx.NE: np.not_equal,
     tirx.And: np.logical_and,
     tirx.Or: np.logical_or,
-}
-_CALLS: Mapping[str, Callable[..., Any]] = {
-    "tirx.likely": lambda a: a,
-    "tirx.shift_left": np.left_shift,
-    "tirx.shift_right": np.right_shift,
-    "tirx.bitwise_and": np.bitwise_and,
-    "tirx.bitwise_or": np.bitwise_or,
-    "tirx.bitwise_xor": np.bitwise_xor,
+    tirx.LShift: np.left_shift,
+    tirx.RShift: np.right_shift,
+    tirx.BitwiseAnd: np.bitwise_and,
+    tirx.BitwiseOr: np.bitwise_or,
+    tirx.BitwiseXor: np.bitwise_xor,
 }
 
 
@@ -176,12 +178,12 @@ class Points:
         return np.where(self.value(condition, True), self.value(yes, True), self.value(no, True))
 
     def _call(self, expr: Any, guarded: bool) -> Any:
-        name = getattr(expr.op, "name", "")
-        if name == "tirx.if_then_else":
+        name = op_name(expr)
+        if name == "if_then_else":
             return self._choose(*expr.args)
-        if name not in _CALLS:
-            raise UnsupportedOpError(f"cannot evaluate the call {name} in an index")
-        return _CALLS[name](*(self.value(arg, guarded) for arg in expr.args))
+        if name == "likely":
+            return self.value(expr.args[0], guarded)
+        raise UnsupportedOpError(f"cannot evaluate the call {name} in an index")
 
     def _load(self, expr: Any, guarded: bool) -> Any:
         name = str(expr.source.name)

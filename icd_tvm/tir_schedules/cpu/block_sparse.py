@@ -15,14 +15,19 @@ import numpy.typing as npt
 from icd_tvm._tvm import ScheduleRule, i64, te
 from icd_tvm.errors import TransformError
 from icd_tvm.tir_schedules.cpu.dense import (
-    Lead,
-    clamp_row,
     matrix_shape,
     pack_dense,
     shape64,
     tiled_func,
 )
-from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, is_prim_func, schedule_tiled
+from icd_tvm.tir_schedules.cpu.tile import (
+    Lead,
+    Tile,
+    choose_tile,
+    flat_rows,
+    is_prim_func,
+    schedule_tiled,
+)
 from icd_tvm.tir_schedules.target import host_target, vector_bits
 
 
@@ -56,17 +61,15 @@ def vrow_matmul(
         If ``v`` is no multiple of the lanes, or ``nk`` is not in 1..k.
     """
     _check_kept(nk, k)
-    tile = vrow_tile(m, k, n, v, target or host_target())
+    tile = vrow_tile(flat_rows(lead, m)[1], k, n, v, target or host_target())
     groups = -(-n // v)
     x = te.placeholder(shape64((*lead, m, k)), "float32", name="X")
     idx = te.placeholder(shape64((groups, nk)), "int32", name="idx")
     data = te.placeholder(shape64((groups, nk, v)), "float32", name="data")
     axis = te.reduce_axis((i64(0), i64(nk)), "t")
 
-    def product(*index: Any) -> Any:
-        *batch, i, j = index
-        column = idx[j // v, axis]
-        return te.sum(x[(*batch, clamp_row(i, m, tile), column)] * data[j // v, axis, j % v], axis)
+    def product(row: Lead, j: Any) -> Any:
+        return te.sum(x[(*row, idx[j // v, axis])] * data[j // v, axis, j % v], axis)
 
     return tiled_func(product, (x, idx, data), (*lead, m, n), tile, "vrow")
 
@@ -102,10 +105,8 @@ def rowlist_matmul(m: int, k: int, n: int, nk: int, tile: Tile, lead: Lead = ())
     w = te.placeholder(shape64((-(-n // width), nk, width)), "float32", name="W")
     axis = te.reduce_axis((i64(0), i64(nk)), "t")
 
-    def product(*index: Any) -> Any:
-        *batch, i, j = index
-        row = clamp_row(i, m, tile)
-        return te.sum(x[(*batch, row, idx[axis])] * w[j // width, axis, j % width], axis)
+    def product(row: Lead, j: Any) -> Any:
+        return te.sum(x[(*row, idx[axis])] * w[j // width, axis, j % width], axis)
 
     return tiled_func(product, (x, idx, w), (*lead, m, n), tile, "rowlist")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import numpy.typing as npt
 from icd_tvm._tvm import ScheduleRule, i64, te
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.tile import (
+    Lead,
     Tile,
+    flat_rows,
     is_prim_func,
     schedule_tiled,
     tile_attrs,
@@ -18,7 +21,6 @@ from icd_tvm.tir_schedules.cpu.tile import (
 
 # FuseOps lets elementwise consumers join a kernel of this kind (kOutEWiseFusable).
 OUT_EWISE_FUSABLE = 4
-Lead = tuple[int, ...]
 
 
 def dense_matmul(m: int, k: int, n: int, tile: Tile, lead: Lead = ()) -> Any:
@@ -29,7 +31,7 @@ def dense_matmul(m: int, k: int, n: int, tile: Tile, lead: Lead = ()) -> Any:
     m, k, n : int
         Rows of X, the reduced axis, columns of W; none needs to divide by the tile.
     tile : Tile
-        Register tile; it fixes the panel width of the packed weight.
+        Register tile for the rows `flat_rows` returns; it fixes the panel width of the weight.
     lead : tuple of int, optional
         Leading batch axes of X and Y.
 
@@ -45,11 +47,8 @@ def dense_matmul(m: int, k: int, n: int, tile: Tile, lead: Lead = ()) -> Any:
     axis = te.reduce_axis((i64(0), i64(k)), "k")
     width = tile.columns
 
-    def product(*index: Any) -> Any:
-        *batch, i, j = index
-        return te.sum(
-            x[(*batch, clamp_row(i, m, tile), axis)] * w[j // width, axis, j % width], axis=axis
-        )
+    def product(row: Lead, j: Any) -> Any:
+        return te.sum(x[(*row, axis)] * w[j // width, axis, j % width], axis=axis)
 
     return tiled_func(product, (x, w), (*lead, m, n), tile, "dense")
 
@@ -91,21 +90,55 @@ def tiled_func(product: Any, inputs: tuple[Any, ...], shape: Lead, tile: Tile, k
     """Return a TIR function with a padded accumulator stage and an output stage.
 
     The accumulator covers whole tiles; rows past the end recompute the last row and columns
-    past the end multiply padding, and the output stage drops both.
+    past the end multiply padding, and the output stage drops both. Batches of a few rows each
+    are accumulated as one run of rows (`flat_rows`).
+
+    Parameters
+    ----------
+    product : callable
+        Maps (index of a row of X, column of Y) to the reduction.
+    inputs : tuple of te.Tensor
+        Parameters of the function, X first.
+    shape : tuple of int
+        Shape of Y.
+    tile : Tile
+    kernel : str
+        Name by which the schedule rules recognise the accumulator.
     """
     *lead, m, n = shape
-    rows, columns = tile.padded(m, n)
-    acc = te.compute(
-        shape64((*lead, rows, columns)), product, name="acc", attrs=tile_attrs(tile, kernel)
-    )
-    y = te.compute(shape64(shape), lambda *index: acc[index], name="Y")
+    acc_lead, acc_m = flat_rows(tuple(lead), m)
+    rows, columns = tile.padded(acc_m, n)
+    flat = len(acc_lead) != len(lead)
+
+    def accumulate(*index: Any) -> Any:
+        *batch, i, j = index
+        i = i if rows == acc_m else te.min(i, i64(acc_m - 1))
+        return product(_unravel(i, (*lead, m)) if flat else (*batch, i), j)
+
+    def output(*index: Any) -> Any:
+        *row, j = index
+        return acc[_ravel(row, (*lead, m)), j] if flat else acc[index]
+
+    attrs = tile_attrs(tile, kernel)
+    acc = te.compute(shape64((*acc_lead, rows, columns)), accumulate, name="acc", attrs=attrs)
+    y = te.compute(shape64(shape), output, name="Y")
     func = te.create_prim_func([*inputs, y])
     return func.without_attr("global_symbol").with_attr("op_pattern", OUT_EWISE_FUSABLE)
 
 
-def clamp_row(row: Any, m: int, tile: Tile) -> Any:
-    """Return ``row``, held inside the ``m`` rows that exist when the last tile is ragged."""
-    return row if m % tile.rows == 0 else te.min(row, i64(m - 1))
+def _ravel(index: Sequence[Any], shape: Lead) -> Any:
+    flat = index[0]
+    for position, extent in zip(index[1:], shape[1:], strict=True):
+        flat = flat * extent + position
+    return flat
+
+
+def _unravel(flat: Any, shape: Lead) -> tuple[Any, ...]:
+    index = []
+    for extent in reversed(shape[1:]):
+        index.append(flat % extent)
+        flat = flat // extent
+    return (flat, *reversed(index))
 
 
 def shape64(shape: tuple[int, ...]) -> tuple[Any, ...]:

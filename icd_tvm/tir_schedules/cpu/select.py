@@ -20,7 +20,7 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
 )
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, flat_rows, tile_cycles
 from icd_tvm.tir_schedules.target import vector_bits
 
 KINDS = ("dense", "vrow16", "vrow32", "rowlist")
@@ -115,7 +115,7 @@ def build_matmul(kind: str, shape: tuple[int, ...], nk: int, target: Any) -> Any
     *lead, m, k, n = shape
     if kind.startswith("vrow"):
         return vrow_matmul(m, k, n, nk, int(kind[4:]), lead=tuple(lead), target=target)
-    tile = choose_tile(m, k, n, target)
+    tile = choose_tile(flat_rows(tuple(lead), m)[1], k, n, target)
     if kind == "rowlist":
         return rowlist_matmul(m, k, n, nk, tile, tuple(lead))
     return dense_matmul(m, k, n, tile, tuple(lead))
@@ -123,7 +123,8 @@ def build_matmul(kind: str, shape: tuple[int, ...], nk: int, target: Any) -> Any
 
 def modelled_cycles(kind: str, shape: tuple[int, ...], nk: int, target: Any) -> float:
     """Return the modelled cycles of one kernel; see `tile_cycles` for what is counted."""
-    *lead, m, k, n = shape
+    lead, m = flat_rows(shape[:-3], shape[-3])
+    k, n = shape[-2:]
     tile = _tile(kind, m, k, n, target)
     factor = _INDEX_COST if kind != "dense" and tile.vectors == 1 else 1.0
     return float(np.prod(lead, dtype=float)) * tile_cycles(tile, m, k, n) * nk * factor

@@ -10,11 +10,13 @@ from icd_tvm._tvm import s_tir, tvm
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
 from icd_tvm.tir_schedules.target import target_threads, vector_bits
 
+Lead = tuple[int, ...]
 TILE_ATTR = "icd.tile"
 _K_UNROLL = 4
 _CHUNK_BYTES = 512 * 1024
 _MAX_VECTORS = 8
 _MAX_CLAMPED = 4
+_FEW_ROWS = 8
 # Level-1 data cache of current x86-64 cores: 64-byte lines, 64 sets, 8 to 12 ways.
 _LINE, _L1_SETS, _L1_WAYS = 64, 64, 12
 
@@ -89,6 +91,16 @@ def _lines_per_set(rows: int, k: int) -> float:
     """Return how many of ``rows`` lines, ``k`` fp32 values apart, share one L1 set."""
     lines = max(1, 4 * k // _LINE)
     return rows * gcd(lines, _L1_SETS) / _L1_SETS
+
+
+def flat_rows(lead: Lead, m: int) -> tuple[Lead, int]:
+    """Return the batch axes and rows a matmul is tiled over.
+
+    Batches of fewer than eight rows, such as the single rows of a decoding step, are taken as
+    one run of rows; otherwise each batch would stream the whole weight for itself.
+    """
+    count = prod(lead)
+    return ((), count * m) if count > 1 and m < _FEW_ROWS else (lead, m)
 
 
 def tile_attrs(tile: Tile, kernel: str) -> dict[str, Any]:

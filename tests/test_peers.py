@@ -1,0 +1,194 @@
+"""Peers: right outputs, clear errors when a worker fails or dies, no worker left behind."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from icd_tvm.errors import MeasurementError, ModelFileError
+from icd_tvm.measure import peer_worker
+from icd_tvm.measure.peers import OrtPeer, Peer, compare_with_peer
+
+X = np.arange(6, dtype=np.float32).reshape(2, 3)
+W = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["out/y:0"])],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 3])],
+        [helper.make_tensor_value_info("out/y:0", onnx.TensorProto.FLOAT, [2, 4])],
+        [numpy_helper.from_array(W, "w")],
+    )
+    path = tmp_path / "model.onnx"
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    return path
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_outputs_and_times(model: Path) -> None:
+    with OrtPeer(model, {"x": X}, 1) as peer:
+        np.testing.assert_allclose(peer.outputs["out/y:0"], X @ W)
+        assert peer.info["runtime"] == "onnxruntime"
+        times = peer.run(5)
+        assert times.shape == (5,)
+        assert (times > 0).all()
+        pid = peer.pid
+    assert not alive(pid)
+
+
+def test_takes_turns_with_our_arms(model: Path) -> None:
+    calls = {"a": 0, "b": 0}
+
+    def arm(name: str):
+        def call() -> None:
+            calls[name] += 1
+
+        return call
+
+    with OrtPeer(model, {"x": X}, 1) as peer:
+        samples = compare_with_peer(
+            {"a": arm("a"), "b": arm("b")},
+            {"onnxruntime": peer},
+            blocks=3,
+            block_repeats=4,
+            block_warmup=2,
+            warmup=1,
+            settle_s=0.0,
+        )
+    assert {name: s.shape for name, s in samples.items()} == {
+        "a": (12,),
+        "b": (12,),
+        "onnxruntime": (12,),
+    }
+    assert calls == {"a": 3 * 6 + 1, "b": 3 * 6 + 1}
+
+
+def test_budget_stops_after_a_block(model: Path) -> None:
+    with OrtPeer(model, {"x": X}, 1) as peer:
+        samples = compare_with_peer(
+            {"a": int}, {"p": peer}, blocks=9, block_repeats=2, settle_s=0.0, budget_s=0.0
+        )
+    assert samples["a"].shape == samples["p"].shape == (2,)
+
+
+def test_turns_are_symmetric(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(Peer, "settle", lambda self, seconds=0: 0.0)
+
+    def run(self: Peer, count: int) -> np.ndarray:
+        order.append("p")
+        return np.ones(count)
+
+    monkeypatch.setattr(Peer, "run", run)
+    peer = OrtPeer(model, {"x": X}, 1)
+    compare_with_peer(
+        {"a": lambda: order.append("a")},
+        {"p": peer},
+        blocks=4,
+        block_repeats=1,
+        block_warmup=0,
+        warmup=0,
+    )
+    assert "".join(order) == "appaappa"
+
+
+def test_missing_model() -> None:
+    with pytest.raises(ModelFileError, match=r"no model file 'absent\.onnx'"):
+        OrtPeer("absent.onnx", {}, 1).__enter__()
+
+
+def test_broken_model(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a model")
+    with pytest.raises(MeasurementError, match="onnxruntime peer failed"):
+        OrtPeer(path, {"x": X}, 1).__enter__()
+
+
+def test_wrong_input_name(model: Path) -> None:
+    with pytest.raises(MeasurementError, match="onnxruntime peer failed") as caught:
+        OrtPeer(model, {"z": X}, 1).__enter__()
+    assert "inputs z" in caught.value.hint
+
+
+def test_killed_worker(model: Path) -> None:
+    with OrtPeer(model, {"x": X}, 1) as peer:
+        os.kill(peer.pid, signal.SIGKILL)
+        with pytest.raises(MeasurementError, match="exit status -9"):
+            peer.run(3, timeout_s=20)
+
+
+def test_stuck_worker_is_stopped(model: Path) -> None:
+    with OrtPeer(model, {"x": X}, 1) as peer:
+        pid = peer.pid
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(MeasurementError, match="did not answer within 0 s"):
+            peer.run(3, timeout_s=0.2)
+        assert not alive(pid)
+        with pytest.raises(MeasurementError, match="not running"):
+            peer.run(1)
+
+
+def test_unknown_backend(model: Path) -> None:
+    class Unknown(Peer):
+        backend = "nonesuch"
+
+    with pytest.raises(MeasurementError, match="nonesuch"):
+        Unknown(model, {"x": X}, 1).__enter__()
+
+
+def test_peer_needs_a_with_statement(model: Path) -> None:
+    with pytest.raises(MeasurementError, match="with statement"):
+        OrtPeer(model, {"x": X}, 1).run(1)
+
+
+@pytest.mark.parametrize(
+    ("arms", "peers", "options", "message"),
+    [
+        ({}, {"p": None}, {}, "needs an arm and a peer"),
+        ({"a": int}, {}, {}, "needs an arm and a peer"),
+        ({"a": int}, {"a": None}, {}, "'a' names an arm and a peer"),
+        ({"a": int}, {"p": None}, {"blocks": 0}, "blocks = 0"),
+        ({"a": int}, {"p": None}, {"block_repeats": 0}, "block_repeats = 0"),
+    ],
+)
+def test_bad_comparison(arms: dict, peers: dict, options: dict, message: str) -> None:
+    with pytest.raises(MeasurementError, match=message):
+        compare_with_peer(arms, peers, **options)
+
+
+def test_bad_thread_count(model: Path) -> None:
+    with pytest.raises(MeasurementError, match="threads = 0"):
+        OrtPeer(model, {"x": X}, 0)
+
+
+def test_worker_protocol(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend(path: Path, feeds: dict, threads: int):
+        return (lambda: {"y": feeds["x"] * threads}), {"runtime": "fake"}
+
+    monkeypatch.setitem(peer_worker.BACKENDS, "fake", backend)
+    np.savez(tmp_path / "feeds.npz", x=X)
+    answers = io.StringIO()
+    arguments = ["fake", str(model), str(tmp_path / "feeds.npz"), str(tmp_path / "out.npz"), "2"]
+    assert peer_worker.serve(arguments, io.StringIO("run 3\nquit\nrun 9\n"), answers) == 0
+    ready, ran = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert ready["outputs"] == ["y"]
+    assert len(ran["ns"]) == 3
+    with np.load(tmp_path / "out.npz") as archive:
+        np.testing.assert_array_equal(archive["0"], 2 * X)
