@@ -104,9 +104,8 @@ def metis(graph: sp.csr_matrix) -> np.ndarray:
     import pymetis
 
     weights = np.maximum(1, np.rint(graph.data * 16)).astype(np.int64)
-    _, labels = pymetis.part_graph(
-        BLOCKS, xadj=graph.indptr, adjncy=graph.indices, eweights=weights
-    )
+    adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices)
+    _, labels = pymetis.part_graph(BLOCKS, adjacency, eweights=weights)
     return np.array(labels)
 
 

@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from axis_models import MODELS, Net, nn, op
+from onnx import TensorProto, helper, numpy_helper
 
 from icd_tvm._tvm import const_name, relax
 from icd_tvm.errors import PermutationError, TransformError
@@ -217,6 +219,47 @@ def test_branches_and_packed_calls_pin_what_they_read() -> None:
     groups = find_axis_groups(builder.get()["main"])
     assert not groups.free
     assert ("call", "packed", "no rule for this op") in reasons(groups)
+
+
+def test_control_flow_pins_what_its_branches_capture() -> None:
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (("w1", (8, 16)), ("w2", (16, 12)), ("w3", (12, 8)))
+    }
+
+    def branch(op_type: str, name: str) -> onnx.GraphProto:
+        node = helper.make_node(op_type, ["b"], [name], name=name)
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 12])
+        return helper.make_graph([node], name, [], [out])
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["a"], name="a"),
+        helper.make_node("MatMul", ["a", "w2"], ["b"], name="b"),
+        helper.make_node(
+            "If",
+            ["cond"],
+            ["c"],
+            name="choice",
+            then_branch=branch("Relu", "yes"),
+            else_branch=branch("Neg", "no"),
+        ),
+        helper.make_node("MatMul", ["c", "w3"], ["y"], name="y"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "choice",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 8]),
+            helper.make_tensor_value_info("cond", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    groups = find_axis_groups(import_onnx(proto).mod["main"])
+    assert [group.size for group in groups.free] == [16]
+    assert ("If", "inside If") in {(op, reason) for op, _, reason in reasons(groups)}
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,22 @@ CASES: dict[str, Any] = {
     "reshape_merge": case(lambda x: op.reshape(x, (12, 5)), [3, 4, 5], (3, 4, 5)),
     "reshape_refine": case(lambda x: op.reshape(x, (2, 6)), [2, 2, 3], (4, 3)),
     "reshape_mixed": case(lambda x: op.reshape(x, (4, 6)), [], (6, 4)),
+    "slice_of_product": case(
+        lambda x: op.strided_slice(op.reshape(x, (12,)), [0], [3], [12]), [3, 3], (4, 3)
+    ),
+    "slice_of_a_row_of_products": case(
+        lambda x, z: op.strided_slice(op.concat([op.reshape(x, (12,)), z], 0), [0], [0], [3]),
+        [2, 3, 3],
+        (4, 3),
+        (2,),
+    ),
+    "segments_inside_a_product": case(
+        lambda x, a, b: op.add(op.reshape(x, (12,)), op.concat([a, b], 0)),
+        [3],
+        (2, 2, 3),
+        (3,),
+        (9,),
+    ),
     "reshape_ones": case(lambda x: op.reshape(x, (1, 3, 1, 2)), [3, 2], (3, 1, 2)),
     "flatten": case(op.flatten, [2, 3], (2, 3)),
     "expand_dims": case(lambda x: op.expand_dims(x, [0, 2]), [2, 3], (2, 3)),
@@ -160,6 +176,9 @@ CASES: dict[str, Any] = {
     "conv1d_pointwise": case(nn.conv1d, [2, 3, 4, 7], (2, 3, 7), (4, 3, 1)),
     "conv1d_strided": case(
         lambda x, w: nn.conv1d(x, w, strides=2), [2, 3, 4], (2, 3, 7), (4, 3, 1)
+    ),
+    "conv1d_pointwise_padded": case(
+        lambda x, w: nn.conv1d(x, w, strides=2, padding=1), [2, 3, 4], (2, 3, 3), (4, 3, 1)
     ),
     "conv2d_grouped": case(
         lambda x, w: nn.conv2d(x, w, groups=2), [3, 2, 4, 5], (3, 8, 5, 5), (10, 4, 3, 3)

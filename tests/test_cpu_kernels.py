@@ -29,7 +29,7 @@ from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
 from icd_tvm.tir_schedules.cpu.softmax import softmax
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, row_pieces, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, panel_chunk, row_pieces, tile_cycles
 from icd_tvm.tir_schedules.target import (
     host_target,
     parse_target,
@@ -133,6 +133,15 @@ def test_row_pieces_divide_the_rows_and_never_unbalance(tasks: int, rows: int, c
     pieces = row_pieces(tasks, rows, count)
     assert rows % pieces == 0
     assert share(pieces) <= share(1)
+
+
+@given(panels=st.integers(1, 200), length=st.integers(1, 4000), count=st.integers(1, 16))
+def test_panel_chunks_leave_work_for_every_thread(panels: int, length: int, count: int) -> None:
+    chunk = panel_chunk(Tile(16, 1, 16), panels, length, count)
+    assert panels % chunk == 0
+    assert panels // chunk >= min(count, panels)
+    assert chunk == 1 or chunk * length * 64 <= 512 * 1024
+    assert panel_chunk(Tile(8, 3, 16), panels, length, count) == 1
 
 
 # Dense

@@ -47,6 +47,11 @@ def test_random_masks_have_no_structure(k: int, n: int, density: float, seed: in
     assert not found.structured, found.summary
 
 
+def test_few_rows_repeat_their_patterns_by_chance() -> None:
+    mask = np.random.default_rng(0).random((6, 4000)) < 0.5
+    assert detect_sparsity(np.where(mask, 1.0, 0.0)).kind != "vec"
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("rate", [0.3, 0.5, 0.7])
 def test_pruned_by_magnitude_has_no_structure(rate: float, seed: int) -> None:
@@ -129,8 +134,9 @@ def test_groups_of_rows() -> None:
 def test_groups_beside_dead_units() -> None:
     w = scattered_vec(128, 24, 16, 60, 3)
     w[:, [5, 40]] = 0
-    kinds = [f.kind for f in detect_sparsity(w).findings]
-    assert kinds == ["unit", "vec"]
+    assert [f.kind for f in detect_sparsity(w).findings] == ["vec", "unit"]
+    w[:, : w.shape[1] * 3 // 4] = 0
+    assert detect_sparsity(w).kind == "unit"
 
 
 @pytest.mark.parametrize("strays", [0.002, 0.02])

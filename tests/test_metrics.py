@@ -172,8 +172,9 @@ def test_gates_pass_and_unmeasured(record: dict) -> None:
     validate_metrics(record)
 
 
-def test_gates_fail(record: dict) -> None:
-    record["quality"]["arms"]["iterative"] = 0.87
+@pytest.mark.parametrize("quality", [0.87, 0.86])
+def test_gates_fail(record: dict, quality: float) -> None:
+    record["quality"]["arms"]["iterative"] = quality
     found = gates(record, latency_gain_pct=50)
     assert found["latency"]["status"] == "fail"
     assert found["quality"]["status"] == "fail"

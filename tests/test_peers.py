@@ -88,25 +88,28 @@ def test_budget_stops_after_a_block(model: Path) -> None:
     assert samples["a"].shape == samples["p"].shape == (2,)
 
 
-def test_turns_are_symmetric(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_are_symmetric_and_start_with_thrown_away_calls(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order = []
     monkeypatch.setattr(Peer, "settle", lambda self, seconds=0: 0.0)
 
     def run(self: Peer, count: int) -> np.ndarray:
         order.append("p")
-        return np.ones(count)
+        return np.arange(count) + 1.0
 
     monkeypatch.setattr(Peer, "run", run)
     peer = OrtPeer(model, {"x": X}, 1)
-    compare_with_peer(
+    samples = compare_with_peer(
         {"a": lambda: order.append("a")},
         {"p": peer},
         blocks=4,
         block_repeats=1,
-        block_warmup=0,
+        block_warmup=1,
         warmup=0,
     )
-    assert "".join(order) == "appaappa"
+    assert "".join(order) == "aappaaaappaa"
+    np.testing.assert_array_equal(samples["p"], 2.0)
 
 
 def test_missing_model() -> None:

@@ -18,17 +18,19 @@ from icd_tvm._tvm import GenericConst, const_name, named_const, relax, tvm
 from icd_tvm.errors import OutputError, PermutationError, TransformError
 from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, find_axis_groups
 from icd_tvm.relax_passes.axis_structure import axis_index, axis_size, positions
+from icd_tvm.relax_passes.permutation_file import (
+    load_permutations,
+    model_hash,
+    save_permutations,
+)
 from icd_tvm.relax_passes.permute_constants import (
     PermuteConstants,
     compact_groups,
     compose_permutations,
     invert_permutations,
     leaf_permutations,
-    load_permutations,
-    model_hash,
     permute_groups,
     rewrite_constants,
-    save_permutations,
     validate_permutation,
 )
 

@@ -129,9 +129,11 @@ def detect_sparsity(tensor: Array) -> Detection:
         return Detection(shape, density, (found,))
     rows, cols = np.asarray(mask.any(axis=1)), np.asarray(mask.any(axis=0))
     core = mask[np.ix_(rows, cols)]
-    findings = _units(rows, cols, density)
-    if float(core.mean()) < FULL:
-        findings += _core_structures(mask, core, rows, cols)
+    units = _units(rows, cols, density)
+    inside = [] if float(core.mean()) >= FULL else _core_structures(mask, core, rows, cols)
+    # Whatever skips more elements comes first.
+    units_first = mask.size - core.size >= core.size - np.count_nonzero(core)
+    findings = [*units, *inside] if units_first else [*inside, *units]
     return Detection(shape, density, tuple(findings))
 
 

@@ -259,7 +259,7 @@ def normalized(graph: Csr, how: str) -> Csr:
     """Return W normalised as :func:`build_w` says; rows that sum to zero stay zero."""
     if how == "none" or graph.nnz == 0:
         return _clean(graph)
-    degree = np.asarray(graph.sum(axis=1), dtype=np.float64).ravel()
+    degree = np.asarray(graph @ np.ones(graph.shape[0]))
     inverse = np.divide(1.0, degree, out=np.zeros_like(degree), where=degree > 0)
     if how == "row":
         scaled = sp.diags(inverse) @ graph

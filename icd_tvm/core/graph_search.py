@@ -91,7 +91,7 @@ class GraphState:
         self.perm: Perm = as_permutation(perm, graph.shape[0]).copy()
         self.position = invert(self.perm).astype(np.int64)
         self.labels = block_labels(self.perm.size, objective.blocks)
-        self.degree = np.asarray(graph.sum(axis=1), dtype=np.float64).ravel()
+        self.degree = np.asarray(graph @ np.ones(graph.shape[0]))
         self.total = float(self.degree.sum())
         self.block_degree = np.bincount(
             self.labels[self.position], self.degree, minlength=objective.blocks

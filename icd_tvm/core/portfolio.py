@@ -51,9 +51,6 @@ def _hopeless(problem: Problem) -> str:
     accesses = problem.searchable()
     if not accesses:
         return "every window touches all, one or none of the indices, or every tile is one index"
-    items, _ = starts.stacked_items(accesses)
-    if starts.support_labels(items).max() == 0:
-        return "all indices have the same support: every order costs the same"
     if tile_cost(accesses, identity(problem.n)) <= tile_lower_bound(accesses):
         return "the start already reaches the lower bound of U"
     return ""

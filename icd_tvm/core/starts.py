@@ -278,7 +278,7 @@ def _by_component(
 
 
 def _graph_fiedler(graph: Csr) -> NDArray[np.float64]:
-    degree = np.asarray(graph.sum(axis=1), dtype=np.float64).ravel()
+    degree = np.asarray(graph @ np.ones(graph.shape[0]))
     return _second_vector(lambda x: graph @ x, degree)
 
 

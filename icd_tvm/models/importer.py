@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 from onnx import helper
 
 from icd_tvm._tvm import (
@@ -25,6 +26,7 @@ from icd_tvm._tvm import (
     tvm,
 )
 from icd_tvm.errors import IcdError, ModelFileError, UnsupportedOpError
+from icd_tvm.models.onnx_bind import bind_constants
 from icd_tvm.models.onnx_file import (
     check_finite,
     check_model,
@@ -76,7 +78,9 @@ class ImportedModel:
 
 
 def import_onnx(
-    source: str | Path | onnx.ModelProto, shapes: Mapping[str, Sequence[int]] | None = None
+    source: str | Path | onnx.ModelProto,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    constants: Mapping[str, NDArray[Any]] | None = None,
 ) -> ImportedModel:
     """Read, check, fold and import an ONNX model.
 
@@ -86,6 +90,10 @@ def import_onnx(
         Binary ONNX file, external data in the same folder; or a proto, which is not changed.
     shapes : mapping of str to sequence of int, optional
         Full shape of an input by name; needed where the model has symbolic dimensions.
+    constants : mapping of str to numpy.ndarray, optional
+        Value of an input by name. The input becomes an initializer before anything is folded
+        and is no parameter of ``main``: for inputs that decide shapes (the target of a Reshape,
+        the axes of a reduction, ``k`` of TopK).
 
     Returns
     -------
@@ -100,7 +108,7 @@ def import_onnx(
     DynamicShapeError
         A symbolic dimension without a given size.
     ShapeError
-        A given shape that does not fit the model.
+        A given shape or constant that does not fit the model.
     NonFiniteError
         NaN or infinity in a weight.
     """
@@ -109,6 +117,7 @@ def import_onnx(
         model = _inline_functions(model)
     check_operators(model)
     check_model(model)
+    bind_constants(model, constants or {})
     fix_input_shapes(model, shapes)
     check_finite(model.graph)
     fold_constants(model)

@@ -131,12 +131,13 @@ def schedule_tiled(func: Any, target: Any, kernels: tuple[str, ...]) -> Any:
     tile = Tile(*(int(v) for v in sch.get(acc).annotations[TILE_ATTR]))
     prologue = sch.get_producers(acc)
     inline_spatial(sch, keep=[acc, *prologue])
-    tasks, rows, chunk, inner, reduce = _tile_loops(sch, acc, tile)
+    threads = target_threads(target)
+    tasks, rows, chunk, inner, reduce = _tile_loops(sch, acc, tile, threads)
     _fuse_epilogue(sch, acc, chunk, tile, target)
     for producer in prologue:
         schedule_spatial(sch, producer, target)
     # Annotate before the split of the reduction: its init block inherits the loop kinds.
-    sch.parallel(_spread(sch, tasks, rows, target_threads(target)))
+    sch.parallel(_spread(sch, tasks, rows, threads))
     for loop in (reduce[1], *inner[:2]):
         sch.unroll(loop)
     sch.vectorize(inner[2])
@@ -144,28 +145,31 @@ def schedule_tiled(func: Any, target: Any, kernels: tuple[str, ...]) -> Any:
     return sch
 
 
-def _tile_loops(sch: Any, acc: Any, tile: Tile) -> tuple[list[Any], Any, Any, list[Any], list[Any]]:
+def _tile_loops(
+    sch: Any, acc: Any, tile: Tile, threads: int
+) -> tuple[list[Any], Any, Any, list[Any], list[Any]]:
     """Split the loops of the accumulator; return (tasks, row tiles, panels, tile, reduction)."""
     *batch, i, j, k = sch.get_loops(acc)
     rows, ii = sch.split(i, [None, tile.rows])
     panel, jv, lane = sch.split(j, [None, tile.vectors, tile.lanes])
     length = int(sch.get(k).extent)
     panels = int(sch.get(panel).extent)
-    outer, chunk = sch.split(panel, [None, panel_chunk(tile, panels, length)])
+    outer, chunk = sch.split(panel, [None, panel_chunk(tile, panels, length, threads)])
     reduce = list(sch.split(k, [None, _K_UNROLL if length % _K_UNROLL == 0 else 1]))
     sch.reorder(*batch, outer, rows, chunk, *reduce, ii, jv, lane)
     return [*batch, outer], rows, chunk, [ii, jv, lane], reduce
 
 
-def panel_chunk(tile: Tile, panels: int, length: int) -> int:
+def panel_chunk(tile: Tile, panels: int, length: int, threads: int) -> int:
     """Return how many weight panels are used on one row tile before the next row tile.
 
     A narrow tile reads X once per FMA, so X should stay in L1 while a chunk of weights
-    streams from L2; a wide tile keeps one weight panel and streams X.
+    streams from L2; a wide tile keeps one weight panel and streams X. Every thread gets at
+    least one chunk if there are that many panels.
     """
     if tile.vectors > 1:
         return 1
-    fits = max(1, _CHUNK_BYTES // (length * tile.columns * 4))
+    fits = max(1, min(_CHUNK_BYTES // (length * tile.columns * 4), panels // threads))
     return max(c for c in range(1, panels + 1) if panels % c == 0 and c <= fits)
 
 
