@@ -8,9 +8,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from icd_tvm.errors import ConfigError, IcdError
+from icd_tvm.arguments import Parser
+from icd_tvm.errors import IcdError
 from icd_tvm.runtime.options import CompileOptions, parse_shape
 
 HELP = {
@@ -37,14 +37,9 @@ EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, "see --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser; a bad argument raises :class:`ConfigError`."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m icd_tvm.compile",
         description=__doc__,
         epilog=EXAMPLES,

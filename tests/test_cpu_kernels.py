@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import special
 
@@ -156,6 +156,7 @@ def test_panel_chunks_leave_work_for_every_thread(panels: int, length: int, coun
     count=threads,
     name=st.sampled_from(["host", "x86-64-v3"]),
 )
+@example(m=7, k=1, n=65, lead=(2, 3), count=1, name="host")
 def test_dense_matmul(m: int, k: int, n: int, lead: Any, count: int, name: str) -> None:
     target = parse_target(name, count)
     rng = np.random.default_rng(m * 1000 + n)

@@ -44,7 +44,10 @@ def _is_hidden(group: Any, ops: dict[Any, str]) -> bool:
     return (
         group.constraint == "free"
         and sides == {"K", "N"}
-        and all(_is_pointwise(ops.get(use.var, "")) for use in group.values)
+        and not group.counted
+        and all(
+            use.structure.is_leaf and _is_pointwise(ops.get(use.var, "")) for use in group.values
+        )
     )
 
 

@@ -16,7 +16,6 @@ _K_UNROLL = 4
 _CHUNK_BYTES = 512 * 1024
 _MAX_VECTORS = 8
 _MAX_CLAMPED = 4
-_FEW_ROWS = 8
 # Level-1 data cache of current x86-64 cores: 64-byte lines, 64 sets, 8 to 12 ways.
 _LINE, _L1_SETS, _L1_WAYS = 64, 64, 12
 
@@ -96,11 +95,12 @@ def _lines_per_set(rows: int, k: int) -> float:
 def flat_rows(lead: Lead, m: int) -> tuple[Lead, int]:
     """Return the batch axes and rows a matmul is tiled over.
 
-    Batches of fewer than eight rows, such as the single rows of a decoding step, are taken as
-    one run of rows; otherwise each batch would stream the whole weight for itself.
+    A batch of single rows, as in a decoding step, is taken as one run of rows; otherwise every
+    batch would stream the whole weight for itself. Only one batch axis may be longer than one:
+    with more, a tile's rows are no box in the output and its epilogue could not be bounded.
     """
-    count = prod(lead)
-    return ((), count * m) if count > 1 and m < _FEW_ROWS else (lead, m)
+    flat = m == 1 and sum(extent > 1 for extent in lead) == 1
+    return ((), prod(lead)) if flat else (lead, m)
 
 
 def tile_attrs(tile: Tile, kernel: str) -> dict[str, Any]:
