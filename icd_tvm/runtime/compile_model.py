@@ -270,8 +270,7 @@ def _evaluate(result: Compilation, options: CompileOptions, progress: Progress) 
     if options.quality is None:
         return
     with progress.stage("quality") as stage:
-        kept = result.verdict.arm
-        result.quality = evaluate(options.quality, result.imported, result.built, kept)
+        result.quality = evaluate(options.quality, result.imported, result.built)
         stage.meta = {"metric": result.quality["metric"], "n": result.quality["n"]}
 
 

@@ -29,10 +29,8 @@ def parse_quality(text: str) -> tuple[str, int | None]:
     return metric, int(limit) if limit else None
 
 
-def evaluate(
-    text: str, imported: ImportedModel, arms: Mapping[str, Built], kept: str
-) -> dict[str, Any]:
-    """Evaluate the dense arm, the identity arm and the arm that is kept.
+def evaluate(text: str, imported: ImportedModel, arms: Mapping[str, Built]) -> dict[str, Any]:
+    """Evaluate the dense, the identity and the iterative arm.
 
     Parameters
     ----------
@@ -42,14 +40,12 @@ def evaluate(
         A BERT-like encoder [batch, seq] -> last hidden state.
     arms : Mapping[str, Built]
         The compiled arms.
-    kept : str
-        Name of the arm that is kept.
 
     Returns
     -------
     dict
-        ``metric``, ``n``, ``source``, ``arms`` (name -> value), ``delta_points`` (kept less
-        identity: what the order changed) and ``transform_points`` (identity less dense: what the
+        ``metric``, ``n``, ``source``, ``arms`` (name -> value), ``delta_points`` (iterative
+        less identity: what the order changed) and ``transform_points`` (identity less dense: what the
         transform changed), both in percentage points.
 
     Raises
@@ -67,8 +63,8 @@ def evaluate(
 
         return stsb_spearman(run, seq, limit, batch=batch)
 
-    names_scored = dict.fromkeys(("dense", "identity", kept))
-    results = {name: score(arms[name]) for name in names_scored}
+    scored = [name for name in ("dense", "identity", "iterative") if name in arms]
+    results = {name: score(arms[name]) for name in scored}
     any_result = next(iter(results.values()))
     values = {name: result.value for name, result in results.items()}
     return {
@@ -76,6 +72,6 @@ def evaluate(
         "n": any_result.n,
         "source": any_result.source,
         "arms": values,
-        "delta_points": 100 * (values[kept] - values["identity"]),
+        "delta_points": 100 * (values.get("iterative", values["identity"]) - values["identity"]),
         "transform_points": 100 * (values["identity"] - values["dense"]),
     }

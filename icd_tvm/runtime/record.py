@@ -56,7 +56,7 @@ def make_record(
         "seed": options.seed,
         "not_measured": _not_measured(result),
     }
-    return {**record, "gates": evaluate_gates(record)}
+    return {**record, "gates": evaluate_gates(record, quality_reference="identity")}
 
 
 def _model(result: Compilation, options: CompileOptions) -> dict[str, Any]:
