@@ -1,0 +1,28 @@
+"""The Python blocks of the README run as they stand, on a miniature model."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from icd_tvm.models.registry import build
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block.replace('model="minilm"', 'model="bert-mini-random"')
+    names = {"model": build("bert-mini-random")}
+    exec(compile(code, str(README), "exec"), names)
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_there_are_blocks() -> None:
+    assert len(BLOCKS) >= 2
+
+
+def test_named_documents_exist() -> None:
+    for name in re.findall(r"`(docs/[^`]+|[A-Z]+\.md)`", README.read_text()):
+        assert (README.parent / name).exists(), name
