@@ -80,6 +80,20 @@ def test_accesses_and_permutations_survive_save_and_load() -> None:
     assert set(perm[: F // 2]) == set(range(1, F, 2))
 
 
+@pytest.mark.parametrize(("width", "pays"), [(16 * F, True), (F, False)])
+def test_a_gather_must_pay(width: int, pays: bool) -> None:
+    w1, b1, w2 = mlp_weights()
+    w1, b1, w2 = np.tile(w1, width // F), np.tile(b1, width // F), np.tile(w2, (width // F, 1))
+    label = np.random.default_rng(0).permutation(np.repeat([0, 1], D // 2))
+    parity = np.arange(width) % 2
+    w2[parity[:, None] != label[None, :]] = 0
+    solver = DecidePermutation()
+    solver(BuildAccessGraph()(mlp(w1, b1, w2)))
+    decision = next(d for d in solver.decisions if d.group == "out:fc2")
+    assert decision.improved is pays
+    assert ("undoing the order would cost" in decision.stats["reason"]) is not pays
+
+
 def test_same_seed_same_order() -> None:
     rng = np.random.default_rng(0)
     w1, b1, w2 = mlp_weights()

@@ -17,10 +17,9 @@ import scipy.sparse as sp
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
-from icd_tvm.relax_passes.coaccess_attr import COACCESS_BLOCK, to_attr
+from icd_tvm.relax_passes.coaccess_attr import COACCESS_BLOCK, OUTPUT_ORDER, to_attr
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
-from icd_tvm.relax_passes.rewrite_layout import OUTPUT_ORDER
 from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul

@@ -12,6 +12,8 @@ from icd_tvm._tvm import tvm
 from icd_tvm.core.cost import TileAccess
 
 COACCESS_BLOCK = "icd.coaccess_block"
+# Key prefix of the private output order of one matmul, beside the ids of axis groups.
+OUTPUT_ORDER = "out:"
 
 
 def to_attr(graphs: Mapping[str, Sequence[TileAccess]]) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from icd_tvm._tvm import tvm
 from icd_tvm.core.access_graph import build_w, is_uniform
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.core.solver import FitStats, fit_permutation
-from icd_tvm.relax_passes.coaccess_attr import read_accesses
+from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER, read_accesses
 
 LAYOUT_PERM = "icd.layout_perm"
+# One gathered element takes about one cycle, in which a core with two 512-bit FMA units does 64.
+GATHER_FLOP = 64.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ class DecidePermutation:
             perm, stats = fit_permutation(
                 accesses=accesses, time_budget_s=share, rng_seed=self.seed
             )
-            self.decisions.append(Decision(group, perm, _as_dict(stats), _graph_nnz(accesses)))
+            figures = _as_dict(stats)
+            if group.startswith(OUTPUT_ORDER):
+                _charge_gather(figures, accesses[0])
+            self.decisions.append(Decision(group, perm, figures, _graph_nnz(accesses)))
         chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
         return mod.with_attr(LAYOUT_PERM, chosen)
 
@@ -91,6 +96,21 @@ def read_permutations(mod: Any) -> dict[str, np.ndarray]:
 
 def _as_dict(stats: FitStats) -> dict[str, Any]:
     return json.loads(json.dumps(stats.to_dict(), default=float))
+
+
+def _charge_gather(figures: dict[str, Any], access: TileAccess) -> None:
+    """Refuse a private output order whose run-time gather costs more than it saves.
+
+    A model, in FLOP: the weight of a unit is 2 M tile FLOP, so M follows from it.
+    """
+    outputs = access.weight / (2 * access.tile) * access.n
+    saved, cost = figures["U_before"] - figures["U"], GATHER_FLOP * outputs
+    figures["gather_flop"] = cost
+    if figures["improved"] and saved <= cost:
+        figures["improved"] = False
+        figures["reason"] = (
+            f"undoing the order would cost {cost:.1e} FLOP (modelled) and save {saved:.1e}"
+        )
 
 
 def _graph_nnz(accesses: Sequence[TileAccess]) -> int:

@@ -9,15 +9,13 @@ import numpy as np
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.decide_permutation import read_permutations
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
-
-# Prefix of the private output order of one matmul, beside the ids of axis groups.
-OUTPUT_ORDER = "out:"
 
 
 @tvm.transform.module_pass(opt_level=0, name="RewriteLayout")

@@ -136,6 +136,7 @@ def _solved(before: Decision | None, after: Decision | None) -> dict[str, Any]:
         "w_nnz_before_transform": before.w_nnz if before else None,
         **{k: {"before": stats.get(f"{k}_before"), "after": stats.get(k)} for k in "UCQ"},
         "U_bound": stats.get("U_bound"),
+        "gather_flop": stats.get("gather_flop"),
         "winner": stats.get("winner"),
         "improved": last.improved,
         "elapsed_s": stats.get("elapsed_s"),
