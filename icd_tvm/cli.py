@@ -18,8 +18,8 @@ from pathlib import Path
 from icd_tvm import compile as compile_command
 from icd_tvm.arguments import Parser
 from icd_tvm.errors import ConfigError, IcdError
+from icd_tvm.files import write_atomically
 from icd_tvm.runtime.options import parse_shape
-from icd_tvm.runtime.output import write_atomically
 
 COMMANDS = ("compile", "explain")
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from icd_tvm.errors import OutputError
-from icd_tvm.runtime.output import check_writable_file, output_folder, write_atomically
+from icd_tvm.files import write_atomically
+from icd_tvm.runtime.output import check_writable_file, output_folder
 
 
 def test_folder_is_removed_when_the_body_fails(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -13,7 +11,8 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm.errors import ConfigError, MeasurementError, OutputError
+from icd_tvm.errors import ConfigError, MeasurementError
+from icd_tvm.files import make_folder, write_atomically
 from icd_tvm.measure.schema import violations
 from icd_tvm.measure.statistics import Noise, Ratio, Summary, noise, summarise
 
@@ -173,27 +172,8 @@ def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Pa
     """
     validate_metrics(record)
     text = json.dumps(_plain(dict(record)), indent=1, allow_nan=False) + "\n"
-    final = Path(path)
-    temporary = None
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=final.parent, prefix=f".{final.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, final)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise OutputError(
-            f"cannot write {str(final)!r}: {error.strerror or error}", "choose another folder"
-        ) from error
-    return final
+    make_folder(Path(path).parent)
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def arms_table(
@@ -278,9 +258,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

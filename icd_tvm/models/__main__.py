@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
 from icd_tvm.errors import ConfigError, IcdError, OutputError
+from icd_tvm.files import write_atomically
 from icd_tvm.models.registry import MODELS, build
 
 USAGE_ERROR = 2
@@ -36,30 +34,14 @@ def save_model(model: onnx.ModelProto, path: str | Path) -> Path:
     OutputError
         The file cannot be written.
     """
-    target = Path(path)
-    temporary = None
+    return write_atomically(path, lambda temporary: _save(model, temporary))
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
     try:
-        handle, temporary = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"
-        )
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(model.SerializeToString())
-        # mkstemp makes the file private; a model is an ordinary file.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except (OSError, ValueError) as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write {target}: {reason}") from error
-    return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        path.write_bytes(model.SerializeToString())
+    except ValueError as error:
+        raise OutputError(f"cannot write {path.name}: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,6 +13,7 @@ import onnx
 from icd_tvm._tvm import apply_pass, tvm_ffi
 from icd_tvm.adapters.sparsity import SparsitySpec, parse_sparsity
 from icd_tvm.errors import VerificationError
+from icd_tvm.files import write_atomically
 from icd_tvm.measure.metrics import arms_table, write_metrics
 from icd_tvm.models.calibration import calibration_batches
 from icd_tvm.models.importer import ImportedModel, import_onnx
@@ -38,7 +39,7 @@ from icd_tvm.runtime.decide import Verdict, decide
 from icd_tvm.runtime.evaluate import evaluate, parse_quality
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
 from icd_tvm.runtime.options import CompileOptions
-from icd_tvm.runtime.output import check_writable_file, output_folder, write_atomically
+from icd_tvm.runtime.output import check_writable_file, output_folder
 from icd_tvm.runtime.progress import Progress
 from icd_tvm.runtime.record import make_record
 from icd_tvm.tir_schedules.target import parse_target

@@ -45,8 +45,8 @@ def evaluate(text: str, imported: ImportedModel, arms: Mapping[str, Built]) -> d
     -------
     dict
         ``metric``, ``n``, ``source``, ``arms`` (name -> value), ``delta_points`` (iterative
-        less identity: what the order changed) and ``transform_points`` (identity less dense: what the
-        transform changed), both in percentage points.
+        less identity: what the order changed) and ``transform_points`` (identity less dense:
+        what the transform changed), both in percentage points.
 
     Raises
     ------

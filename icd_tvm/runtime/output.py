@@ -1,11 +1,11 @@
-"""The output folder: checked before the work starts, cleaned when the work fails."""
+"""The output folder and file: checked before the work starts, cleaned when the work fails."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,39 +34,6 @@ def output_folder(path: Path | None) -> Iterator[Path | None]:
         if first_new is not None:
             shutil.rmtree(first_new, ignore_errors=True)
         raise
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
-
-    Parameters
-    ----------
-    path : Path
-        The file to make; an older one is replaced only by a complete new one.
-    write : Callable[[Path], None]
-        Writes to the path it is given, which has the suffix of ``path``.
-
-    Raises
-    ------
-    OutputError
-        If anything about the writing fails.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def check_writable_file(path: Path | None) -> None:
