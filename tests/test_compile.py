@@ -64,7 +64,10 @@ def test_incoming_structure_is_used_without_a_flag(tmp_path: Path) -> None:
 
 def test_dense_model_has_no_opportunity(model: Path, tmp_path: Path) -> None:
     assert main([str(model), "--out", str(tmp_path), *FAST]) == 0
-    decision = _metrics(tmp_path)["decision"]
+    record = _metrics(tmp_path)
+    decision = record["decision"]
+    assert set(record["arms"]) == {"dense", "linear"}
+    assert record["arms"]["linear"]["same_module_as"] == "dense"
     assert decision["accepted"] is False
     assert decision["reason"].startswith("no opportunity")
 

@@ -67,11 +67,12 @@ def evaluate(text: str, imported: ImportedModel, arms: Mapping[str, Built]) -> d
     results = {name: score(arms[name]) for name in scored}
     any_result = next(iter(results.values()))
     values = {name: result.value for name, result in results.items()}
+    same = values.get("identity", values["dense"])
     return {
         "metric": any_result.metric,
         "n": any_result.n,
         "source": any_result.source,
         "arms": values,
-        "delta_points": 100 * (values.get("iterative", values["identity"]) - values["identity"]),
-        "transform_points": 100 * (values["identity"] - values["dense"]),
+        "delta_points": 100 * (values.get("iterative", same) - same),
+        "transform_points": 100 * (same - values["dense"]),
     }

@@ -98,7 +98,8 @@ def measure_arms(
         If an arm or the peer fails.
     """
     if options.peer is None:
-        samples = interleave(callers, repeats=options.repeats, seed=options.seed)
+        warmup = max(3, min(50, options.repeats // 4))
+        samples = interleave(callers, repeats=options.repeats, warmup=warmup, seed=options.seed)
         return Measured(samples, feeds)
     blocks = -(-options.repeats // BLOCK_REPEATS)
     threads = options.threads or os.cpu_count() or 1
