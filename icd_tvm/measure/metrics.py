@@ -173,7 +173,9 @@ def write_metrics(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Pa
     validate_metrics(record)
     text = json.dumps(_plain(dict(record)), indent=1, allow_nan=False) + "\n"
     make_folder(Path(path).parent)
-    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return write_atomically(
+        Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8")
+    )
 
 
 def arms_table(

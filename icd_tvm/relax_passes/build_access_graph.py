@@ -26,6 +26,9 @@ from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
 from icd_tvm.tir_schedules.cpu.tile import Tile
 from icd_tvm.tir_schedules.target import host_target, vector_bits
 
+# Fewer zeros than this leave no row of a 16-wide group untouched, in any order.
+MOST_DENSITY = 0.95
+
 
 @tvm.transform.module_pass(opt_level=0, name="BuildAccessGraph")
 class BuildAccessGraph:
@@ -62,7 +65,7 @@ class BuildAccessGraph:
             ]
             owned |= {use.node for use in makers}
         for node, weight in _weights(func).items():
-            if node not in owned and not weight.value.numpy().all():
+            if node not in owned and _density(weight) <= MOST_DENSITY:
                 graphs[OUTPUT_ORDER + node] = [self._access(weight, rows[node], node)]
         return mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
 
@@ -95,14 +98,27 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
         Windows are reduction steps, equal ones merged; the weight of a unit is its FLOP.
     """
     k, n = mask.shape
+    tile = _kernel_read(rows, k, n, target)[1]
+    windows = _dense_windows if mask.all() else _windows
+    matrix, counts = windows(rows, k, n, target, None if mask.all() else mask)
+    return TileAccess(matrix, tile.columns, 2.0 * rows * tile.columns, label, counts)
+
+
+def _windows(
+    rows: int, k: int, n: int, target: Any, mask: np.ndarray | None
+) -> tuple[sp.csr_matrix, np.ndarray]:
     access, tile = _kernel_read(rows, k, n, target)
 
     def logical(panel: np.ndarray, row: np.ndarray, lane: np.ndarray) -> tuple[Any, Any]:
         return row, panel * tile.columns + lane
 
-    found = window_incidence(access, 1, "reduction", nonzero=mask, logical=logical)
-    matrix, counts = _merge_equal(found.matrix, found.counts)
-    return TileAccess(matrix, tile.columns, 2.0 * rows * tile.columns, label, counts)
+    counted = np.ones((k, n), dtype=np.bool_) if mask is None else mask
+    found = window_incidence(access, 1, "reduction", nonzero=counted, logical=logical)
+    return _merge_equal(found.matrix, found.counts)
+
+
+# Layers share shapes, and dense weights of one shape are touched alike.
+_dense_windows = lru_cache(maxsize=64)(_windows)
 
 
 @lru_cache(maxsize=64)
@@ -121,6 +137,11 @@ def _merge_equal(matrix: sp.csr_matrix, counts: np.ndarray) -> tuple[sp.csr_matr
     _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))
     return matrix[first], merged
+
+
+def _density(weight: Any) -> float:
+    array = weight.value.numpy()
+    return float(np.count_nonzero(array) / array.size)
 
 
 def _weights(func: Any) -> dict[str, Any]:
