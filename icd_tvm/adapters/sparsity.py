@@ -13,11 +13,12 @@ from icd_tvm.adapters.arrays import Array, Bool, Float64, Index, as_matrix
 from icd_tvm.adapters.calibration import Calibration, as_calibration
 from icd_tvm.adapters.detect import Detection, Finding, detect_sparsity
 from icd_tvm.adapters.grouping import assign_groups, best_rows
+from icd_tvm.adapters.hierarchical import Hierarchy, blocks_n_m, inner_bytes, v_n_m, vectors_n_m
 from icd_tvm.adapters.masks import block_mask, n_m_mask, unstructured_mask
 from icd_tvm.adapters.refit import refit_groups
-from icd_tvm.adapters.sparsity_spec import SparsitySpec, make_spec, parse_sparsity
+from icd_tvm.adapters.sparsity_spec import VECTOR_RUN, SparsitySpec, make_spec, parse_sparsity
 from icd_tvm.adapters.units import kept_count, select_units, unit_scores, zero_units
-from icd_tvm.errors import ConfigError, ShapeError
+from icd_tvm.errors import ConfigError, PermutationError, ShapeError
 
 __all__ = [
     "Calibration",
@@ -62,6 +63,7 @@ def apply_sparsity(
     seed: int = 0,
     refit: bool = False,
     n_m: tuple[int, int] | None = None,
+    order: Index | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """Remove weights of ``y = x @ W``.
 
@@ -72,22 +74,29 @@ def apply_sparsity(
     type : str
         ``unit`` (whole output columns), ``vecV`` (groups of V columns share one set of rows),
         ``blockAxB`` (aligned blocks), ``N:M`` or ``n:m`` (n of m consecutive rows of a column),
-        ``unstructured`` or ``none``; see :func:`parse_sparsity` for the text with the rate inside.
+        ``V:N:M`` (groups of V columns keep 4 rows of m, each column n of those), ``vecV+N:M`` or
+        ``blockAxB+N:M`` (groups or blocks first, N:M inside), ``unstructured`` or ``none``;
+        see :func:`parse_sparsity` for the text with the rate inside.
     rate : float, optional
-        Share that is removed, in [0, 1); implied by N:M.
+        Share that is removed in all, in [0, 1); implied by N:M and V:N:M.
     saliency : {"magnitude", "wanda"}
         ``W ** 2``, or ``W ** 2`` times the energy of the input (needs ``calibration``).
         Unstructured wanda keeps the same number in every column, magnitude the best overall.
     calibration : array or Calibration, optional
         X [tokens, K], column norms [K], or Gram matrix [K, K].
     groups : int array, shape [N / V, V], optional
-        Columns of each ``vecV`` group; chosen by saliency similarity when not given.
+        Columns of each ``vecV`` or ``vecV+N:M`` group; chosen by saliency similarity when not
+        given.
     seed : int
         Seed of the group assignment.
     refit : bool
         Refit the survivors by least squares (needs X or a Gram matrix).
     n_m : (int, int), optional
         For type ``n:m``.
+    order : int array, shape [K], optional
+        Row order that the runs of ``N:M`` and ``V:N:M`` are cut from
+        (:func:`icd_tvm.adapters.channel_permutation.permute_channels`); the rows of ``out`` stay
+        where they are.
 
     Returns
     -------
@@ -102,12 +111,14 @@ def apply_sparsity(
     Raises
     ------
     ConfigError
-        Unknown type or saliency, a number out of range, groups that are no partition, or missing
-        calibration.
+        Unknown type or saliency, a number out of range, groups that are no partition, an order
+        for a type without runs, or missing calibration.
     ShapeError
         Not a matrix, or calibration of another length.
     NonFiniteError
         NaN or infinity inside.
+    PermutationError
+        ``order`` is no permutation of the rows.
 
     Notes
     -----
@@ -125,7 +136,11 @@ def apply_sparsity(
         if spec.kind != "none" and spec.rate > 0:
             warnings.warn(f"{spec} skipped: {why}", RuntimeWarning, stacklevel=2)
         return weight.copy(), _skipped(spec, weight, params, why)
-    pattern = _pattern(spec, scores, weight.dtype.itemsize, groups, seed, saliency == "wanda")
+    rows = _checked_order(order, spec, weight.shape[0])
+    ranked = scores if rows is None else scores[rows]
+    pattern = _pattern(spec, ranked, weight.dtype.itemsize, groups, seed, saliency == "wanda")
+    if rows is not None:
+        _back_in_place(pattern, rows)
     if refit and data is not None and data.gram is not None and spec.kind != "unit":
         out = refit_groups(weight, data.gram, pattern.columns, pattern.kept)
     else:
@@ -154,7 +169,43 @@ def _why_not(spec: SparsitySpec, shape: tuple[int, ...]) -> str:
         return f"shape {length} x {width} is not a multiple of {spec.block[0]} x {spec.block[1]}"
     if spec.kind == "n:m" and length % spec.n_m[1]:
         return f"{length} rows are not a multiple of {spec.n_m[1]}"
+    return _hierarchy_why_not(spec, length, width)
+
+
+def _hierarchy_why_not(spec: SparsitySpec, length: int, width: int) -> str:
+    if spec.kind not in ("v:n:m", "hds"):
+        return ""
+    if spec.vector and width % spec.vector:
+        return f"{width} columns are not a multiple of {spec.vector}"
+    if spec.vector and length % spec.n_m[1]:
+        return f"{length} rows are not a multiple of {spec.n_m[1]}"
+    rows, cols = spec.block
+    if rows and (length % rows or width % cols):
+        return f"shape {length} x {width} is not a multiple of {rows} x {cols}"
+    if rows % spec.n_m[1]:
+        return f"blocks of {rows} rows are not a multiple of {spec.n_m[1]}"
     return ""
+
+
+def _checked_order(order: Index | None, spec: SparsitySpec, length: int) -> Index | None:
+    if order is None:
+        return None
+    if spec.kind not in ("n:m", "v:n:m"):
+        raise ConfigError(f"order given for {spec}", "only N:M and V:N:M take a row order")
+    rows = np.asarray(order)
+    if rows.shape != (length,) or not np.array_equal(np.sort(rows), np.arange(length)):
+        raise PermutationError(
+            f"order {list(rows.shape)} is no permutation of {length} rows", "every row once"
+        )
+    return rows
+
+
+def _back_in_place(pattern: _Pattern, rows: Index) -> None:
+    """Undo the row order in the masks and record it."""
+    place = np.argsort(rows)
+    pattern.mask, pattern.kept = pattern.mask[place], pattern.kept[:, place]
+    pattern.groups["order"] = rows.tolist()
+    pattern.packed_bytes += rows.size * INDEX_BYTES
 
 
 def _pattern(
@@ -165,7 +216,8 @@ def _pattern(
     seed: int,
     per_column: bool,
 ) -> _Pattern:
-    if groups is not None and spec.kind != "vec":
+    takes_groups = spec.kind == "vec" or (spec.kind == "hds" and spec.vector > 0)
+    if groups is not None and not takes_groups:
         raise ConfigError(f"groups given for {spec}", "only vecV takes groups")
     if spec.kind == "unit":
         return _unit(spec, scores, itemsize)
@@ -175,6 +227,8 @@ def _pattern(
         return _block(spec, scores, itemsize)
     if spec.kind == "n:m":
         return _n_m(spec, scores, itemsize)
+    if spec.kind in ("v:n:m", "hds"):
+        return _two_levels(spec, scores, itemsize, groups, seed)
     mask = unstructured_mask(scores, spec.rate, per_column)
     kept, width = int(mask.sum()), scores.shape[1]
     packed = kept * (itemsize + INDEX_BYTES) + (width + 1) * INDEX_BYTES
@@ -230,6 +284,28 @@ def _n_m(spec: SparsitySpec, scores: Float64, itemsize: int) -> _Pattern:
     return _Pattern(mask, columns, mask.T, {"n": n, "m": m}, packed, "values and positions")
 
 
+def _two_levels(
+    spec: SparsitySpec, scores: Float64, itemsize: int, groups: Groups | None, seed: int
+) -> _Pattern:
+    found = _hierarchy(spec, scores, groups, seed)
+    # V:N:M chooses among the rows that its outer level keeps.
+    run = VECTOR_RUN if spec.kind == "v:n:m" else spec.n_m[1]
+    packed = found.index_bytes + inner_bytes(found.mask, itemsize, run)
+    columns = _single_columns(scores.shape[1])
+    return _Pattern(
+        found.mask, columns, found.mask.T, found.groups, packed, "outer index, values and positions"
+    )
+
+
+def _hierarchy(spec: SparsitySpec, scores: Float64, groups: Groups | None, seed: int) -> Hierarchy:
+    if spec.kind == "v:n:m":
+        return v_n_m(scores, spec.vector, *spec.n_m)
+    if not spec.vector:
+        return blocks_n_m(scores, spec.block, spec.outer_rate, *spec.n_m)
+    columns = None if groups is None else _checked_groups(groups, spec.vector, scores.shape[1])
+    return vectors_n_m(scores, spec.vector, spec.outer_rate, *spec.n_m, columns, seed)
+
+
 def _single_columns(width: int) -> list[Array]:
     return list(np.arange(width).reshape(-1, 1))
 
@@ -276,18 +352,20 @@ def _meta(
         "bytes_after": int(pattern.packed_bytes),
         "format": pattern.packed_format,
         "groups": pattern.groups,
-        "delta_layout": spec.kind in ("unit", "vec", "block"),
+        "delta_layout": spec.kind in ("unit", "vec", "block", "hds") or "order" in pattern.groups,
         "skipped": False,
-        "why": _layout_reason(spec),
+        "why": _layout_reason(spec, pattern),
     }
 
 
-def _layout_reason(spec: SparsitySpec) -> str:
+def _layout_reason(spec: SparsitySpec, pattern: _Pattern) -> str:
+    if "order" in pattern.groups:
+        return "rows of one run are scattered: the order makes them contiguous"
     if spec.kind == "unit":
         return "dropped units can be moved to the end and cut off"
-    if spec.kind == "vec":
+    if spec.kind == "vec" or (spec.kind == "hds" and spec.vector):
         return "groups that share rows can be made contiguous"
-    if spec.kind == "block":
+    if spec.kind in ("block", "hds"):
         return "whole blocks can be skipped"
     return "every kernel tile still holds a kept element: no order helps"
 

@@ -1,4 +1,4 @@
-"""The text form of a sparsity request: ``unit:0.5``, ``vec16:0.5``, ``2:4``, ``none``."""
+"""The text form of a sparsity request: ``unit:0.5``, ``2:4``, ``vec16+2:4:0.75``, ``none``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ from typing import Literal
 
 from icd_tvm.errors import ConfigError
 
-Kind = Literal["none", "unit", "vec", "block", "n:m", "unstructured"]
+Kind = Literal["none", "unit", "vec", "block", "n:m", "v:n:m", "hds", "unstructured"]
 
 # One valid spelling of every type, for error texts.
-EXAMPLES = ("none", "unit:0.5", "vec16:0.5", "block16x16:0.5", "2:4", "unstructured:0.8")
+EXAMPLES = (
+    "none",
+    "unit:0.5",
+    "vec16:0.5",
+    "block16x16:0.5",
+    "2:4",
+    "64:2:8",
+    "vec16+2:4:0.75",
+    "block16x16+2:4:0.75",
+    "unstructured:0.8",
+)
+# Rows of a run that V:N:M leaves to its N:M level.
+VECTOR_RUN = 4
 
 
 @dataclass(frozen=True)
@@ -21,16 +33,16 @@ class SparsitySpec:
 
     Parameters
     ----------
-    kind : {"none", "unit", "vec", "block", "n:m", "unstructured"}
-        What is removed together.
+    kind : {"none", "unit", "vec", "block", "n:m", "v:n:m", "hds", "unstructured"}
+        What is removed together; ``hds`` keeps vectors or blocks first, then N:M inside.
     rate : float
         Share of the elements that is removed, in [0, 1).
     vector : int
-        Columns that share a row set (``vec``), else 0.
+        Columns that share a row set (``vec``, ``v:n:m``, ``hds`` of vectors), else 0.
     block : (int, int)
-        Rows and columns of a block (``block``), else (0, 0).
+        Rows and columns of a block (``block``, ``hds`` of blocks), else (0, 0).
     n_m : (int, int)
-        Kept elements and run length (``n:m``), else (0, 0).
+        Kept elements and run length (``n:m``, ``v:n:m``, ``hds``), else (0, 0).
     """
 
     kind: Kind
@@ -42,17 +54,26 @@ class SparsitySpec:
     @property
     def type_name(self) -> str:
         """Type without the rate, as :func:`parse_sparsity` reads it."""
-        if self.kind == "vec":
-            return f"vec{self.vector}"
-        if self.kind == "block":
-            return f"block{self.block[0]}x{self.block[1]}"
+        runs = f"{self.n_m[0]}:{self.n_m[1]}"
         if self.kind == "n:m":
-            return f"{self.n_m[0]}:{self.n_m[1]}"
-        return self.kind
+            return runs
+        if self.kind == "v:n:m":
+            return f"{self.vector}:{runs}"
+        if self.kind not in ("vec", "block", "hds"):
+            return self.kind
+        outer = f"vec{self.vector}" if self.vector else f"block{self.block[0]}x{self.block[1]}"
+        return f"{outer}+{runs}" if self.kind == "hds" else outer
+
+    @property
+    def outer_rate(self) -> float:
+        """Share that the outer level of ``hds`` removes; the whole rate for other kinds."""
+        if self.kind != "hds":
+            return self.rate
+        return max(0.0, 1 - (1 - self.rate) * self.n_m[1] / self.n_m[0])
 
     def __str__(self) -> str:
         """Canonical text; ``parse_sparsity(str(spec)) == spec``."""
-        if self.kind in ("none", "n:m"):
+        if self.kind in ("none", "n:m", "v:n:m"):
             return self.type_name
         return f"{self.type_name}:{self.rate!r}"
 
@@ -63,8 +84,9 @@ def parse_sparsity(text: str) -> SparsitySpec:
     Parameters
     ----------
     text : str
-        ``none``, ``unit:R``, ``vecV:R``, ``blockAxB:R``, ``N:M`` or ``unstructured:R``, where R is
-        the share that is removed, in [0, 1).
+        ``none``, ``unit:R``, ``vecV:R``, ``blockAxB:R``, ``N:M``, ``V:N:M``, ``vecV+N:M:R``,
+        ``blockAxB+N:M:R`` or ``unstructured:R``, where R is the share that is removed in all, in
+        [0, 1).
 
     Returns
     -------
@@ -80,6 +102,8 @@ def parse_sparsity(text: str) -> SparsitySpec:
         return SparsitySpec("none")
     if re.fullmatch(r"\d+:\d+", clean):
         return _n_m(*(int(part) for part in clean.split(":")))
+    if _hierarchical(clean):
+        return _two_levels(clean, text, None)
     name, colon, rate_text = clean.partition(":")
     spec = _typed(name, text)
     if not colon:
@@ -97,9 +121,10 @@ def make_spec(
     Parameters
     ----------
     type_name : str
-        ``none``, ``unit``, ``vecV``, ``blockAxB``, ``N:M``, ``n:m`` or ``unstructured``.
+        ``none``, ``unit``, ``vecV``, ``blockAxB``, ``N:M``, ``n:m``, ``V:N:M``, ``vecV+N:M``,
+        ``blockAxB+N:M`` or ``unstructured``.
     rate : float, optional
-        Removed share in [0, 1); may be left out for ``none`` and ``N:M``.
+        Removed share in [0, 1); may be left out for ``none``, ``N:M`` and ``V:N:M``.
     n_m : (int, int), optional
         Kept elements and run length for type ``n:m``.
 
@@ -117,6 +142,8 @@ def make_spec(
         return SparsitySpec("none")
     if name == "n:m" or re.fullmatch(r"\d+:\d+", name):
         return _n_m_with_rate(name, rate, n_m)
+    if _hierarchical(name):
+        return _two_levels(name, type_name, rate)
     base = _typed(name, type_name)
     if rate is None:
         raise ConfigError(f"sparsity type {type_name!r} needs a rate", f"e.g. {name}:0.5")
@@ -179,6 +206,55 @@ def _n_m_with_rate(name: str, rate: float | None, n_m: tuple[int, int] | None) -
         if n_m is not None and tuple(n_m) != (n, m):
             raise ConfigError(f"type {name!r} contradicts n_m = {tuple(n_m)}", "pass one of them")
     spec = _n_m(n, m)
+    if rate is not None and abs(rate - spec.rate) > 1e-6:
+        raise ConfigError(
+            f"rate {rate!r} contradicts {spec}", f"leave the rate out or pass {spec.rate!r}"
+        )
+    return spec
+
+
+def _hierarchical(name: str) -> bool:
+    return "+" in name or re.fullmatch(r"\d+:\d+:\d+", name) is not None
+
+
+def _two_levels(name: str, text: str, rate: float | None) -> SparsitySpec:
+    if "+" not in name:
+        vector, n, m = (int(part) for part in name.split(":"))
+        return _v_n_m(vector, n, m, rate)
+    match = re.fullmatch(r"([^+]+)\+(\d+):(\d+)(?::(.*))?", name)
+    if match is None:
+        raise ConfigError(f"unknown sparsity {text!r}", f"known: {', '.join(EXAMPLES)}")
+    outer, n_text, m_text, rate_text = match.groups()
+    kind, numbers = _split(_typed(outer, outer))
+    if kind not in ("vec", "block"):
+        raise ConfigError(
+            f"sparsity {text!r} has the outer level {outer!r}", "use vecV or blockAxB"
+        )
+    if rate_text is not None and rate is not None:
+        raise ConfigError(f"sparsity {text!r} has a rate, and {rate!r} is another", "pass one")
+    share = rate if rate_text is None else _rate(rate_text, text)
+    if share is None:
+        raise ConfigError(
+            f"sparsity {text!r} has no rate", f"write the removed share in all, e.g. {name}:0.75"
+        )
+    inner = _n_m(int(n_text), int(m_text))
+    if not inner.rate <= share < 1.0:
+        raise ConfigError(
+            f"sparsity rate {share!r} of {text!r} is outside [{inner.rate!r}, 1)",
+            f"{inner} alone removes {inner.rate!r}",
+        )
+    vector = numbers[0] if kind == "vec" else 0
+    block = (numbers[0], numbers[1]) if kind == "block" else (0, 0)
+    return SparsitySpec("hds", share, vector, block, inner.n_m)
+
+
+def _v_n_m(vector: int, n: int, m: int, rate: float | None) -> SparsitySpec:
+    if vector < 1 or not 1 <= n < VECTOR_RUN <= m:
+        raise ConfigError(
+            f"{vector}:{n}:{m} sparsity keeps {n} of {VECTOR_RUN} of {m} rows",
+            f"needs V >= 1 and 1 <= N < {VECTOR_RUN} <= M, e.g. 64:2:8",
+        )
+    spec = SparsitySpec("v:n:m", 1 - n / m, vector, n_m=(n, m))
     if rate is not None and abs(rate - spec.rate) > 1e-6:
         raise ConfigError(
             f"rate {rate!r} contradicts {spec}", f"leave the rate out or pass {spec.rate!r}"
