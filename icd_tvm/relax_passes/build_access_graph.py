@@ -99,26 +99,27 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
     """
     k, n = mask.shape
     tile = _kernel_read(rows, k, n, target)[1]
-    windows = _dense_windows if mask.all() else _windows
-    matrix, counts = windows(rows, k, n, target, None if mask.all() else mask)
+    if mask.all():
+        matrix, counts = _dense_windows(rows, k, n, target)
+    else:
+        matrix, counts = _windows(rows, mask, target)
     return TileAccess(matrix, tile.columns, 2.0 * rows * tile.columns, label, counts)
 
 
-def _windows(
-    rows: int, k: int, n: int, target: Any, mask: np.ndarray | None
-) -> tuple[sp.csr_matrix, np.ndarray]:
-    access, tile = _kernel_read(rows, k, n, target)
+@lru_cache(maxsize=64)
+def _dense_windows(rows: int, k: int, n: int, target: Any) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Return the windows of a dense weight: layers share shapes, and all are touched alike."""
+    return _windows(rows, np.ones((k, n), dtype=np.bool_), target)
+
+
+def _windows(rows: int, mask: np.ndarray, target: Any) -> tuple[sp.csr_matrix, np.ndarray]:
+    access, tile = _kernel_read(rows, *mask.shape, target)
 
     def logical(panel: np.ndarray, row: np.ndarray, lane: np.ndarray) -> tuple[Any, Any]:
         return row, panel * tile.columns + lane
 
-    counted = np.ones((k, n), dtype=np.bool_) if mask is None else mask
-    found = window_incidence(access, 1, "reduction", nonzero=counted, logical=logical)
+    found = window_incidence(access, 1, "reduction", nonzero=mask, logical=logical)
     return _merge_equal(found.matrix, found.counts)
-
-
-# Layers share shapes, and dense weights of one shape are touched alike.
-_dense_windows = lru_cache(maxsize=64)(_windows)
 
 
 @lru_cache(maxsize=64)
