@@ -27,9 +27,8 @@ from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.minilm import build_minilm
 from icd_tvm.relax_passes.lower_cpu import build_cpu
 from icd_tvm.tir_schedules.cpu import cpu_rules
-from icd_tvm.tir_schedules.cpu.block_sparse import pack_rowlist, pack_vrow
 from icd_tvm.tir_schedules.cpu.dense import pack_dense
-from icd_tvm.tir_schedules.cpu.select import build_matmul
+from icd_tvm.tir_schedules.cpu.matmul_kinds import build_matmul, group_width, pack_matmul
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile import choose_tile
 from icd_tvm.tir_schedules.target import host_target, vector_bits
@@ -76,15 +75,14 @@ def kernel_arm(kind: str, shape: tuple[int, int, int], target: Any, rng: Any) ->
     """Return a call of one matmul kernel; the sparse kinds keep half of the rows per group."""
     m, k, n = shape
     weight = rng.standard_normal((k, n), dtype=np.float32)
-    columns = choose_tile(m, k, n, target).columns
     if kind == "dense":
-        packed, kept = [pack_dense(weight, columns)], k
+        packed, kept = [pack_dense(weight, choose_tile(m, k, n, target).columns)], k
     else:
-        group = int(kind[4:]) if kind.startswith("vrow") else n
+        group = group_width(kind) or n
         for start in range(0, n, group):
             weight[rng.permutation(k)[k // 2 :], start : start + group] = 0
-        packed = list(pack_vrow(weight, group) if group < n else pack_rowlist(weight, columns))
-        kept = packed[0].shape[-1]
+        constants = pack_matmul(kind, weight, shape, target)
+        packed, kept = list(constants.values()), constants["rows"].shape[-1]
     func = build_matmul(kind, shape, kept, target)
     sch = next(s for s in (rule.apply(func, target, False) for rule in cpu_rules()) if s)
     main = compile_kernel(sch.mod["main"], target)["main"]
@@ -128,9 +126,10 @@ def best(arms: dict[str, Arm], repeats: int) -> dict[str, float]:
 def matmul_table(target: Any, threads: int, repeats: int) -> None:
     peak, peak_flop = peak_arm(target)
     rng = np.random.default_rng(0)
-    print("shape (m k n)              dense us  GF/s  of peak  vs ORT  vrow16  vrow32  rowlist")
+    kinds = ("dense", "vcol8", "vcol16", "vrow16", "vrow32", "rowlist")
+    columns = "".join(f"{kind:>8s}" for kind in kinds[1:])
+    print(f"shape (m k n)              dense us  GF/s  of peak  vs ORT{columns}")
     for name, shape in SHAPES.items():
-        kinds = ("dense", "vrow16", "vrow32", "rowlist")
         arms = {kind: kernel_arm(kind, shape, target, rng) for kind in kinds}
         arms = {**arms, "ort": runtime_arm(shape, rng, threads), "peak": peak}
         times = best(arms, repeats)

@@ -14,7 +14,7 @@ from scipy import special
 
 from icd_tvm._tvm import i64, te, tvm
 from icd_tvm.errors import ConfigError, ShapeError, TransformError
-from icd_tvm.tir_schedules.cpu import cpu_rules, select, vector_math
+from icd_tvm.tir_schedules.cpu import cpu_rules, select, time_kernels, vector_math
 from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention, attention_shape
 from icd_tvm.tir_schedules.cpu.block_sparse import (
     group_rows,
@@ -26,10 +26,12 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
 )
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
+from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
 from icd_tvm.tir_schedules.cpu.softmax import softmax
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, panel_chunk, row_pieces, tile_cycles
+from icd_tvm.tir_schedules.cpu.transposed_sparse import pack_vcol, vcol_matmul
 from icd_tvm.tir_schedules.target import (
     host_target,
     parse_target,
@@ -231,6 +233,67 @@ def test_rowlist_matmul(m: int, k: int, n: int, kept: float, count: int) -> None
     assert_close(actual, x.astype(np.float64) @ w, k)
 
 
+@few
+@given(
+    m=sizes,
+    k=sizes,
+    n=st.integers(1, 100),
+    v=st.sampled_from([8, 16, 32]),
+    lead=leads,
+    count=threads,
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    name=st.sampled_from(["host", "x86-64-v3", "x86-64"]),
+)
+def test_vcol_matmul(
+    m: int, k: int, n: int, v: int, lead: Any, count: int, density: float, name: str
+) -> None:
+    target = parse_target(name, count)
+    rng = np.random.default_rng(m * 1000 + n)
+    x, w = random(rng, *lead, m, k), grouped_weight(rng, k, n, v, density)
+    packed = pack_vcol(w, v, vector_bits(target) // 32)
+    func = vcol_matmul(m, k, n, packed[1].shape[1], v, lead=lead, target=target)
+    actual = run(schedule(func, target), [x, *packed], (*lead, m, n), target)
+    assert_close(actual, x.astype(np.float64) @ w, k)
+
+
+def test_vcol_matmul_reads_no_further_than_the_counts() -> None:
+    target, rng = host_target(1), np.random.default_rng(0)
+    x, w = random(rng, 40, 64), grouped_weight(rng, 64, 48, 8, 0.5)
+    counts, idx, data = pack_vcol(w, 8, vector_bits(target) // 32, space=64)
+    assert idx.shape[1] == 64
+    for group, count in enumerate(counts):
+        idx[group, count:] = 2**30
+        data[group, count:] = np.nan
+    func = vcol_matmul(40, 64, 48, 64, 8, target=target)
+    assert_close(run(schedule(func, target), [x, counts, idx, data], (40, 48), target), x @ w, 64)
+
+
+def test_vcol_columns_are_shared_out_where_rows_are_too_few_for_the_threads() -> None:
+    target, rng = host_target(4), np.random.default_rng(0)
+    x, w = random(rng, 20, 32), grouped_weight(rng, 32, 128, 8, 0.5)
+    packed = pack_vcol(w, 8, vector_bits(target) // 32)
+    func = schedule(vcol_matmul(20, 32, 128, packed[1].shape[1], 8, target=target), target)
+    assert func.script().count("T.parallel") == 2
+    assert_close(run(func, [x, *packed], (20, 128), target), x @ w, 32)
+
+
+@given(k=sizes, n=st.integers(1, 70), v=st.sampled_from([4, 8, 16, 32]), seed=st.integers(0, 99))
+def test_pack_vcol_keeps_every_value(k: int, n: int, v: int, seed: int) -> None:
+    w = grouped_weight(np.random.default_rng(seed), k, n, v, 0.5)
+    counts, idx, data = pack_vcol(w, v, 16)
+    groups = counts.size
+    assert groups * v % 16 == 0
+    assert n <= groups * v < n + max(v, 16)
+    np.testing.assert_array_equal(counts[: -(-n // v)], group_rows(w, v).sum(axis=1))
+    restored = np.zeros((k, groups * v), np.float32)
+    for group, count in enumerate(counts):
+        assert (np.diff(idx[group, :count]) > 0).all()
+        restored[idx[group, :count], group * v : group * v + v] = data[group, :count]
+        assert not data[group, count:].any()
+    np.testing.assert_array_equal(restored[:, :n], w)
+    assert not restored[:, n:].any()
+
+
 @given(k=sizes, n=st.integers(1, 70), v=st.integers(1, 33), seed=st.integers(0, 99))
 def test_pack_vrow_keeps_every_value_and_pads_with_zero(k: int, n: int, v: int, seed: int) -> None:
     w = grouped_weight(np.random.default_rng(seed), k, n, v, 0.5)
@@ -260,6 +323,10 @@ def test_bad_block_sparse_sizes_are_refused() -> None:
         vrow_matmul(4, 4, 16, 5, 16, target=target)
     with pytest.raises(TransformError, match="nk = 0"):
         rowlist_matmul(4, 4, 16, 0, Tile(4, 1, 16))
+    with pytest.raises(TransformError, match="groups of 12"):
+        vcol_matmul(4, 4, 16, 2, 12, target=target)
+    with pytest.raises(TransformError, match="nk = 0"):
+        vcol_matmul(4, 4, 16, 0, 8, target=target)
 
 
 # Selection
@@ -274,10 +341,18 @@ def test_selection_prefers_what_reads_least() -> None:
     rows = w.copy()
     rows[::2] = 0
     assert choose_matmul_kernel(64, 256, 96, rows, target, tune=False).nk == 128
-    groups = grouped_weight(rng, 256, 96, 32, 0.3)
+    groups = np.where(np.repeat(rng.random((256, 1)) < 0.5, 96, axis=1), w, 0)
+    groups[:, 32:] = np.roll(groups[:, 32:], 1, axis=0)
     chosen = choose_matmul_kernel(64, 256, 96, groups, target, tune=False)
     assert (chosen.kind, chosen.group) == ("vrow32", 32)
     assert chosen.nk == kept_rows(groups, 32)
+
+
+def test_selection_counts_what_uneven_groups_read_on_average() -> None:
+    w = random(np.random.default_rng(0), 256, 96)
+    w[64:, 8:] = 0
+    choice = choose_matmul_kernel(64, 256, 96, w, host_target(1), tune=False)
+    assert (choice.kind, choice.group, choice.nk) == ("vcol8", 8, 80)
 
 
 def test_selection_refuses_a_gain_smaller_than_its_overhead() -> None:
@@ -289,28 +364,74 @@ def test_selection_refuses_a_gain_smaller_than_its_overhead() -> None:
 
 
 def test_measured_selection_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, ...]] = []
+    timed: list[set[str]] = []
 
-    def fake(func: Any, shape: tuple[int, ...], target: Any) -> float:
-        calls.append(shape)
-        return 1.0 / len(calls)
+    def fake(arms: dict[str, Any]) -> dict[str, float]:
+        timed.append(set(arms))
+        return {kind: 0.5 if kind == "rowlist" else 1.0 for kind in arms}
 
-    monkeypatch.setattr(select, "_SECONDS", {})
-    monkeypatch.setattr(select, "_time", fake)
+    monkeypatch.setattr(time_kernels, "_TIMES", {})
+    monkeypatch.setattr(time_kernels, "least_seconds", fake)
     w = np.ones((32, 32), np.float32)
     w[:16] = 0
     first = choose_matmul_kernel(8, 32, 32, w, host_target(1))
-    count = len(calls)
-    assert count == 4
+    assert len(timed) == 1
+    assert {"dense", "rowlist"} <= timed[0]
     assert choose_matmul_kernel(8, 32, 32, w, host_target(1)) == first
-    assert len(calls) == count
-    assert first.kind == "rowlist"
+    assert len(timed) == 1
+    assert (first.kind, first.nk) == ("rowlist", 16)
     assert first.reason.startswith("measured")
 
 
-def test_measuring_runs_every_kind() -> None:
-    for kind in select.KINDS:
-        assert 0 < select.measured_seconds(kind, (8, 24, 40), 12, host_target(1)) < 0.1
+def test_every_kind_can_be_timed() -> None:
+    rows = dict.fromkeys(KINDS, 12)
+    times = time_kernels.timed_kernels(rows, (8, 24, 40), host_target(1))
+    assert set(times) == set(KINDS)
+    assert all(0 < seconds < 0.1 for seconds in times.values())
+
+
+def test_layers_of_nearly_one_size_are_timed_once() -> None:
+    reference = time_kernels.reference_shape((1, 128, 384, 1536))
+    assert reference == (1, 128, 384, 1536)
+    assert time_kernels.reference_shape((1, 128, 384, 1408)) == reference
+    assert time_kernels.reference_shape((7, 40, 1537)) == (7, 40, 1537)
+
+
+def test_timing_takes_the_least_of_interleaved_runs() -> None:
+    order: list[str] = []
+
+    def arm(name: str) -> Callable[[], None]:
+        return lambda: order.append(name)
+
+    best = time_kernels.least_seconds({"a": arm("a"), "b": arm("b")})
+    assert set(best) == {"a", "b"}
+    assert len(order) >= 10
+    assert order == ["a", "b"] * (len(order) // 2)
+
+
+def test_near_ties_go_to_the_simpler_kernel() -> None:
+    assert select.preferred({"vcol8": 0.98, "vrow32": 1.0, "dense": 1.0}) == "dense"
+    assert select.preferred({"vcol8": 0.90, "vrow32": 0.92, "dense": 1.0}) == "vrow32"
+    assert select.preferred({"vcol8": 0.90, "vrow32": 0.94, "dense": 1.0}) == "vcol8"
+
+
+@given(nk=st.integers(1, 2000), k=st.integers(1, 2000))
+def test_row_lists_are_padded_by_less_than_three_percent(nk: int, k: int) -> None:
+    nk = min(nk, k)
+    padded = padded_rows(nk, k)
+    assert nk <= padded <= min(k, 1.03 * nk)
+    assert padded % 8 == 0 or padded == nk
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dense"])
+def test_packed_constants_fit_the_function(kind: str) -> None:
+    target, rng = host_target(1), np.random.default_rng(0)
+    w, x = grouped_weight(rng, 300, 70, 8, 0.7), random(rng, 9, 300)
+    shape = (9, 300, 70)
+    packed = pack_matmul(kind, w, shape, target)
+    func = build_matmul(kind, shape, packed["rows"].shape[-1], target)
+    actual = run(schedule(func, target), [x, *packed.values()], (9, 70), target)
+    assert_close(actual, x.astype(np.float64) @ w, 300)
 
 
 def test_unknown_kernel_is_refused() -> None:

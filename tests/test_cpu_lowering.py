@@ -17,11 +17,11 @@ from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
-from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
+from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline, lower_and_build
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
 from icd_tvm.relax_passes.replace_constants import replace_constants
-from icd_tvm.relax_passes.select_kernels import SelectKernels
+from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
 from icd_tvm.tir_schedules.cpu.block_sparse import pack_vrow, vrow_matmul
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
 from icd_tvm.tir_schedules.target import host_target, parse_target
@@ -164,7 +164,10 @@ def sparse_encoder(v: int) -> Any:
     return replace_constants(mod, arrays)
 
 
-@pytest.mark.parametrize(("kind", "v"), [("vrow16", 16), ("vrow32", 32), ("rowlist", 10**6)])
+@pytest.mark.parametrize(
+    ("kind", "v"),
+    [("vrow16", 16), ("vrow32", 32), ("rowlist", 10**6), ("vcol8", 8), ("vcol16", 16)],
+)
 def test_encoder_with_sparse_kernels_equals_the_dense_one(kind: str, v: int) -> None:
     mod, imported = sparse_encoder(v), tiny()
     feeds = random_inputs(imported)
@@ -222,6 +225,34 @@ def test_a_call_of_a_sparse_kernel_takes_its_epilogue() -> None:
     hidden = x @ weight + bias
     expected = hidden * special.ndtr(hidden) + residual
     np.testing.assert_allclose(execute(mod, x, residual), expected, atol=1e-4)
+
+
+def test_the_transposed_kernel_takes_an_epilogue_with_a_residual() -> None:
+    weight = random(48, 70) * group_mask((48, 70), 8, 0)
+    bias = random(70, seed=2)
+
+    def build(emit: Build, x: Any, residual: Any) -> Any:
+        y = emit(relax.op.matmul(x, named_const(weight, "w")))
+        y = emit(relax.op.nn.gelu(emit(relax.op.add(y, relax.const(bias)))))
+        return emit(relax.op.add(y, residual))
+
+    mod = module(build, x=(2, 20, 48), residual=(2, 20, 70))
+    kernels = KernelChoice("vcol8", 0, "")
+    assert len(calls(lower(mod, kernels=kernels))) == 1
+    x, residual = random(2, 20, 48, seed=3), random(2, 20, 70, seed=4)
+    hidden = x @ weight + bias
+    expected = hidden * special.ndtr(hidden) + residual
+    np.testing.assert_allclose(execute(mod, x, residual, kernels=kernels), expected, atol=1e-4)
+
+
+def test_choices_travel_with_the_module_and_the_build() -> None:
+    mod = sparse_encoder(8)
+    executable, choices = lower_and_build(mod, TARGET, tune=False)
+    assert len(choices) == 6 * TINY.layers - 2 * TINY.layers
+    assert all(isinstance(choice, KernelChoice) for choice in choices.values())
+    assert executable is not None
+    assert read_kernels(lower(mod, tune=False)) == choices
+    assert read_kernels(mod) == {}
 
 
 def builder_of(emit: Build) -> Any:

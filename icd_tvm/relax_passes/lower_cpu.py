@@ -9,7 +9,7 @@ from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
-from icd_tvm.relax_passes.select_kernels import SelectKernels
+from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
 from icd_tvm.relax_passes.vector_legalize import legalize_map
 from icd_tvm.tir_schedules.cpu import cpu_rules
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
@@ -77,6 +77,27 @@ def build_cpu(
     tvm.runtime.vm.VMExecutable
         For ``relax.VirtualMachine(executable, tvm.cpu())``.
     """
+    return lower_and_build(mod, target, kernels=kernels, tune=tune)[0]
+
+
+def lower_and_build(
+    mod: Any, target: Any, *, kernels: KernelChoice | None = None, tune: bool = True
+) -> tuple[Any, dict[str, KernelChoice]]:
+    """Lower and compile a module for the CPU, and tell which matmul kernels it got.
+
+    Parameters
+    ----------
+    mod, target, kernels, tune
+        As for `build_cpu`.
+
+    Returns
+    -------
+    executable : tvm.runtime.vm.VMExecutable
+        As `build_cpu` returns it.
+    choices : dict of str to KernelChoice
+        Name of each matmul with zeros in its weight -> its kernel, and why.
+    """
     with target:
         lowered = cpu_pipeline(target, kernels=kernels, tune=tune)(mod)
-        return tvm.compile(lowered, target, tir_pipeline=register_pipeline())
+        executable = tvm.compile(lowered, target, tir_pipeline=register_pipeline())
+    return executable, read_kernels(lowered)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, constant_weight, static_shape
-from icd_tvm.tir_schedules.cpu.block_sparse import kept_rows, pack_rowlist, pack_vrow
-from icd_tvm.tir_schedules.cpu.select import KernelChoice, build_matmul, choose_matmul_kernel
-from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
+from icd_tvm.tir_schedules.cpu.matmul_kinds import build_matmul, pack_matmul, read_rows
+from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
+
+KERNELS_ATTR = "icd.kernels"
 
 
 @tvm.transform.module_pass(opt_level=0, name="SelectKernels")
 class SelectKernels:
-    """Replace ``relax.matmul(x, W)`` by a V-row or row-list kernel where W's zeros pay.
+    """Replace ``relax.matmul(x, W)`` by a sparse kernel where W's zeros pay.
 
-    The packed values keep the name of the weight; the row list is named after it with
-    ``.rows`` appended. Every other matmul stays for `PackWeights`.
+    The packed values keep the name of the weight; row lists and counts are named after it with
+    ``.rows`` and ``.counts`` appended. Every other matmul stays for `PackWeights`. The choices
+    travel with the module as JSON (`read_kernels`).
 
     Parameters
     ----------
@@ -54,15 +57,32 @@ class SelectKernels:
                 new = rewriter.visit_expr(func)
                 mod = rewriter.builder_.get()
                 mod[name] = new
-        return mod
+        choices = {node: asdict(choice) for node, choice in self.choices.items()}
+        return mod.with_attr(KERNELS_ATTR, json.dumps(choices))
 
     def choose(self, shape: tuple[int, ...], weight: npt.NDArray[Any]) -> KernelChoice:
         """Return the kernel for ``X[*shape] @ weight``."""
         *lead, m, k = shape
         if self.force is not None:
-            return _forced(self.force, weight)
+            return KernelChoice(self.force.kind, read_rows(self.force.kind, weight), "forced")
         n = weight.shape[1]
         return choose_matmul_kernel(m, k, n, weight, self.target, lead=tuple(lead), tune=self.tune)
+
+
+def read_kernels(mod: Any) -> dict[str, KernelChoice]:
+    """Return the choices that `SelectKernels` left in a module; none if it did not run.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+
+    Returns
+    -------
+    dict of str to KernelChoice
+        Name of each matmul with zeros in its weight -> what was chosen, and why.
+    """
+    text = (mod.attrs or {}).get(KERNELS_ATTR, "{}")
+    return {node: KernelChoice(**fields) for node, fields in json.loads(str(text)).items()}
 
 
 @mutator
@@ -81,30 +101,17 @@ class _Selector(PyExprMutator):
         shape = static_shape(call.args[0]) or ()
         choice = self._owner.choose(shape, weight)
         self._owner.choices[name] = choice
-        if choice.kind == "dense":
-            return call
-        rows, data = self._pack(choice, shape, weight)
+        return call if choice.kind == "dense" else self._sparse(call, choice.kind, shape, weight)
+
+    def _sparse(
+        self, call: Any, kind: str, shape: tuple[int, ...], weight: npt.NDArray[Any]
+    ) -> Any:
+        full, target = (*shape, weight.shape[1]), self._owner.target
+        packed = pack_matmul(kind, weight, full, target)
         label = const_name(call.args[1])
-        args = [call.args[0], named_const(rows, f"{label}.rows"), named_const(data, label)]
-        full = (*shape, weight.shape[1])
-        func = build_matmul(choice.kind, full, rows.shape[-1], self._owner.target)
-        return call_func(self.builder_, func, f"{choice.kind}_matmul", args, call.ty)
-
-    def _pack(
-        self, choice: KernelChoice, shape: tuple[int, ...], weight: npt.NDArray[Any]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        if choice.group:
-            return pack_vrow(weight, choice.group)
-        rows = flat_rows(shape[:-2], shape[-2])[1]
-        k, n = weight.shape
-        tile = choose_tile(rows, k, n, self._owner.target)
-        return pack_rowlist(weight, tile.columns)
-
-
-def _forced(choice: KernelChoice, weight: npt.NDArray[Any]) -> KernelChoice:
-    if choice.group:
-        rows = kept_rows(weight, choice.group)
-    else:
-        rows = max(1, int(np.count_nonzero(weight.any(axis=1))))
-    rows = weight.shape[0] if choice.kind == "dense" else rows
-    return KernelChoice(choice.kind, rows, "forced")
+        args = [
+            named_const(array, label if part == "data" else f"{label}.{part}")
+            for part, array in packed.items()
+        ]
+        func = build_matmul(kind, full, packed["rows"].shape[-1], target)
+        return call_func(self.builder_, func, f"{kind}_matmul", [call.args[0], *args], call.ty)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import relax, tvm
-from icd_tvm.relax_passes.lower_cpu import build_cpu
+from icd_tvm.relax_passes.lower_cpu import lower_and_build
 
 
 class Built:
@@ -20,12 +20,14 @@ class Built:
         What the lowering returned.
     input_names : Sequence[str]
         Names of the inputs of ``main``, in order.
+    kernels : Mapping[str, str]
+        The kernel chosen for each matmul whose weight has zeros.
     """
 
-    def __init__(self, executable: Any, input_names: list[str]) -> None:
+    def __init__(self, executable: Any, input_names: list[str], kernels: Mapping[str, str]) -> None:
         self.executable = executable
         self.input_names = input_names
-        self.kernels: dict[str, str] = {}
+        self.kernels = dict(kernels)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
 
     def run_all(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -51,7 +53,9 @@ class Built:
 def build(mod: Any, target: Any) -> Built:
     """Lower ``main`` of ``mod`` for ``target`` and load it."""
     names = [parameter.name for parameter in mod["main"].params]
-    return Built(build_cpu(mod, target), names)
+    executable, choices = lower_and_build(mod, target)
+    kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in choices.items()}
+    return Built(executable, names, kernels)
 
 
 def _flatten(outputs: list[Any]) -> list[Any]:

@@ -7,10 +7,17 @@ from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
 from icd_tvm.tir_schedules.cpu.dense import DenseRule
 from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
 from icd_tvm.tir_schedules.cpu.plain_matmul import PlainMatmulRule
+from icd_tvm.tir_schedules.cpu.transposed_sparse import TransposedSparseRule
 
 __all__ = ["cpu_rules"]
 
 
 def cpu_rules() -> list[ScheduleRule]:
     """Return the schedule rules for ``ApplyDefaultSchedule``, most specific first."""
-    return [DenseRule(), BlockSparseRule(), PlainMatmulRule(), ElementwiseRule()]
+    return [
+        DenseRule(),
+        BlockSparseRule(),
+        TransposedSparseRule(),
+        PlainMatmulRule(),
+        ElementwiseRule(),
+    ]

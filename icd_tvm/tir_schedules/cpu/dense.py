@@ -113,11 +113,11 @@ def tiled_func(product: Any, inputs: tuple[Any, ...], shape: Lead, tile: Tile, k
     def accumulate(*index: Any) -> Any:
         *batch, i, j = index
         i = i if rows == acc_m else te.min(i, i64(acc_m - 1))
-        return product(_unravel(i, (*lead, m)) if flat else (*batch, i), j)
+        return product(unravel_index(i, (*lead, m)) if flat else (*batch, i), j)
 
     def output(*index: Any) -> Any:
         *row, j = index
-        return acc[_ravel(row, (*lead, m)), j] if flat else acc[index]
+        return acc[ravel_index(row, (*lead, m)), j] if flat else acc[index]
 
     attrs = tile_attrs(tile, kernel)
     acc = te.compute(shape64((*acc_lead, rows, columns)), accumulate, name="acc", attrs=attrs)
@@ -126,14 +126,16 @@ def tiled_func(product: Any, inputs: tuple[Any, ...], shape: Lead, tile: Tile, k
     return func.without_attr("global_symbol").with_attr("op_pattern", OUT_EWISE_FUSABLE)
 
 
-def _ravel(index: Sequence[Any], shape: Lead) -> Any:
+def ravel_index(index: Sequence[Any], shape: Lead) -> Any:
+    """Return the row-major position of ``index`` in ``shape``."""
     flat = index[0]
     for position, extent in zip(index[1:], shape[1:], strict=True):
         flat = flat * extent + position
     return flat
 
 
-def _unravel(flat: Any, shape: Lead) -> tuple[Any, ...]:
+def unravel_index(flat: Any, shape: Lead) -> tuple[Any, ...]:
+    """Return the index in ``shape`` of row-major position ``flat``."""
     index = []
     for extent in reversed(shape[1:]):
         index.append(flat % extent)
