@@ -10,7 +10,7 @@ from icd_tvm._tvm import tvm
 from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG, AttachLayoutTags
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph, weight_access
-from icd_tvm.relax_passes.coaccess_attr import read_accesses
+from icd_tvm.relax_passes.coaccess_attr import read_accesses, read_dead_units, without
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
 from icd_tvm.tir_schedules.target import host_target
 
@@ -55,13 +55,27 @@ def test_windows_are_the_rows_of_the_mask(density: float) -> None:
     assert access.weight == 2.0 * 7 * access.tile
 
 
-def test_zeros_of_dead_units_do_not_count() -> None:
+def test_dead_units_are_listed_and_can_be_left_out() -> None:
     w1, b1, w2 = mlp_weights()
     w2[10:20] = 0
-    accesses = read_accesses(BuildAccessGraph()(mlp(w1, b1, w2)))
-    untouched = np.flatnonzero(accesses[_hidden_id()][0].incidence.sum(axis=0) == 0)
-    assert untouched.tolist() == list(range(10, 20))
-    assert "out:fc2" in accesses
+    graphed = BuildAccessGraph()(mlp(w1, b1, w2))
+    (dead,) = read_dead_units(graphed).values()
+    assert dead.tolist() == list(range(10, 20))
+    access = without(read_accesses(graphed)[_hidden_id()][0], dead)
+    untouched = np.flatnonzero(access.incidence.sum(axis=0) == 0)
+    assert untouched.tolist() == dead.tolist()
+    assert "out:fc2" in read_accesses(graphed)
+
+
+def test_a_few_dead_units_stay_in_their_group() -> None:
+    w1, b1, w2 = mlp_weights()
+    label = np.random.default_rng(0).permutation(np.repeat(np.arange(4), F // 4))
+    w1[(np.arange(D) % 4)[:, None] != label[None, :]] = 0
+    w2[[np.flatnonzero(label == group)[0] for group in range(3)]] = 0
+    solver = DecidePermutation()
+    solver(BuildAccessGraph()(mlp(w1, b1, w2)))
+    order = solver.decisions[0].perm
+    assert all(len(set(label[tile])) == 1 for tile in order.reshape(-1, 16))
 
 
 def test_accesses_and_permutations_survive_save_and_load() -> None:

@@ -7,7 +7,7 @@ from relax_models import D, F, constants, example, mlp, mlp_weights, random_mlp,
 from icd_tvm._tvm import tvm
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
-from icd_tvm.relax_passes.rewrite_layout import RewriteLayout, kept_units
+from icd_tvm.relax_passes.rewrite_layout import RewriteLayout, kept_units, live_tiles
 
 
 def _hidden_id(mod: object) -> str:
@@ -47,13 +47,25 @@ def test_order_slice_and_private_output_order_together() -> None:
     rng = np.random.default_rng(1)
     perms = {_hidden_id(mod): rng.permutation(F), "out:fc2": rng.permutation(D)}
     rewritten = RewriteLayout(perms)(mod)
-    assert constants(rewritten)["w2"].shape == (48, D)
+    assert constants(rewritten)["w2"].shape == (F, D)
+    dead = ~constants(rewritten)["w2"].any(axis=1)
+    assert dead.sum() == -(-F // 3)
+    assert not constants(rewritten)["w1"][:, dead].any()
     np.testing.assert_allclose(run(rewritten, example()), run(mod, example()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_dense_module_stays_as_it_is() -> None:
     mod = random_mlp()
     tvm.ir.assert_structural_equal(RewriteLayout({})(mod), mod)
+
+
+def test_only_whole_dead_tiles_leave_a_decided_order() -> None:
+    dead = np.zeros(40, dtype=bool)
+    dead[[3, 16, 17]] = True
+    assert live_tiles(dead, 16).tolist() == list(range(40))
+    dead[16:32] = True
+    assert live_tiles(dead, 16).tolist() == [*range(16), *range(32, 40)]
+    assert live_tiles(np.ones(40, dtype=bool), 16).tolist() == list(range(16))
 
 
 @pytest.mark.parametrize(("live", "kept"), [(0, 16), (1, 16), (16, 16), (17, 32), (64, 64)])

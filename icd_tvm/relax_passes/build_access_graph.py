@@ -2,8 +2,8 @@
 
 The kernel of each matmul with a constant weight is built and scheduled as it will be for the
 target; its read of the packed weight is evaluated over the loop nest. One window is one step of
-the reduction: the columns whose weights that step multiplies. Only non-zero weights of live
-units count, so a transform that zeroes weights changes the graph.
+the reduction: the columns whose weights that step multiplies. Only non-zero weights count, so a
+transform that zeroes weights changes the graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import scipy.sparse as sp
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
-from icd_tvm.relax_passes.coaccess_attr import COACCESS_BLOCK, OUTPUT_ORDER, to_attr
+from icd_tvm.relax_passes.coaccess_attr import (
+    COACCESS_BLOCK,
+    DEAD_UNITS,
+    OUTPUT_ORDER,
+    to_attr,
+)
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
@@ -33,6 +38,8 @@ MOST_DENSITY = 0.95
 @tvm.transform.module_pass(opt_level=0, name="BuildAccessGraph")
 class BuildAccessGraph:
     """Attach ``icd.coaccess_block``: axis -> tile accesses of the kernels on it.
+
+    ``icd.dead_units`` lists the hidden units of each group that contribute nothing.
 
     An axis is a free group that is the output of matmuls, or ``out:NODE``: the output order of
     one matmul whose weight has zeros and whose output axis cannot be permuted as a group.
@@ -52,30 +59,27 @@ class BuildAccessGraph:
         rows = _output_rows(func)
         hidden = {group.id for group in hidden_groups(func, groups)}
         graphs: dict[str, list[TileAccess]] = {}
+        dead: dict[str, np.ndarray] = {}
         owned: set[str] = set()
         for group in groups.free:
             makers = [use for use in group.weights if use.side == "N"]
             if group.constraint != "free" or not makers:
                 continue
-            axes = {use.var: use.axis for use in group.values}
-            dead = dead_units(func, group.size, axes) if group.id in hidden else None
             graphs[group.id] = [
-                self._access(use.const, rows[use.node], use.name or use.node, dead)
-                for use in makers
+                self._access(use.const, rows[use.node], use.name or use.node) for use in makers
             ]
+            if group.id in hidden:
+                axes = {use.var: use.axis for use in group.values}
+                dead[group.id] = np.flatnonzero(dead_units(func, group.size, axes))
             owned |= {use.node for use in makers}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
                 graphs[OUTPUT_ORDER + node] = [self._access(weight, rows[node], node)]
-        return mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
+        mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
+        return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
 
-    def _access(
-        self, weight: Any, rows: int, label: str, dead: np.ndarray | None = None
-    ) -> TileAccess:
-        mask = weight.value.numpy() != 0
-        if dead is not None:
-            mask = mask & ~dead
-        return weight_access(mask, rows, label, self.target)
+    def _access(self, weight: Any, rows: int, label: str) -> TileAccess:
+        return weight_access(weight.value.numpy() != 0, rows, label, self.target)
 
 
 def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileAccess:

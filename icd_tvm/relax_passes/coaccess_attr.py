@@ -12,6 +12,7 @@ from icd_tvm._tvm import tvm
 from icd_tvm.core.cost import TileAccess
 
 COACCESS_BLOCK = "icd.coaccess_block"
+DEAD_UNITS = "icd.dead_units"
 # Key prefix of the private output order of one matmul, beside the ids of axis groups.
 OUTPUT_ORDER = "out:"
 
@@ -27,6 +28,22 @@ def read_accesses(mod: Any) -> dict[str, list[TileAccess]]:
     if attrs is None or COACCESS_BLOCK not in attrs:
         return {}
     return {str(k): [_decode(a) for a in v] for k, v in attrs[COACCESS_BLOCK].items()}
+
+
+def read_dead_units(mod: Any) -> dict[str, np.ndarray]:
+    """Read ``icd.dead_units`` of ``mod``: group -> indices; absent reads as none."""
+    attrs = mod.attrs
+    if attrs is None or DEAD_UNITS not in attrs:
+        return {}
+    return {str(group): indices.numpy() for group, indices in attrs[DEAD_UNITS].items()}
+
+
+def without(access: TileAccess, indices: np.ndarray) -> TileAccess:
+    """Return ``access`` as if some indices were never touched."""
+    live = np.ones(access.n, dtype=np.bool_)
+    live[indices] = False
+    matrix = sp.csr_matrix(access.incidence @ sp.diags_array(live, dtype=np.bool_))
+    return TileAccess(matrix, access.tile, access.weight, access.label, access.counts)
 
 
 def _encode(access: TileAccess) -> dict[str, Any]:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from icd_tvm._tvm import tvm
 from icd_tvm.core.access_graph import build_w, is_uniform
-from icd_tvm.core.cost import TileAccess
+from icd_tvm.core.cost import TileAccess, tile_cost
 from icd_tvm.core.solver import FitStats, fit_permutation
-from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER, read_accesses
+from icd_tvm.relax_passes.coaccess_attr import (
+    OUTPUT_ORDER,
+    read_accesses,
+    read_dead_units,
+    without,
+)
 
 LAYOUT_PERM = "icd.layout_perm"
 # One gathered element takes about one cycle, in which a core with two 512-bit FMA units does 64.
@@ -70,20 +75,43 @@ class DecidePermutation:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
-        graphs = read_accesses(mod)
+        graphs, dead = read_accesses(mod), read_dead_units(mod)
         deadline = time.perf_counter() + self.time_budget_s
         self.decisions = []
         for done, (group, accesses) in enumerate(graphs.items()):
             share = max(0.05, (deadline - time.perf_counter()) / (len(graphs) - done))
-            perm, stats = fit_permutation(
-                accesses=accesses, time_budget_s=share, rng_seed=self.seed
-            )
+            perm, stats = self._solve(accesses, dead.get(group, np.empty(0, np.int64)), share)
             figures = _as_dict(stats)
             if group.startswith(OUTPUT_ORDER):
                 _charge_gather(figures, accesses[0])
             self.decisions.append(Decision(group, perm, figures, _graph_nnz(accesses)))
         chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
         return mod.with_attr(LAYOUT_PERM, chosen)
+
+    def _solve(
+        self, accesses: Sequence[TileAccess], dead: np.ndarray, budget_s: float
+    ) -> tuple[np.ndarray, FitStats]:
+        """Solve with dead units moved out of the way, and with them left in their groups.
+
+        A few dead units are better left where they fill a group up to whole tiles; many are
+        better gathered, so that whole tiles go. What counts is the cost without them.
+        """
+        live = [without(access, dead) for access in accesses]
+        perm, stats = fit_permutation(accesses=live, time_budget_s=budget_s, rng_seed=self.seed)
+        if not dead.size or stats.stopped_by == "bound":
+            return perm, stats
+        filled, other = fit_permutation(
+            accesses=accesses, time_budget_s=budget_s, rng_seed=self.seed
+        )
+        cost = tile_cost(live, filled)
+        if stats.U is None or cost >= stats.U:
+            return perm, stats
+        # The figures stay those of the live units, whichever order is taken.
+        improved = stats.U_before is not None and cost < stats.U_before
+        winner = f"{other.winner}, dead units left in place"
+        return filled, replace(
+            other, U=cost, U_before=stats.U_before, improved=improved, winner=winner
+        )
 
 
 def read_permutations(mod: Any) -> dict[str, np.ndarray]:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import apply_pass, tvm
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.adapters.units import zero_units
+from icd_tvm.relax_passes.axis_groups import AxisGroup, find_axis_groups
 from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
@@ -16,6 +17,7 @@ from icd_tvm.relax_passes.decide_permutation import read_permutations
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
+from icd_tvm.relax_passes.replace_constants import replace_constants
 
 
 @tvm.transform.module_pass(opt_level=0, name="RewriteLayout")
@@ -27,10 +29,12 @@ class RewriteLayout:
     perms : Mapping[str, numpy.ndarray], optional
         Group id, or ``out:NODE``, -> permutation; read from ``icd.layout_perm`` if omitted.
     compact : bool
-        Slice dead hidden units off. ``removed`` says how many went from each group.
+        Zero dead hidden units and slice them off. ``removed`` says how many went from each group.
     lanes : int
         The remaining length stays a multiple of this many units where the group allows it, so
-        that kernels keep full vectors; the surplus units are dead and harmless.
+        that kernels keep full vectors. In a group whose order was decided only whole tiles of
+        this many units go, so that the tiles of the order stay what they are. The surplus units
+        are zero and harmless.
     """
 
     def __init__(
@@ -57,19 +61,50 @@ class RewriteLayout:
         if axes:
             mod = permute_groups(mod, find_axis_groups(mod["main"]), axes)
         if self.compact:
-            mod = self._drop_dead_units(mod)
+            mod = self._drop_dead_units(mod, set(axes))
         return apply_pass(ReorderOutputs(outputs), mod) if outputs else mod
 
-    def _drop_dead_units(self, mod: Any) -> Any:
+    def _drop_dead_units(self, mod: Any, ordered: set[str]) -> Any:
+        mod = _zero_dead_units(mod)
         func, groups = mod["main"], find_axis_groups(mod["main"])
         keep: dict[str, np.ndarray] = {}
         for group in hidden_groups(func, groups):
-            axes = {use.var: use.axis for use in group.values}
-            kept = kept_units(dead_units(func, group.size, axes), self.lanes)
+            dead = _dead_units(func, group)
+            kept = (live_tiles if group.id in ordered else kept_units)(dead, self.lanes)
             if len(kept) < group.size:
                 keep[group.id] = kept
                 self.removed[group.id] = group.size - len(kept)
         return compact_groups(mod, groups, keep) if keep else mod
+
+
+def _dead_units(func: Any, group: AxisGroup) -> np.ndarray:
+    return dead_units(func, group.size, {use.var: use.axis for use in group.values})
+
+
+def _zero_dead_units(mod: Any) -> Any:
+    """Zero every constant of a dead unit: what contributes nothing need not be computed."""
+    func, arrays = mod["main"], {}
+    for group in hidden_groups(func, find_axis_groups(func)):
+        dead = _dead_units(func, group)
+        for use in group.consts if dead.any() else ():
+            array = arrays.get(use.const, use.const.value.numpy())
+            arrays[use.const] = zero_units(array, ~dead, use.axis)
+    return replace_constants(mod, arrays) if arrays else mod
+
+
+def live_tiles(dead: np.ndarray, lanes: int) -> np.ndarray:
+    """Return the indices of all tiles of ``lanes`` units that hold a live one, at least one tile.
+
+    Parameters
+    ----------
+    dead : numpy.ndarray
+        bool [size].
+    lanes : int
+        Units of a tile; the last one may be shorter.
+    """
+    tile = np.arange(dead.size) // lanes
+    kept = np.isin(tile, np.unique(tile[~dead]) if not dead.all() else [0])
+    return np.flatnonzero(kept)
 
 
 def kept_units(dead: np.ndarray, lanes: int) -> np.ndarray:

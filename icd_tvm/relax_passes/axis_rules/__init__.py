@@ -9,6 +9,7 @@ from icd_tvm.relax_passes.axis_rules import (
     norm,
     quant,
     reduce,
+    scan,
     segments,
     shape,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "quant",
     "reduce",
     "rule",
+    "scan",
     "segments",
     "shape",
 ]
