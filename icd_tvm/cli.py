@@ -1,10 +1,11 @@
-"""``icd``: compile a model, or explain which of its axes may be permuted.
+"""``icd``: compile a model, explain which of its axes may be permuted, or calibrate the cost.
 
 Examples
 --------
   icd compile minilm --sparsity unit:0.5 --peer onnxruntime
   icd explain model.onnx --shape input_ids=1x128
   icd explain model.onnx --dot groups.dot
+  icd calibrate --quick
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from icd_tvm import compile as compile_command
 from icd_tvm.arguments import Parser
+from icd_tvm.commands import calibrate
 from icd_tvm.errors import ConfigError, IcdError
 from icd_tvm.files import write_atomically
 from icd_tvm.runtime.options import parse_shape
 
-COMMANDS = ("compile", "explain")
+COMMANDS = ("compile", "explain", "calibrate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["explain"]:
             _explain(_explain_parser().parse_args(arguments[1:]))
+        elif arguments[:1] == ["calibrate"]:
+            calibrate.run(calibrate.parser().parse_args(arguments[1:]))
         elif arguments[:1] in (["-h"], ["--help"]):
             print(f"usage: icd {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
         else:

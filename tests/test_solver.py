@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,15 @@ from hypothesis import strategies as st
 
 from icd_tvm.core import starts
 from icd_tvm.core.access_graph import build_w, planted_order
-from icd_tvm.core.cost import TileAccess, modularity, tile_cost, tile_lower_bound
+from icd_tvm.core.balance import BalancedSearch, LoadState, SmoothState
+from icd_tvm.core.cost import (
+    TileAccess,
+    Weights,
+    modularity,
+    tile_cost,
+    tile_lower_bound,
+    tile_upper_bound,
+)
 from icd_tvm.core.joint import block_count, fit_rows_columns
 from icd_tvm.core.permutation import (
     Constraint,
@@ -335,6 +346,127 @@ def test_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stats.stopped_by == "time"
     assert not stats.deterministic
     assert tile_cost(kernels, perm) == stats["U"] < stats["U_before"]
+
+
+# --- padded accesses: the fullest tile decides ----------------------------------------------
+
+
+def padded(mask: np.ndarray, tile: int = 16, weight: float = 1.0) -> TileAccess:
+    """One kernel that does as many steps for every tile as for the fullest one."""
+    return TileAccess(sp.csr_matrix(mask), tile, weight, padded=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), n=st.integers(1, 40), tile=st.integers(2, 9))
+def test_padded_units_are_tiles_times_the_fullest(seed: int, n: int, tile: int) -> None:
+    rng = np.random.default_rng(seed)
+    kernel = padded(rng.random((12, n)) < 0.3, tile, 2.0)
+    start = rng.permutation(n)
+    ordered = kernel.incidence.toarray()[:, start]
+    loads = [int(ordered[:, at : at + tile].any(axis=1).sum()) for at in range(0, n, tile)]
+    assert tile_cost([kernel], start) == 2.0 * len(loads) * max(loads)
+    perm, stats = fit_permutation(accesses=[kernel], start=start, refine_steps=20)
+    after = tile_cost([kernel], perm)
+    assert stats["U"] == after <= stats["U_before"] == tile_cost([kernel], start)
+    assert tile_lower_bound([kernel]) <= after <= tile_upper_bound([kernel])
+
+
+@pytest.mark.parametrize("kind", [LoadState, SmoothState])
+def test_padded_states_price_moves_exactly(kind: type[LoadState]) -> None:
+    rng = np.random.default_rng(13)
+    kernels = [padded(rng.random((20, 30)) < 0.3, 4, 1.5), access(rng.random((9, 30)) < 0.3, 6)]
+    state = kind(kernels, rng.permutation(30))
+    for _ in range(40):
+        a, b = (int(place) for place in rng.integers(30, size=2))
+        before, priced = state.cost, state.swap_delta(a, b)
+        assert state.swap(a, b) == priced
+        assert state.cost == pytest.approx(before + priced)
+        fresh = kind(kernels, state.perm)
+        assert state.units() == pytest.approx(fresh.units())
+        for found, expected in zip(state.loads, fresh.loads, strict=True):
+            np.testing.assert_allclose(found, expected)
+    if kind is LoadState:
+        assert state.cost == pytest.approx(tile_cost(kernels, state.perm))
+
+
+def test_balanced_round_prices_every_swap_exactly() -> None:
+    rng = np.random.default_rng(14)
+    kernels = [padded(rng.random((20, 30)) < 0.3, 4, 1.5), access(rng.random((9, 30)) < 0.3, 6)]
+    search = BalancedSearch(kernels, rng.permutation(30), np.zeros(30, dtype=np.int64), 0, 0.0)
+    positions = np.arange(30)
+    exact = [[search.state.swap_delta(a, b) for b in positions] for a in positions]
+    np.testing.assert_allclose(search._pair_deltas(positions), exact, rtol=1e-3, atol=1e-2)
+
+
+def test_balance_beats_the_sum_where_one_list_length_serves_all() -> None:
+    mask = np.random.default_rng(15).random((96, 320)) < np.linspace(0.02, 0.2, 320)
+    by_sum, _ = fit_permutation(accesses=[access(mask)], refine_steps=200)
+    _, stats = fit_permutation(accesses=[padded(mask)], refine_steps=200)
+    assert stats["U"] < 0.8 * stats["U_before"]
+    assert tile_cost([padded(mask)], by_sum) > 1.2 * stats["U"]
+
+
+def test_padded_groups_come_back_exactly() -> None:
+    rng = np.random.default_rng(16)
+    supports = np.argsort(rng.random((96, 24)), axis=0) < 40
+    mask = supports[:, rng.permutation(np.repeat(np.arange(24), 16))]
+    _, stats = fit_permutation(accesses=[padded(mask)])
+    assert stats["U"] == 24 * 40 == stats["U_bound"]
+    assert stats.stopped_by == "bound"
+
+
+def test_joint_objective_prices_padded_accesses() -> None:
+    mask = np.random.default_rng(17).random((48, 160)) < np.linspace(0.02, 0.3, 160)
+    _, stats = fit_permutation(accesses=[padded(mask)], objective="J", refine_steps=200)
+    assert stats["J"] <= stats["J_before"]
+
+
+def test_weights_of_j_decide_what_it_is() -> None:
+    graph = build_w("mock", n=320, blocks=8, density=0.04, seed=1)
+    only_c = Weights(1.0, 0.0, 0.0)
+    perm, stats = fit_permutation(graph, objective="J", weights=only_c, refine_steps=50)
+    assert stats["J"] == stats["C"]
+    by_c, _ = fit_permutation(graph, objective="C", refine_steps=50)
+    np.testing.assert_array_equal(perm, by_c)
+
+
+# --- determinism across processes -----------------------------------------------------------
+
+_FIT = """
+import hashlib
+import numpy as np
+import scipy.sparse as sp
+from icd_tvm.core.access_graph import build_w
+from icd_tvm.core.cost import TileAccess
+from icd_tvm.core.solver import fit_permutation
+mask = sp.csr_matrix(np.random.default_rng(0).random((384, 768)) < 0.1)
+digest = hashlib.sha256()
+for padded in (False, True):
+    kernel = TileAccess(mask, 16, padded=padded)
+    order, stats = fit_permutation(accesses=[kernel], refine_steps=40, rng_seed=5)
+    assert stats.deterministic
+    digest.update(order.tobytes())
+graph = build_w("mock", n=640, blocks=16, density=0.04, seed=7)
+digest.update(fit_permutation(graph, refine_steps=200, rng_seed=5)[0].tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_one_order_on_one_and_two_threads_and_after_a_restart() -> None:
+    found = []
+    for threads in ("1", "2", "1"):
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = {**os.environ, **dict.fromkeys(names, threads)}
+        run = subprocess.run(
+            [sys.executable, "-c", _FIT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(run.stdout.strip())
+    assert len(found[0]) == 64
+    assert len(set(found)) == 1
 
 
 # --- no opportunity -----------------------------------------------------------------------

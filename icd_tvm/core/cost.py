@@ -5,7 +5,7 @@ Definitions, proofs and measured rank correlations: ``docs/Theoretical_Analysis.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ class TileAccess:
         Name for reports.
     counts : ndarray of float64, shape [windows], optional
         How often each window is executed; 1 where absent.
+    padded : bool
+        The kernel does as many steps for every tile as for the fullest one (one list length for
+        all column groups), so it pays tiles * max over tiles and not the sum over tiles.
 
     Raises
     ------
@@ -50,6 +53,7 @@ class TileAccess:
     weight: float = 1.0
     label: str = ""
     counts: NDArray[np.float64] | None = None
+    padded: bool = False
 
     def __post_init__(self) -> None:
         matrix = sp.csr_matrix(self.incidence)
@@ -112,9 +116,22 @@ def check_accesses(accesses: Sequence[TileAccess]) -> int:
 
 def touched_tiles(access: TileAccess, perm: ArrayLike) -> NDArray[np.int64]:
     """Return how many distinct tiles each window touches under ``perm``, int64[windows]."""
+    parts = [bitmap.sum(axis=1) for _, bitmap in _bitmaps(access, perm)]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def tile_loads(access: TileAccess, perm: ArrayLike) -> NDArray[np.float64]:
+    """Return the weighted number of windows that touch each tile, float64[tiles]."""
+    weights, loads = access.unit_weights, np.zeros(access.tiles)
+    for first, bitmap in _bitmaps(access, perm):
+        loads += weights[first : first + bitmap.shape[0]] @ bitmap
+    return loads
+
+
+def _bitmaps(access: TileAccess, perm: ArrayLike) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Yield (first window, bool[windows, tiles] of what they touch) for runs of windows."""
     tile_of = invert(as_permutation(perm, access.n)) // access.tile
     matrix, tiles = access.incidence, access.tiles
-    touched = np.zeros(access.windows, dtype=np.int64)
     step = max(1, _BITMAP_CAP // max(1, tiles))
     for first in range(0, access.windows, step):
         last = min(first + step, access.windows)
@@ -122,14 +139,14 @@ def touched_tiles(access: TileAccess, perm: ArrayLike) -> NDArray[np.int64]:
         rows = np.repeat(np.arange(last - first), np.diff(matrix.indptr[first : last + 1]))
         bitmap = np.zeros((last - first, tiles), dtype=np.bool_)
         bitmap[rows, tile_of[matrix.indices[start:stop]]] = True
-        touched[first:last] = bitmap.sum(axis=1)
-    return touched
+        yield first, bitmap
 
 
 def tile_cost(accesses: Sequence[TileAccess], perm: ArrayLike) -> float:
-    """Return U(perm), the weighted number of distinct (window, tile) units touched.
+    """Return U(perm), the weighted number of (window, tile) units the kernels handle.
 
-    Exact, O(nnz + windows * tiles).
+    Those touched, or tiles * (those of the fullest tile) for a padded access. Exact,
+    O(nnz + windows * tiles).
 
     Parameters
     ----------
@@ -146,24 +163,50 @@ def tile_cost(accesses: Sequence[TileAccess], perm: ArrayLike) -> float:
     order = as_permutation(perm, check_accesses(accesses)) if accesses else None
     if order is None:
         return 0.0
-    return float(sum(touched_tiles(a, order) @ a.unit_weights for a in accesses))
+    return float(sum(_units(access, order) for access in accesses))
+
+
+def _units(access: TileAccess, order: Perm) -> float:
+    if access.padded:
+        return access.tiles * float(tile_loads(access, order).max(initial=0.0))
+    return float(touched_tiles(access, order) @ access.unit_weights)
 
 
 def tile_lower_bound(accesses: Sequence[TileAccess]) -> float:
     """Return a bound that U of no permutation is below.
 
-    A window that touches d indices touches at least ceil(d / tile) tiles.
+    A window that touches d indices touches at least ceil(d / tile) tiles. The fullest tile of a
+    padded access holds at least the average, and at least the windows of any one index.
     """
-    return float(sum(-(-a.degrees() // a.tile) @ a.unit_weights for a in accesses))
+    return float(sum(_least_units(access) for access in accesses))
+
+
+def _least_units(access: TileAccess) -> float:
+    least = float(-(-access.degrees() // access.tile) @ access.unit_weights)
+    if not access.padded:
+        return least
+    fullest = np.asarray(access.unit_weights @ access.incidence.astype(np.float64))
+    return max(least, access.tiles * float(fullest.max(initial=0.0)))
 
 
 def tile_upper_bound(accesses: Sequence[TileAccess]) -> float:
-    """Return a bound that U of no permutation exceeds: min(d, tiles) for each window."""
-    return float(sum(np.minimum(a.degrees(), a.tiles) @ a.unit_weights for a in accesses))
+    """Return a bound that U of no permutation exceeds.
+
+    min(d, tiles) for each window, all tiles for each window of a padded access.
+    """
+    return float(sum(_most_units(access) for access in accesses))
+
+
+def _most_units(access: TileAccess) -> float:
+    degrees = access.degrees()
+    most = access.tiles * (degrees > 0) if access.padded else np.minimum(degrees, access.tiles)
+    return float(most @ access.unit_weights)
 
 
 class TileState:
     """U of a changing order, kept up to date in time proportional to what a move touches.
+
+    Padded accesses count as the sum over their tiles; see ``icd_tvm/core/balance.py``.
 
     Parameters
     ----------
@@ -178,7 +221,10 @@ class TileState:
         self.items = [sp.csr_matrix(a.incidence.T) for a in self.accesses]
         self.weights = [a.unit_weights for a in self.accesses]
         self.counts = [self._count(a) for a in self.accesses]
-        self.cost = tile_cost(self.accesses, self.perm)
+        self.cost = self._total()
+
+    def _total(self) -> float:
+        return float(sum(touched_tiles(a, self.perm) @ a.unit_weights for a in self.accesses))
 
     def _count(self, access: TileAccess) -> NDArray[np.int32]:
         tile_of = invert(self.perm) // access.tile
@@ -220,6 +266,13 @@ class TileState:
     def _access_changes(
         self, k: int, tiles: NDArray[np.intp], old: NDArray[np.int32], new: NDArray[np.int32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], float]:
+        keys, steps, flips = self._flips(k, tiles, old, new)
+        return keys, steps, float(flips @ self.weights[k][keys % self.accesses[k].windows])
+
+    def _flips(
+        self, k: int, tiles: NDArray[np.intp], old: NDArray[np.int32], new: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+        """Return (tile, window) cells, how their counts change, and which become (un)touched."""
         windows = self.accesses[k].windows
         leave = _cells(self.items[k], old, tiles, windows)
         enter = _cells(self.items[k], new, tiles, windows)
@@ -227,8 +280,7 @@ class TileState:
         signs = np.concatenate([np.full(leave.size, -1), np.full(enter.size, 1)])
         steps = np.bincount(where, weights=signs, minlength=keys.size).astype(np.int32)
         before = self.counts[k].reshape(-1)[keys]
-        flips = (before + steps > 0).astype(np.int64) - (before > 0)
-        return keys, steps, float(flips @ self.weights[k][keys % windows])
+        return keys, steps, (before + steps > 0).astype(np.int64) - (before > 0)
 
     def swap_delta(self, a: int, b: int) -> float:
         """Return the change of U if the items at positions ``a`` and ``b`` changed places."""
@@ -362,11 +414,14 @@ class Weights:
     u: float = 0.5
 
 
+DEFAULT_WEIGHTS = Weights()
+
+
 def combined_cost(
     distance: float | None,
     quality: float | None,
     relative_units: float | None,
-    weights: Weights = Weights(),
+    weights: Weights = DEFAULT_WEIGHTS,
 ) -> float:
     """Return J from C, Q and U / U_max; a term that is None drops out. Lower is better."""
     terms = [

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from icd_tvm.core.balance import LoadState
 from icd_tvm.core.cost import (
+    DEFAULT_WEIGHTS,
     Csr,
     TileAccess,
-    TileState,
     Weights,
     block_labels,
     combined_cost,
@@ -53,10 +54,16 @@ class GraphObjective:
 
     @classmethod
     def named(
-        cls, name: str, graph: Csr, accesses: Sequence[TileAccess], blocks: int, window: int
+        cls,
+        name: str,
+        graph: Csr,
+        accesses: Sequence[TileAccess],
+        blocks: int,
+        window: int,
+        weights: Weights = DEFAULT_WEIGHTS,
     ) -> GraphObjective:
-        """Return the objective "C", "Q" or "J"; ConfigError for any other name."""
-        table = {"C": Weights(1.0, 0.0, 0.0), "Q": Weights(0.0, 1.0, 0.0), "J": Weights()}
+        """Return the objective "C", "Q" or "J" of ``weights``; ConfigError for another name."""
+        table = {"C": Weights(1.0, 0.0, 0.0), "Q": Weights(0.0, 1.0, 0.0), "J": weights}
         if name not in table:
             raise ConfigError(f"objective={name!r} is unknown", "tiles, C, Q or J")
         return cls(graph, accesses if name == "J" else (), blocks, window, table[name])
@@ -97,7 +104,7 @@ class GraphState:
             self.labels[self.position], self.degree, minlength=objective.blocks
         )
         self.top = tile_upper_bound(objective.accesses)
-        self.tiles = TileState(objective.accesses, perm) if self.top else None
+        self.tiles = LoadState(objective.accesses, perm) if self.top else None
 
     def swap_delta(self, a: int, b: int) -> float:
         """Return the change of the objective if positions ``a`` and ``b`` exchanged items."""

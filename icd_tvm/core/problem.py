@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from icd_tvm.core.cost import Csr, TileAccess, check_accesses
+from icd_tvm.core.cost import DEFAULT_WEIGHTS, Csr, TileAccess, Weights, check_accesses
 from icd_tvm.core.permutation import Perm
 from icd_tvm.errors import ConfigError
 
@@ -105,16 +105,25 @@ class Problem:
         k_blocks: int | None,
         seed: int,
         steps: int,
+        weights: Weights = DEFAULT_WEIGHTS,
     ) -> None:
         self.graph, self.accesses = graph, accesses
         self.objective = objective if accesses or objective != "tiles" else "J"
         self.tile, self.k_blocks, self.seed, self.steps = tile, k_blocks, seed, steps
+        self.weights = weights
         self.n = graph.shape[0] if graph is not None else accesses[0].n
 
     def with_data(self, graph: Csr | None, accesses: tuple[TileAccess, ...]) -> Problem:
         """Return the same task on other data."""
         return Problem(
-            graph, accesses, self.objective, self.tile, self.k_blocks, self.seed, self.steps
+            graph,
+            accesses,
+            self.objective,
+            self.tile,
+            self.k_blocks,
+            self.seed,
+            self.steps,
+            self.weights,
         )
 
     def reordered(self, perm: Perm) -> Problem:
@@ -135,20 +144,19 @@ class Problem:
 
 def columns_of(access: TileAccess, perm: NDArray[Any]) -> TileAccess:
     """Return the access restricted to the given indices, in their order."""
-    matrix = sp.csr_matrix(access.incidence[:, perm])
-    return TileAccess(matrix, access.tile, access.weight, access.label, access.counts)
+    return replace(access, incidence=sp.csr_matrix(access.incidence[:, perm]))
 
 
 def _rows(access: TileAccess, keep: NDArray[np.bool_]) -> TileAccess:
     counts = None if access.counts is None else access.counts[keep]
-    return TileAccess(
-        access.incidence[np.flatnonzero(keep)], access.tile, access.weight, access.label, counts
-    )
+    return replace(access, incidence=access.incidence[np.flatnonzero(keep)], counts=counts)
 
 
 def _varying(access: TileAccess) -> NDArray[np.bool_]:
     degrees = access.degrees()
-    return (degrees > 1) & (degrees < access.n) & (access.unit_weights > 0)
+    # A window of one index touches one tile wherever it is, but may touch the fullest one.
+    least = 0 if access.padded else 1
+    return (degrees > least) & (degrees < access.n) & (access.unit_weights > 0)
 
 
 def block_count(problem: Problem, stats: FitStats) -> int:

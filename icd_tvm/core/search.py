@@ -96,11 +96,14 @@ class TileSearch:
         return SearchResult(self.state.perm.copy(), self.state.cost, self.steps, reason)
 
     def _limit(self, steps: int, deadline: float) -> str | None:
-        if self.state.cost <= self.bound + self._tolerance():
+        if self._value() <= self.bound + self._tolerance():
             return "bound"
         if self.steps >= steps:
             return "steps"
         return "time" if time.perf_counter() >= deadline else None
+
+    def _value(self) -> float:
+        return self.state.cost
 
     def _tolerance(self) -> float:
         return 1e-9 * max(1.0, abs(self.bound))
@@ -157,17 +160,23 @@ class TileSearch:
         chosen = self.state.perm[positions]
         for k, access in enumerate(self.state.accesses):
             tiles, local = np.unique(positions // access.tile, return_inverse=True)
-            counts = self.state.counts[k][tiles]
-            touched = self.state.items[k][chosen].toarray()
-            weighted = touched * self.state.weights[k].astype(np.float32)
-            alone = weighted * (counts[local] == 1)
-            enter = weighted @ (counts == 0).T.astype(np.float32)
-            kept = alone @ touched.T.astype(np.float32)
-            change = enter[:, local] - alone.sum(axis=1)[:, None] + kept
+            enter, alone, kept = self._shares(k, chosen, tiles, local)
+            change = enter[:, local] - alone[:, None] + kept
             change += change.T
             change[local[:, None] == local] = 0.0
             total += change
         return total
+
+    def _shares(
+        self, k: int, chosen: Perm, tiles: NDArray[np.int64], local: NDArray[np.int64]
+    ) -> tuple[Floats, Floats, Floats]:
+        """Return |N_ih| [m, tiles], |E_i| [m] and |E_i & R_j| [m, m] of access ``k``, weighted."""
+        counts = self.state.counts[k][tiles]
+        touched = self.state.items[k][chosen].toarray()
+        weighted = touched * self.state.weights[k].astype(np.float32)
+        alone = weighted * (counts[local] == 1)
+        enter = weighted @ (counts == 0).T.astype(np.float32)
+        return enter, alone.sum(axis=1), alone @ touched.T.astype(np.float32)
 
     def _take(self, positions: NDArray[np.int64], deltas: Floats, blocks: int) -> bool:
         size = self.block

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -12,8 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from icd_tvm.core.access_graph import validate_w
 from icd_tvm.core.cost import (
+    DEFAULT_WEIGHTS,
     Csr,
     TileAccess,
+    Weights,
     check_accesses,
     combined_cost,
     distance_cost,
@@ -47,6 +50,7 @@ def fit_permutation(
     tile: int = 16,
     start: ArrayLike | None = None,
     constraint: Constraint | None = None,
+    weights: Weights = DEFAULT_WEIGHTS,
 ) -> tuple[Perm, FitStats]:
     """Find an order of an axis that lowers what its kernels pay.
 
@@ -76,6 +80,8 @@ def fit_permutation(
         Order to improve; identity by default. It must obey the constraint.
     constraint : Constraint, optional
         Free by default.
+    weights : Weights, optional
+        Of J; those of this machine are in :func:`icd_tvm.measure.calibrate_cost.load_calibration`.
 
     Returns
     -------
@@ -99,7 +105,9 @@ def fit_permutation(
     rule = constraint or Constraint.free()
     first = identity(n) if start is None else rule.check(as_permutation(start, n))
     rule.check_length(n)
-    problem = Problem(W, tuple(accesses), objective, tile, k_blocks, rng_seed, refine_steps)
+    problem = Problem(
+        W, tuple(accesses), objective, tile, k_blocks, rng_seed, refine_steps, weights
+    )
     problem = problem.reordered(first)
     stats = FitStats(problem.objective)
     asked = time.perf_counter()
@@ -186,7 +194,7 @@ def _solve_blocks(
         )
     )
     accesses = tuple(
-        TileAccess(a.incidence @ member, max(1, a.tile // inner), a.weight, a.label, a.counts)
+        replace(a, incidence=sp.csr_matrix(a.incidence @ member), tile=max(1, a.tile // inner))
         for a in problem.accesses
     )
     graph = None
@@ -225,7 +233,9 @@ def _scores(problem: Problem, order: Perm, blocks: int) -> dict[str, float | Non
         distance = incidence_distance(problem.accesses, order, problem.tile)
         quality = incidence_modularity(problem.accesses, order, blocks)
     top = tile_upper_bound(problem.accesses)
-    joint = combined_cost(distance, quality, units / top if units is not None and top else None)
+    joint = combined_cost(
+        distance, quality, units / top if units is not None and top else None, problem.weights
+    )
     return {"U": units, "C": distance, "Q": quality, "J": joint}
 
 

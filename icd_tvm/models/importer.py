@@ -26,6 +26,8 @@ from icd_tvm._tvm import (
     tvm,
 )
 from icd_tvm.errors import IcdError, ModelFileError, UnsupportedOpError
+from icd_tvm.models.converters import Converter, OnnxNode, find_converter
+from icd_tvm.models.converters.quantize_linear import narrow_name, stored_as
 from icd_tvm.models.onnx_bind import bind_constants
 from icd_tvm.models.onnx_file import (
     check_finite,
@@ -36,8 +38,10 @@ from icd_tvm.models.onnx_file import (
     to_array,
 )
 from icd_tvm.models.onnx_fold import fold_constants
-from icd_tvm.models.onnx_ops import check_operators, model_opset
-from icd_tvm.models.onnx_shapes import fix_input_shapes
+from icd_tvm.models.onnx_functions import expand_functions
+from icd_tvm.models.onnx_ops import ONNX_DOMAINS, check_operators, model_opset
+from icd_tvm.models.onnx_shapes import check_outputs, fix_input_shapes
+from icd_tvm.models.onnx_unroll import UNROLLED_OPS, unroll_control_flow
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,17 @@ def import_onnx(
     model = load_proto(source)
     if model.functions:
         model = _inline_functions(model)
-    check_operators(model)
+    model = expand_functions(model)
+    check_operators(model, UNROLLED_OPS)
     check_model(model)
     bind_constants(model, constants or {})
     fix_input_shapes(model, shapes)
     check_finite(model.graph)
     fold_constants(model)
+    while unroll_control_flow(model):
+        fold_constants(model)
+    check_operators(model)
+    check_outputs(model)
     _name_nodes(model.graph)
     name = model.graph.name if isinstance(source, onnx.ModelProto) else Path(source).stem
     return ImportedModel(
@@ -175,30 +184,98 @@ class _NamedImporter(onnx_frontend.ONNXGraphImporter):
         self.binding_names: dict[Any, str] = {}
         self.current = ""
         self._branch_depth = 0
+        self._nodes: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}
+        self._scope = ""
+        self._ahead: Iterator[onnx.NodeProto] = iter(())
 
     def _parse_graph_initializers(self, graph: onnx.GraphProto) -> None:
         for tensor in graph.initializer:
+            array = to_array(tensor)
+            narrow = narrow_name(tensor.data_type)
+            if narrow is not None:
+                # Relax stores such types packed; here each number has a byte.
+                array = array.astype(stored_as(narrow))
+                self._stored[tensor.name] = narrow
             # relax.const narrows numpy's 64-bit types; a TVM tensor keeps its dtype.
-            array = tvm.runtime.tensor(to_array(tensor))
-            self._nodes[tensor.name] = named_const(array, tensor.name)
+            self._nodes[tensor.name] = named_const(tvm.runtime.tensor(array), tensor.name)
+
+    def _check_for_unsupported_ops(self, graph: onnx.GraphProto) -> None:
+        """Do nothing: `check_operators` has looked at every operator with its domain."""
+
+    def _construct_nodes(self, graph: onnx.GraphProto) -> None:
+        with self._walking(graph):
+            super()._construct_nodes(graph)
 
     def _convert_subgraph(self, bb: Any, graph: onnx.GraphProto) -> Any:
         self._branch_depth += 1
         try:
-            return super()._convert_subgraph(bb, graph)
+            with self._walking(graph):
+                return super()._convert_subgraph(bb, graph)
         finally:
             self._branch_depth -= 1
+
+    @contextlib.contextmanager
+    def _walking(self, graph: onnx.GraphProto) -> Iterator[None]:
+        """Know the node behind each `_convert_operator`, which TVM calls without its domain."""
+        outer = self._ahead
+        self._ahead = (node for node in graph.node if node.op_type != "If")
+        try:
+            yield
+        finally:
+            self._ahead = outer
+
+    def _inline(self, graph: onnx.GraphProto, values: Mapping[str, Any], scope: str) -> list[Any]:
+        """Convert a body graph where its node stands; its names hide those of outer graphs."""
+        outer, outer_scope = self._nodes, self._scope
+        self._nodes, self._scope = {**outer, **values}, f"{outer_scope}{scope}/"
+        try:
+            self._parse_graph_initializers(graph)
+            self._construct_nodes(graph)
+            return [self._nodes[value.name] for value in graph.output]
+        finally:
+            self._nodes, self._scope = outer, outer_scope
 
     def _convert_operator(
         self, op_name: str, inputs: Any, attrs: dict[str, Any], opset: int
     ) -> Any:
-        name = attrs["tvm_custom"]["name"]
+        proto = next(self._ahead)
+        name = self._scope + (proto.name or next(filter(None, proto.output), op_name))
         self.current = f"{op_name} at node {name!r}"
-        value = _bounded_gather(self.bb, inputs, attrs) if op_name == "Gather" else None
+        converter = find_converter(proto.domain, op_name)
+        if converter is not None:
+            value = self._convert(converter, proto, inputs, name)
+        else:
+            value = _bounded_gather(self.bb, inputs, attrs) if op_name == "Gather" else None
         if value is None:
             value = super()._convert_operator(op_name, inputs, attrs, opset)
         # Bindings made inside an If branch would be evaluated whichever way it goes.
         return value if self._branch_depth else self._bind(value, name)
+
+    def _convert(self, converter: Converter, proto: onnx.NodeProto, inputs: Any, name: str) -> Any:
+        """Run one of this package's converters; None leaves the node to TVM's."""
+        attrs = {a.name: _attribute(a) for a in proto.attribute}
+        domain = "" if proto.domain in ONNX_DOMAINS else proto.domain
+        node = OnnxNode(
+            bb=self.bb,
+            op=proto.op_type,
+            domain=domain,
+            name=name,
+            opset=self.opset,
+            inputs=tuple(inputs),
+            outputs=tuple(proto.output),
+            attrs=attrs,
+            stored={i: self._stored[n] for i, n in enumerate(proto.input) if n in self._stored},
+            inline=self._inline,
+            scope=self._nodes,
+        )
+        value = converter(node)
+        if isinstance(value, tuple):
+            bound = [f if f is None else self._bind_one(self.bb.normalize(f), name) for f in value]
+            # An unused output still has its place in TVM's list.
+            fields = [bound[0] if field is None else field for field in bound]
+            return relax.Tuple(fields) if len(fields) > 1 else fields[0]
+        return None if value is None else self.bb.normalize(value)
 
     def _bind(self, value: Any, name: str) -> Any:
         """Emit a converter's result under the node's name and unpack tuples."""
@@ -217,6 +294,15 @@ class _NamedImporter(onnx_frontend.ONNXGraphImporter):
         if isinstance(value, Var):
             self.binding_names.setdefault(value, name)
         return value
+
+
+def _attribute(proto: onnx.AttributeProto) -> Any:
+    value = helper.get_attribute_value(proto)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if proto.type == onnx.AttributeProto.STRINGS:
+        return [item.decode(errors="replace") for item in value]
+    return value
 
 
 def _bounded_gather(bb: Any, inputs: Any, attrs: dict[str, Any]) -> Any:
@@ -259,17 +345,22 @@ def _to_relax(model: onnx.ModelProto) -> Any:
         with _quiet():
             mod = importer.from_onnx(model.graph, model_opset(model))
     except IcdError:
+        _close(importer)
         raise
     except Exception as error:
-        # Close the block the converter left open, or TVM warns about it on stderr.
-        with contextlib.suppress(Exception):
-            importer.bb._end_block()
+        _close(importer)
         where = importer.current or "the graph"
         raise UnsupportedOpError(
             f"the importer cannot convert {where}: {first_line(error)}",
             "fix the input shapes with --shape or export with simpler operators",
         ) from error
     return _rename_bindings(mod, importer.binding_names, [v.name for v in model.graph.output])
+
+
+def _close(importer: _NamedImporter) -> None:
+    """Close the block that a converter left open, or TVM warns about it on stderr."""
+    with contextlib.suppress(Exception):
+        importer.bb._end_block()
 
 
 @contextlib.contextmanager

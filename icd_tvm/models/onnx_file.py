@@ -214,6 +214,7 @@ def check_model(model: onnx.ModelProto) -> None:
         # The checker wants a shape where runtimes accept its absence.
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
+    _move_unknown(copy)
     try:
         onnx.checker.check_model(copy)
     except Exception as error:
@@ -223,6 +224,17 @@ def check_model(model: onnx.ModelProto) -> None:
         raise UnsupportedOpError(
             f"initializer {name!r} is stored sparse", "store it dense: zeros are found anyway"
         )
+
+
+def _move_unknown(model: onnx.ModelProto) -> None:
+    """Move operators that exporters put into the standard domain by mistake to com.microsoft."""
+    domains = {opset.domain for opset in model.opset_import}
+    for node in model.graph.node:
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type):
+            node.domain = "com.microsoft"
+            if node.domain not in domains:
+                model.opset_import.append(onnx.helper.make_opsetid(node.domain, 1))
+                domains.add(node.domain)
 
 
 def check_finite(graph: onnx.GraphProto) -> None:

@@ -6,6 +6,7 @@ import onnx
 
 from icd_tvm._tvm import onnx_frontend
 from icd_tvm.errors import UnsupportedOpError
+from icd_tvm.models.converters import find_converter
 from icd_tvm.models.onnx_file import iter_graphs, printable
 
 ONNX_DOMAINS = ("", "ai.onnx")
@@ -22,8 +23,14 @@ def model_opset(model: onnx.ModelProto) -> int:
     return next((int(o.version) for o in model.opset_import if o.domain in ONNX_DOMAINS), 1)
 
 
-def check_operators(model: onnx.ModelProto) -> None:
+def check_operators(model: onnx.ModelProto, passed: frozenset[str] = frozenset()) -> None:
     """Refuse a model with operators that have no converter, in one error for all of them.
+
+    Parameters
+    ----------
+    model : onnx.ModelProto
+    passed : frozenset of str
+        Names of standard operators that a later step may still replace.
 
     Raises
     ------
@@ -35,7 +42,8 @@ def check_operators(model: onnx.ModelProto) -> None:
     missing: dict[tuple[str, str], list[str]] = {}
     for graph in iter_graphs(model.graph):
         for node in graph.node:
-            if not _has_converter(node, opset):
+            later = node.domain in ONNX_DOMAINS and node.op_type in passed
+            if not later and not has_converter(node, opset):
                 label = node.name or (node.output[0] if node.output else "")
                 missing.setdefault((node.op_type, node.domain or "ai.onnx"), []).append(label)
     if missing:
@@ -51,10 +59,13 @@ def _describe(op: str, domain: str, names: list[str]) -> str:
     return f"{printable(op)} (domain {printable(domain)}, node {names[0]!r}{more})"
 
 
-def _has_converter(node: onnx.NodeProto, opset: int) -> bool:
+def has_converter(node: onnx.NodeProto, opset: int) -> bool:
+    """Tell whether an operator has a converter, here or in TVM."""
     op = node.op_type
     standard = node.domain in ONNX_DOMAINS
     if standard and op in HANDLED_BY_IMPORTER:
+        return True
+    if find_converter(node.domain, op) is not None:
         return True
     converter = onnx_frontend._get_convert_map().get(op)
     if converter is None or (standard and op in CONTRIB_ONLY_OPS):

@@ -30,7 +30,8 @@ def declared_shape(value: onnx.ValueInfoProto) -> list[Dim] | None:
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     if dim.HasField("dim_value") and dim.dim_value > 0:
         return int(dim.dim_value)
-    return printable(dim.dim_param) or None
+    # Paddle writes "?" for every unknown size: no symbol that two axes share.
+    return None if dim.dim_param in ("", "?") else printable(dim.dim_param)
 
 
 def fix_input_shapes(
@@ -69,6 +70,20 @@ def fix_input_shapes(
     for name, value in inputs.items():
         _write_shape(value, given.get(name) or _resolve(name, declared_shape(value), symbols))
     _drop_symbolic(model.graph)
+
+
+def check_outputs(model: onnx.ModelProto) -> None:
+    """Refuse constant outputs of several axes without elements, which TVM cannot store.
+
+    Raises
+    ------
+    UnsupportedOpError
+        Naming the output.
+    """
+    outputs = {value.name for value in model.graph.output}
+    for tensor in model.graph.initializer:
+        if tensor.name in outputs and len(tensor.dims) > 1 and 0 in tensor.dims:
+            raise UnsupportedOpError(f"output {tensor.name!r} is empty: shape {list(tensor.dims)}")
 
 
 def _check_type(name: str, kind: onnx.TypeProto) -> None:

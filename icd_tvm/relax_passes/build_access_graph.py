@@ -62,7 +62,8 @@ class BuildAccessGraph:
         dead: dict[str, np.ndarray] = {}
         owned: set[str] = set()
         for group in groups.free:
-            makers = [use for use in group.weights if use.side == "N"]
+            # Where the group is a segment of a longer axis, the kernel's tiles are not the group's.
+            makers = [u for u in group.weights if u.side == "N" and u.structure.is_leaf]
             if group.constraint != "free" or not makers:
                 continue
             graphs[group.id] = [

@@ -83,7 +83,8 @@ def _dead_units(func: Any, group: AxisGroup) -> np.ndarray:
 
 def _zero_dead_units(mod: Any) -> Any:
     """Zero every constant of a dead unit: what contributes nothing need not be computed."""
-    func, arrays = mod["main"], {}
+    func = mod["main"]
+    arrays: dict[Any, np.ndarray] = {}
     for group in hidden_groups(func, find_axis_groups(func)):
         dead = _dead_units(func, group)
         for use in group.consts if dead.any() else ():

@@ -1,4 +1,4 @@
-"""Move between rows [B, S, N * H] and heads [B, N, S, H]."""
+"""Move between rows [B, S, N * H] and heads [B, N, S, H], and cut tensors."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def repeat_heads(node: OnnxNode, heads: Any, count: int) -> Any:
     if own < 1 or count % own:
         raise node.refuse(f"{own} key heads do not divide {count} query heads")
     return node.emit(relax.op.repeat(heads, count // own, axis=1))
+
+
+def pieces(node: OnnxNode, value: Any, at: int | list[int], axis: int) -> list[Any]:
+    """Split a tensor and return the parts."""
+    parts = node.emit(relax.op.split(value, at, axis=axis))
+    return [node.emit(relax.TupleGetItem(parts, i)) for i in range(len(parts.ty.fields))]

@@ -30,7 +30,9 @@ def matmul_nbits(node: OnnxNode) -> Any:
     values = unpack_bits(packed.view(np.uint8), bits)[:, :k].T
     quantised = node.emit(cast(with_name(values, node.label(_B)), dtype_of(node.input(_A))))
     groups = _group_numbers(node, k)
-    shifted = node.emit(relax.op.subtract(quantised, _rows(node, _zero_points(node, n, bits), groups)))
+    shifted = node.emit(
+        relax.op.subtract(quantised, _rows(node, _zero_points(node, n, bits), groups))
+    )
     scales = with_name(node.constant(_SCALES, "the scales").reshape(n, -1).T, node.label(_SCALES))
     weight = node.emit(relax.op.multiply(shifted, _rows(node, scales, groups)))
     product = matmul(node, node.input(_A), weight)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from icd_tvm._tvm import GenericConst, const_name, named_const, relax, tirx
+from icd_tvm._tvm import GenericConst, Var, const_name, named_const, relax, tirx
 from icd_tvm.errors import UnsupportedOpError
 
 # Converts a body graph in place: (graph, {input name: expression}, scope) -> its outputs.
@@ -36,6 +36,9 @@ class OnnxNode:
         Names; an unused output has an empty one.
     attrs : mapping of str to value
         Python values; strings are decoded.
+    stored : mapping of int to str
+        Position of an initializer of fewer than eight bits -> its ONNX type; the input itself
+        holds bytes.
     inline : callable
         Converts a body graph where this node stands, with its inputs bound to expressions;
         bindings are named ``scope/node``. The names of enclosing graphs are visible to it.
@@ -51,6 +54,7 @@ class OnnxNode:
     inputs: tuple[Any, ...]
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any]
+    stored: Mapping[int, str]
     inline: Inline
     scope: Mapping[str, Any]
 
@@ -108,18 +112,18 @@ class OnnxNode:
 
     def emit(self, expr: Any) -> Any:
         """Bind an intermediate expression, so that its type is known and it is computed once."""
-        return self.bb.emit(expr)
+        return expr if isinstance(expr, Var | GenericConst) else self.bb.emit(expr)
 
     def refuse(self, reason: str) -> UnsupportedOpError:
         """Return the error that says why this node cannot be converted."""
         where = f"{self.domain or 'ai.onnx'} {self.op} at node {self.name!r}"
         return UnsupportedOpError(f"cannot convert {where}: {reason}")
 
-    def forbid(self, unsupported: Mapping[str, Sequence[Any]]) -> None:
-        """Refuse attributes with values other than those listed, the first being the default."""
-        for name, allowed in unsupported.items():
-            value = self.attr(name, allowed[0])
-            if value not in allowed:
+    def allow(self, allowed: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse attributes with other values than those listed; the first is the default."""
+        for name, values in allowed.items():
+            value = self.attr(name, values[0])
+            if value not in values:
                 raise self.refuse(f"attribute {name} = {value!r} is not supported")
 
 

@@ -10,22 +10,22 @@ from icd_tvm._tvm import relax
 from icd_tvm.models.converters.node import Converter, OnnxNode, dtype_of, with_name
 
 _EPSILON = 1e-5
-_DATA, _SKIP, _GAMMA, _BETA, _BIAS = range(5)
+_DATA, _SKIP, _GAMMA = range(3)
 
 
 def skip_layer_normalization(node: OnnxNode) -> Any:
     """``layer_norm(input + skip + bias)``; the fourth output is that sum."""
-    total = _skip_sum(node, _BIAS)
+    total = _skip_sum(node, bias=4)
     gamma = node.input(_GAMMA)
     zeros = with_name(np.zeros(node.shape(gamma), dtype_of(gamma)), f"{node.name}.beta")
-    beta = node.input(_BETA) if node.has(_BETA) else zeros
+    beta = node.input(3) if node.has(3) else zeros
     result = relax.op.nn.layer_norm(total, gamma, beta, axes=[-1], epsilon=_epsilon(node))
     return _with_sum(node, result, total)
 
 
 def skip_simplified_layer_normalization(node: OnnxNode) -> Any:
     """``rms_norm(input + skip + bias)``; the fourth output is that sum."""
-    total = _skip_sum(node, _BETA)
+    total = _skip_sum(node, bias=3)
     result = relax.op.nn.rms_norm(total, node.input(_GAMMA), axes=[-1], epsilon=_epsilon(node))
     return _with_sum(node, result, total)
 

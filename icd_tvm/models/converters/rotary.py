@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import relax
-from icd_tvm.models.converters.heads import merge_heads, split_heads
+from icd_tvm.models.converters.heads import merge_heads, pieces, split_heads
 from icd_tvm.models.converters.node import Converter, OnnxNode, cast, with_name
 
 
@@ -24,7 +24,7 @@ def contrib_rotary_embedding(node: OnnxNode) -> Any:
 
     Position ids are [B, S], or one offset that the positions count from.
     """
-    node.forbid({"is_packed_batching": (0,), "scale": (1.0,)})
+    node.allow({"is_packed_batching": (0,), "scale": (1.0,)})
     positions = node.input(1)
     if len(node.shape(positions)) < 2:
         positions = _count_from(node, positions)
@@ -91,7 +91,7 @@ def rotate(
         raise node.refuse(f"a cache of {node.shape(cos)[-1]} angles for heads of {size} channels")
     kept = None
     if width < size:
-        heads, kept = _cut(node, heads, [width])
+        heads, kept = pieces(node, heads, [width], axis=-1)
     cos, sin = (node.emit(relax.op.expand_dims(angle, 1)) for angle in (cos, sin))
     turn = _turn_neighbours if interleaved else _turn_halves
     turned = turn(node, heads, cos, sin)
@@ -99,7 +99,7 @@ def rotate(
 
 
 def _turn_halves(node: OnnxNode, heads: Any, cos: Any, sin: Any) -> Any:
-    first, second = _cut(node, heads, 2)
+    first, second = pieces(node, heads, 2, axis=-1)
     return node.emit(relax.op.concat(_turn(node, first, second, cos, sin), axis=-1))
 
 
@@ -107,15 +107,9 @@ def _turn_neighbours(node: OnnxNode, heads: Any, cos: Any, sin: Any) -> Any:
     *lead, width = node.shape(heads)
     pairs = node.emit(relax.op.reshape(heads, (*lead, width // 2, 2)))
     cos, sin = (node.emit(relax.op.expand_dims(angle, -1)) for angle in (cos, sin))
-    first, second = _cut(node, pairs, 2)
+    first, second = pieces(node, pairs, 2, axis=-1)
     turned = node.emit(relax.op.concat(_turn(node, first, second, cos, sin), axis=-1))
     return node.emit(relax.op.reshape(turned, (*lead, width)))
-
-
-def _cut(node: OnnxNode, data: Any, at: int | list[int]) -> tuple[Any, Any]:
-    """Split the last axis in two."""
-    parts = node.emit(relax.op.split(data, at, axis=-1))
-    return node.emit(relax.TupleGetItem(parts, 0)), node.emit(relax.TupleGetItem(parts, 1))
 
 
 def _turn(node: OnnxNode, first: Any, second: Any, cos: Any, sin: Any) -> list[Any]:

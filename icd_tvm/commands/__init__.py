@@ -1,0 +1,1 @@
+"""Subcommands of ``icd`` that need more than a few lines."""

@@ -1,0 +1,231 @@
+"""The selective scan kernel: channels in parallel and in vectors, time serial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from icd_tvm._tvm import te, tirx
+from icd_tvm.models.converters.scan_program import Operand, ScanProgram, Term
+from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
+
+_MAX_LANES = 16
+_MAX_UNROLLED = 32
+_STATE = -1
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": lambda a, b: a / b,
+    "Max": tirx.max,
+    "Min": tirx.min,
+    "Neg": lambda a: -a,
+    "Exp": vector_math.exp,
+    "Log": te.log,
+    "Sqrt": te.sqrt,
+    "Abs": te.abs,
+    "Tanh": vector_math.tanh,
+    "Sigmoid": vector_math.sigmoid,
+    "Softplus": lambda a: tirx.max(a, _f32(0.0)) + te.log(_f32(1.0) + vector_math.exp(-te.abs(a))),
+    "Relu": lambda a: tirx.max(a, _f32(0.0)),
+}
+
+
+def selective_scan(
+    program: ScanProgram, length: int, backwards: tuple[bool, ...], flipped: tuple[bool, ...]
+) -> Any:
+    """Return the TIR function of a recurrence over ``length`` steps.
+
+    A task owns up to 16 neighbouring channels, one a vector lane, with all their states in
+    registers; no sum crosses lanes. Each argument has one axis for time and one for every
+    axis of the state ``[..., channels, states]``, of size 1 where it does not run along it.
+
+    Parameters
+    ----------
+    program : ScanProgram
+        The state has at least two axes.
+    length : int
+        Number of steps.
+    backwards : tuple of bool
+        For every operand, whether step 0 reads its last time.
+    flipped : tuple of bool
+        For every output, whether step 0 writes its last time.
+
+    Returns
+    -------
+    PrimFunc
+        ``(start: f32[1, *state], operands ..., outputs: f32[length, ...] ...,
+        final: f32[1, *state])``, scheduled.
+    """
+    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
+        T.func_name("selective_scan")
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE})
+        scan = _Scan(program, length, backwards, flipped)
+        scan.declare()
+        with T.parallel(scan.tasks) as task, T.sblock("scan"):
+            scan.emit(task)
+    return builder.get()
+
+
+def operand_shape(program: ScanProgram, operand: Operand, length: int) -> tuple[int, ...]:
+    """Return the shape of an operand as an argument of the kernel."""
+    time = length if isinstance(operand.source, int) else 1
+    sizes = zip(program.state, operand.axes, strict=True)
+    return (time, *(size if along else 1 for size, along in sizes))
+
+
+def output_shape(program: ScanProgram, output: int, length: int) -> tuple[int, ...]:
+    """Return the shape of a scan output as an argument of the kernel."""
+    inner = program.outputs[output][2]
+    return (length, *program.state[:-1], program.state[-1] if inner else 1)
+
+
+class _Scan:
+    """Emits the statements of the kernel."""
+
+    def __init__(
+        self,
+        program: ScanProgram,
+        length: int,
+        backwards: tuple[bool, ...],
+        flipped: tuple[bool, ...],
+    ) -> None:
+        self.program, self.length = program, length
+        self.backwards, self.flipped = backwards, flipped
+        *self.outer, self.channels, self.states = program.state
+        self.lanes = _lanes(self.channels)
+        self.tasks = prod(self.outer) * (self.channels // self.lanes)
+
+    def declare(self) -> None:
+        """Declare the arguments."""
+        program, length = self.program, self.length
+        whole = (1, *program.state)
+        self.start = _argument("start", whole)
+        self.operands = [
+            _argument(f"operand{i}", operand_shape(program, operand, length))
+            for i, operand in enumerate(program.operands)
+        ]
+        self.outputs = [
+            _argument(f"output{i}", output_shape(program, i, length))
+            for i in range(len(program.outputs))
+        ]
+        self.final = _argument("final", whole)
+
+    def emit(self, task: Any) -> None:
+        """Emit one task: the whole time of one vector of channels."""
+        program, states, lanes = self.program, self.states, self.lanes
+        self.place = self._task_place(task)
+        self.state = _local(states, lanes)
+        self.new = _local(lanes)
+        self.early = _local(max(1, len(program.early)), lanes)
+        self.late = _local(max(1, len(program.late)), lanes)
+        self.held = {i: _local(states, lanes) for i in range(len(self.operands)) if self._hold(i)}
+        with T.serial(states) as n, T.vectorized(lanes) as x:
+            T.buffer_store(self.state, self.start[self._index(0, n, x)], [n, x])
+        for i, buffer in self.held.items():
+            with T.serial(states) as n, T.vectorized(lanes) as x:
+                T.buffer_store(buffer, self.operands[i][self._operand_index(i, 0, n, x)], [n, x])
+        with T.serial(self.length) as t:
+            self._step(t)
+        with T.serial(states) as n, T.vectorized(lanes) as x:
+            T.buffer_store(self.final, self.state[n, x], self._index(0, n, x))
+
+    def _task_place(self, task: Any) -> list[Any]:
+        """Return the index of the task's first channel, one number an axis but the last."""
+        blocks = self.channels // self.lanes
+        place = [task % blocks * self.lanes]
+        rest = task // blocks
+        for size in reversed(self.outer):
+            place.insert(0, rest % size)
+            rest = rest // size
+        return place
+
+    def _index(self, time: Any, n: Any, x: Any) -> list[Any]:
+        return [time, *self.place[:-1], self.place[-1] + x, n]
+
+    def _operand_index(self, i: int, t: Any, n: Any, x: Any) -> list[Any]:
+        time = self.length - 1 - t if self.backwards[i] else t
+        full = self._index(time, n, x)
+        scanned = isinstance(self.program.operands[i].source, int)
+        along = (scanned, *self.program.operands[i].axes)
+        return [own if use else 0 for own, use in zip(full, along, strict=True)]
+
+    def _hold(self, i: int) -> bool:
+        """Tell whether an operand is copied into scratch memory before the first step."""
+        operand = self.program.operands[i]
+        return not isinstance(operand.source, int) and operand.axes[-2]
+
+    def _step(self, t: Any) -> None:
+        program, lanes = self.program, self.lanes
+        loop = T.unroll if self.states <= _MAX_UNROLLED else T.serial
+        self._clear(self.early, len(program.early))
+        self._clear(self.late, len(program.late))
+        if program.early:
+            with loop(self.states) as n:
+                self._accumulate(self.early, program.early, t, n)
+        with loop(self.states) as n:
+            with T.vectorized(lanes) as x:
+                T.buffer_store(self.new, self._value(program.update, t, n, x), [x])
+            self._accumulate(self.late, program.late, t, n)
+            self._write(t, n, inner=True)
+            with T.vectorized(lanes) as x:
+                T.buffer_store(self.state, self.new[x], [n, x])
+        self._write(t, 0, inner=False)
+
+    def _clear(self, sums: Any, count: int) -> None:
+        for j in range(count):
+            with T.vectorized(self.lanes) as x:
+                T.buffer_store(sums, _f32(0.0), [j, x])
+
+    def _accumulate(self, sums: Any, terms: list[Term], t: Any, n: Any) -> None:
+        for j, term in enumerate(terms):
+            with T.vectorized(self.lanes) as x:
+                T.buffer_store(sums, sums[j, x] + self._value(term, t, n, x), [j, x])
+
+    def _write(self, t: Any, n: Any, *, inner: bool) -> None:
+        for i, (term, _, own) in enumerate(self.program.outputs):
+            if own != inner:
+                continue
+            time = self.length - 1 - t if self.flipped[i] else t
+            with T.vectorized(self.lanes) as x:
+                T.buffer_store(self.outputs[i], self._value(term, t, n, x), self._index(time, n, x))
+
+    def _value(self, term: Term, t: Any, n: Any, x: Any) -> Any:
+        if term.op in _FUNCTIONS:
+            return _FUNCTIONS[term.op](*(self._value(arg, t, n, x) for arg in term.args))
+        if term.op == "number":
+            return _f32(term.number)
+        if term.op == "old":
+            return self.state[n, x]
+        if term.op == "new":
+            return self.new[x]
+        if term.op in ("early", "late"):
+            return (self.early if term.op == "early" else self.late)[term.place, x]
+        if term.place in self.held:
+            return self.held[term.place][n, x]
+        return self.operands[term.place][self._operand_index(term.place, t, n, x)]
+
+
+def _lanes(channels: int) -> int:
+    lanes = _MAX_LANES
+    while channels % lanes:
+        lanes //= 2
+    return lanes
+
+
+def _argument(name: str, shape: tuple[int, ...]) -> Any:
+    return T.arg(name, T.Buffer(shape, "float32"))
+
+
+def _local(*shape: int) -> Any:
+    return T.sblock_alloc_buffer(shape, "float32", scope="local")
+
+
+def _f32(value: float) -> Any:
+    return tirx.FloatImm("float32", value)
