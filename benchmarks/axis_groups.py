@@ -4,7 +4,7 @@ Every free group of a model gets a random permutation, all together; the outputs
 same to rounding. Weights of the light convnets are all equal in the file, which would hide a wrong
 permutation, so they are replaced by random ones first.
 
-Run: python benchmarks/axis_groups.py [NAME ...]
+Run: python benchmarks/axis_groups.py [NAME | FILE.onnx[:INPUT=SHAPE] ...]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from icd_tvm.relax_passes.axis_groups import AxisGroups, find_axis_groups
 from icd_tvm.relax_passes.lower_cpu import build_cpu
 from icd_tvm.relax_passes.permute_constants import permute_groups, rewrite_constants
 from icd_tvm.relax_passes.verify_layout import difference
+from icd_tvm.runtime.options import parse_shape
 from icd_tvm.tir_schedules.target import host_target
 
 LIGHT = ("resnet50", "densenet121", "shufflenet", "squeezenet", "inception_v1", "inception_v2")
@@ -74,6 +75,11 @@ def models(names: list[str]) -> Iterator[tuple[str, ImportedModel, Any]]:
         if (names and name in names) or (not names and name not in LARGE):
             imported = import_onnx(build(name))
             yield name, imported, imported.mod
+    for name in names:
+        path, _, shape = name.partition(":")
+        if path.endswith(".onnx"):
+            imported = import_onnx(path, dict([parse_shape(shape)]) if shape else None)
+            yield Path(path).stem, imported, imported.mod
     for name in LIGHT:
         if not names or name in names:
             imported = import_onnx(without_softmax(light_path(name)))
@@ -81,10 +87,10 @@ def models(names: list[str]) -> Iterator[tuple[str, ImportedModel, Any]]:
 
 
 def states(imported: ImportedModel) -> list[tuple[str, str]]:
-    """Pair each past_X input with present_X, and X_in with X_out."""
+    """Pair each past_X input with present_X, and X with X_new."""
     outputs = set(imported.outputs)
     pairs = [(s.name, s.name.replace("past", "present", 1)) for s in imported.inputs]
-    pairs += [(s.name, s.name.replace("_in", "_out", 1)) for s in imported.inputs]
+    pairs += [(s.name, f"{s.name}_new") for s in imported.inputs]
     return [(a, b) for a, b in pairs if a != b and b in outputs]
 
 
@@ -113,11 +119,10 @@ def main() -> None:
         rng = np.random.default_rng(1)
         # State values are opaque: their order is the module's own, so they start at zero.
         own = {pair[0] for pair in states(imported)}
-        feeds = {
-            k: np.zeros_like(v) if k in own else v for k, v in random_inputs(imported).items()
-        }
+        feeds = {k: np.zeros_like(v) if k in own else v for k, v in random_inputs(imported).items()}
         permuted = permute_groups(mod, groups, {g.id: rng.permutation(g.size) for g in groups.free})
-        visible = [i for i, n in enumerate(imported.outputs) if n not in {p[1] for p in states(imported)}]
+        hidden = {pair[1] for pair in states(imported)}
+        visible = [i for i, n in enumerate(imported.outputs) if n not in hidden]
         before, after = outputs_of(mod, feeds), outputs_of(permuted, feeds)
         found = difference([before[i] for i in visible], [after[i] for i in visible])
         print(
