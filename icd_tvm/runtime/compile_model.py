@@ -223,7 +223,7 @@ def _build_arms(
 ) -> None:
     with progress.stage("rewrite") as stage:
         result.arms |= ordered_arms(result.arms[IDENTITY].mod, before, after, options.seed)
-        result.no_opportunity = _no_opportunity(result)
+        result.no_opportunity = _no_opportunity(result, options)
         if result.no_opportunity and not result.transform["sparsity"]["entries"]:
             # One function in one order: what is left is a comparison of equal builds.
             dense = result.arms[DENSE]
@@ -235,10 +235,12 @@ def _build_arms(
         stage.meta = {"builds": len({id(built) for built in result.built.values()})}
 
 
-def _no_opportunity(result: Compilation) -> str:
+def _no_opportunity(result: Compilation, options: CompileOptions) -> str:
     arm = result.arms.get(ITERATIVE)
     if arm is None or arm.changed:
         return ""
+    if options.sparsity != "none" and not result.transform["sparsity"]["entries"]:
+        return f"--sparsity {options.sparsity} found no hidden units between constant weights"
     reasons = [decision.stats.get("reason", "") for decision in result.after]
     return next(filter(None, reasons), "no matmul weight has structure on a free axis")
 
