@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 TVM_NUM_THREADS=1 python benchmarks/onnx_coverage.py --node
     python benchmarks/onnx_coverage.py --suite light --suite pytorch-converted
-    python benchmarks/onnx_coverage.py --real FOLDER
+    python benchmarks/onnx_coverage.py --real FOLDER --json runs/onnx.json
+    python benchmarks/onnx_coverage.py --json runs/onnx.json --doc docs/ONNX_Support.md
 
 Cases run in forked workers: one that crashes or hangs is counted and the rest go on.
 """
@@ -27,6 +28,7 @@ import onnx
 import onnx.backend.test.loader as loader
 from onnx import numpy_helper
 from onnx_real_models import run_real
+from onnx_support_doc import write_tables
 
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.errors import IcdError
@@ -81,7 +83,8 @@ STRUCTURAL_INPUTS: dict[str, tuple[int, ...]] = {
     "Unsqueeze": (1,),
     "Upsample": (1,),
 }
-TIMEOUT_S = 120.0
+TIMEOUT_S = 45.0
+ATTEMPTS = 2
 SUITES = ("node", "simple", "pytorch-converted", "pytorch-operator", "light")
 
 
@@ -93,7 +96,7 @@ class Case:
     load: Callable[[], tuple[onnx.ModelProto, list[Any], list[Any]]]
     rtol: float = 1e-3
     atol: float = 1e-7
-    structural: tuple[str, ...] = ()
+    structural: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,12 @@ def stored_cases(kind: str) -> list[Case]:
 def _load_stored(folder: Path) -> tuple[onnx.ModelProto, list[Any], list[Any]]:
     model = onnx.load(folder / "model.onnx")
     data = folder / "test_data_set_0"
-    inputs = [_load_value(data / f"input_{i}.pb", v.type) for i, v in enumerate(model.graph.input)]
+    given = len(list(data.glob("input_*.pb")))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    values = [value for value in model.graph.input if value.name not in weights]
+    if len(values) != given:
+        values = list(model.graph.input)[:given]
+    inputs = [_load_value(data / f"input_{i}.pb", v.type) for i, v in enumerate(values)]
     outputs = [
         _load_value(data / f"output_{i}.pb", v.type) for i, v in enumerate(model.graph.output)
     ]
@@ -209,11 +217,12 @@ def _judge(
     if len(names) != len(values):
         names = [value.name for value in model.graph.input][: len(values)]
     feeds = {n: _to_numpy(v) for n, v in zip(names, values, strict=True)}
+    structural = _structural(model) if case.structural is None else case.structural
     # The value of an empty tensor is known as soon as its shape is.
     bound = {
         name: value
         for name, value in feeds.items()
-        if isinstance(value, np.ndarray) and (name in case.structural or not value.size)
+        if isinstance(value, np.ndarray) and (name in structural or not value.size)
     }
     shapes = {
         name: value.shape
@@ -315,16 +324,19 @@ class _Worker:
         self.process.daemon = True
         self.process.start()
         child.close()
-        self.index: int | None = None
+        self.index = -1
         self.deadline = 0.0
 
     def give(self, index: int) -> None:
         self.index, self.deadline = index, time.monotonic() + TIMEOUT_S
         self.pipe.send(index)
 
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
     def take(self, cases: list[Case]) -> Outcome | None:
         """Return the finished outcome, one that says crashed, or None while it still runs."""
-        assert self.index is not None
         name = cases[self.index].name
         try:
             if self.pipe.poll():
@@ -340,8 +352,12 @@ class _Worker:
 
 
 def run_cases(cases: list[Case], workers: int = 2) -> Iterator[Outcome]:
-    """Run every case in forked workers; yield outcomes as they come."""
+    """Run every case in forked workers; yield outcomes as they come.
+
+    A case whose worker crashes or hangs is given to a fresh one before it counts as crashed.
+    """
     todo = list(reversed(range(len(cases))))
+    lost: Counter[int] = Counter()
     pool = [_Worker(cases) for _ in range(min(workers, len(cases)))]
     for worker in pool:
         worker.give(todo.pop())
@@ -351,16 +367,18 @@ def run_cases(cases: list[Case], workers: int = 2) -> Iterator[Outcome]:
             outcome = pool[position].take(cases)
             if outcome is None:
                 continue
-            yield outcome
-            if outcome.status == "crashed" and todo:
+            index = pool[position].index
+            if outcome.status == "crashed":
                 pool[position] = _Worker(cases)
+                lost[index] += 1
+                if lost[index] < ATTEMPTS:
+                    pool[position].give(index)
+                    continue
+            yield outcome
             if todo:
                 pool[position].give(todo.pop())
             else:
-                worker = pool.pop(position)
-                if worker.process.is_alive():
-                    worker.pipe.send(None)
-                worker.process.join()
+                pool.pop(position).stop()
 
 
 def report(title: str, outcomes: Iterable[Outcome], groups: int) -> None:
@@ -382,10 +400,22 @@ def _generic(reason: str) -> str:
     return re.sub(r"'[^']*'|\d+", "_", reason)
 
 
-def report_real(folder: Path, pattern: str) -> None:
-    """Print one line a real model."""
+def report_real(folder: Path, pattern: str) -> list[Outcome]:
+    """Print one line a real model and return the outcomes."""
+    outcomes = []
     for row in run_real(folder, pattern):
         print(f"{row.label:26s} {row.status:8s} {row.text} ({row.seconds:.1f} s)", flush=True)
+        outcomes.append(Outcome(row.label, row.status, "", row.text, round(row.seconds, 1)))
+    return outcomes
+
+
+def store(path: Path | None, suite: str, outcomes: Iterable[Outcome]) -> None:
+    """Write the outcomes of a suite into a JSON file, beside those of other suites."""
+    if path is None:
+        return
+    old = json.loads(path.read_text()) if path.exists() else {}
+    old.setdefault(suite, {}).update({o.name: asdict(o) for o in outcomes})
+    path.write_text(json.dumps(old, indent=0, sort_keys=True) + "\n")
 
 
 def _filter(cases: list[Case], pattern: str) -> list[Case]:
@@ -403,17 +433,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--groups", type=int, default=40, help="groups of failures to print")
     parser.add_argument("--json", type=Path, help="write (and update) the outcomes here")
+    parser.add_argument("--doc", type=Path, help="rewrite the tables of this file from --json")
     args = parser.parse_args()
     if args.real:
-        report_real(args.real, args.only)
+        store(args.json, "real", report_real(args.real, args.only))
     for suite in (["node"] if args.node else []) + args.suite:
         cases = _filter(node_cases() if suite == "node" else stored_cases(suite), args.only)
         outcomes = list(run_cases(cases, args.workers))
         report(suite, outcomes, args.groups)
-        if args.json:
-            old = json.loads(args.json.read_text()) if args.json.exists() else {}
-            old.update({o.name: asdict(o) for o in outcomes})
-            args.json.write_text(json.dumps(old, indent=0, sort_keys=True))
+        store(args.json, suite, outcomes)
+    if args.doc:
+        write_tables(args.doc, json.loads(args.json.read_text()))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ class RealModel:
         not follow.
     quantised : bool
         Judge by direction, not element by element.
+    encoder : str
+        Glob of the model whose output, by ONNX Runtime, is the input `STATES` of this one.
     """
 
     label: str
@@ -61,14 +63,16 @@ class RealModel:
     constants: Mapping[str, Any] = field(default_factory=dict)
     limits: Mapping[str, int] = field(default_factory=dict)
     quantised: bool = False
+    encoder: str = ""
 
 
 SR = {"sr": np.array(16000, np.int64)}
 TEXT = {"input_ids": (1, 32), "attention_mask": (1, 32)}
 VAD = {"input": (1, 576), "state": (2, 1, 128)}
+STATES = "encoder_hidden_states"
 SPAN = {
     "input_ids": (1, 8),
-    "encoder_hidden_states": (1, 32, 512),
+    STATES: (1, 32, 512),
     "encoder_attention_mask": (1, 32),
 }
 MODELS = (
@@ -77,7 +81,13 @@ MODELS = (
     ),
     RealModel("paraphrase-MiniLM-L3", "**/paraphrase-MiniLM-L3-v2.onnx", TEXT),
     RealModel("T5 encoder int8", "traceforge*/**/encoder.onnx", TEXT, quantised=True),
-    RealModel("T5 decoder int8", "traceforge*/**/decoder.onnx", SPAN, quantised=True),
+    RealModel(
+        "T5 decoder int8",
+        "traceforge*/**/decoder.onnx",
+        SPAN,
+        quantised=True,
+        encoder="traceforge*/**/encoder.onnx",
+    ),
     RealModel("typeseg U-Net", "**/unet_al.onnx", {"ids": (1, 1536)}),
     RealModel("typeseg Mamba", "**/mamba_al.onnx", {"ids": (64,)}),
     RealModel("magika", "magika*/**/model.onnx", {"bytes": (1, 2048)}, limits={"bytes": 257}),
@@ -112,7 +122,7 @@ class RealOutcome:
 def run_real(folder: Path, only: str = "") -> Iterator[RealOutcome]:
     """Import, run and compare every model found below a folder, and MiniLM if installed."""
     if re.search(only, MINILM_LABEL):
-        yield _timed(MINILM_LABEL, lambda: _judge(build_minilm(), RealModel("", "", {})))
+        yield _timed(MINILM_LABEL, lambda: _judge(build_minilm(), RealModel("", "", {}), folder))
     for entry in MODELS:
         if not re.search(only, entry.label):
             continue
@@ -120,7 +130,7 @@ def run_real(folder: Path, only: str = "") -> Iterator[RealOutcome]:
         if path is None:
             yield RealOutcome(entry.label, "absent", f"no file {entry.pattern}", 0.0)
         else:
-            yield _timed(entry.label, lambda p=path, e=entry: _judge(onnx.load(p), e))
+            yield _timed(entry.label, lambda p=path, e=entry: _judge(onnx.load(p), e, folder))
 
 
 def _timed(label: str, run: Callable[[], tuple[str, str]]) -> RealOutcome:
@@ -134,10 +144,12 @@ def _timed(label: str, run: Callable[[], tuple[str, str]]) -> RealOutcome:
     return RealOutcome(label, status, text[:160], time.perf_counter() - start)
 
 
-def _judge(model: onnx.ModelProto, entry: RealModel) -> tuple[str, str]:
+def _judge(model: onnx.ModelProto, entry: RealModel, folder: Path) -> tuple[str, str]:
     shapes = {name: shape for name, shape in entry.shapes.items() if name not in entry.constants}
     imported = import_onnx(model, shapes=shapes, constants=entry.constants)
     feeds = random_feeds(imported, entry.limits)
+    if entry.encoder:
+        feeds[STATES] = _encoder_states(onnx.load(next(iter(folder.glob(entry.encoder)))))
     expected = _run_ort(model, {**feeds, **entry.constants})
     results = _run_tvm(imported, feeds)
     if entry.quantised:
@@ -147,6 +159,12 @@ def _judge(model: onnx.ModelProto, entry: RealModel) -> tuple[str, str]:
         return ("ok" if worst >= min(COSINE, own) else "wrong"), text
     worst = max(_relative(a, b) for a, b in zip(results, expected, strict=True))
     return ("ok" if worst <= RELATIVE else "wrong"), f"relative error {worst:.1e}"
+
+
+def _encoder_states(encoder: onnx.ModelProto) -> Any:
+    """Return what an encoder makes of random tokens; random states are like none of them."""
+    feeds = random_feeds(import_onnx(encoder, shapes=TEXT), {})
+    return _run_ort(encoder, feeds)[0]
 
 
 def random_feeds(imported: ImportedModel, limits: Mapping[str, int]) -> dict[str, Any]:

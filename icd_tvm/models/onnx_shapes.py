@@ -11,6 +11,8 @@ from icd_tvm.errors import DynamicShapeError, ShapeError, UnsupportedOpError
 from icd_tvm.models.onnx_file import printable, real_inputs
 
 Dim = int | str | None
+# No tensor of these can be passed to a module; older onnx packages lack some of the names.
+NARROW_TYPES = frozenset({"INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"})
 
 
 def declared_shape(value: onnx.ValueInfoProto) -> list[Dim] | None:
@@ -91,8 +93,8 @@ def _check_type(name: str, kind: onnx.TypeProto) -> None:
         what = kind.WhichOneof("value") or "untyped"
         raise UnsupportedOpError(f"input {name!r} is not a tensor but {what}")
     element = kind.tensor_type.elem_type
-    if element in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING):
-        what = onnx.TensorProto.DataType.Name(element)
+    what = onnx.TensorProto.DataType.Name(element)
+    if what in ("UNDEFINED", "STRING") or what in NARROW_TYPES:
         raise UnsupportedOpError(f"input {name!r} has element type {what}")
 
 

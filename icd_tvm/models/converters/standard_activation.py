@@ -49,6 +49,17 @@ def _elu(node: OnnxNode, data: Any, alpha: float) -> Any:
     return node.emit(relax.op.where(relax.op.greater(data, zero), data, curve))
 
 
+def prelu(node: OnnxNode) -> Any:
+    """``x`` above zero, ``slope * x`` below; a lone axis meant channels before opset 7."""
+    data, slope = node.input(0), node.input(1)
+    rank, shape = len(node.shape(data)), node.shape(slope)
+    if node.opset < 7 and len(shape) == 1 and rank > 1:
+        column = [1, shape[0]] + [1] * (rank - 2)
+        slope = node.emit(relax.op.reshape(slope, column))
+    above = relax.op.greater(data, scalar(0, data))
+    return relax.op.where(above, data, relax.op.multiply(data, slope))
+
+
 def softplus(node: OnnxNode) -> Any:
     """``log(1 + exp(x))`` without overflow and with relative accuracy far below zero."""
     data = node.input(0)
@@ -79,6 +90,7 @@ CONVERTERS: dict[tuple[str, str], Converter] = {
     ("", "Celu"): celu,
     ("", "Elu"): elu,
     ("", "Mish"): mish,
+    ("", "PRelu"): prelu,
     ("", "Selu"): selu,
     ("", "Softplus"): softplus,
 }

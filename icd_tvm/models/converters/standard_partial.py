@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,39 @@ def top_k(node: OnnxNode) -> Any:
     return None
 
 
+def sequence_insert(node: OnnxNode) -> Any:
+    """SequenceInsert; a negative position counts from the end, as in Python's ``insert``."""
+    if not node.has(2):
+        return None
+    position = int(node.constant(2, "the position").reshape(-1)[0])
+    if position < 0:
+        position += len(node.input(0).ty.fields)
+    place = relax.const(position, "int64")
+    return through_tvm(node, [node.input(0), node.input(1), place])
+
+
+def split_to_sequence(node: OnnxNode) -> Any:
+    """SplitToSequence by a constant chunk size or list of sizes; one by one without."""
+    data = node.input(0)
+    shape = node.shape(data)
+    axis = int(node.attr("axis", 0)) % len(shape)
+    split = node.constant(1, "the split") if node.has(1) else np.asarray(1)
+    if split.ndim == 0:
+        step = int(split)
+        edges = [*range(0, shape[axis], step), shape[axis]]
+    else:
+        edges = [0, *np.cumsum(split).tolist()]
+    if edges[-1] != shape[axis]:
+        raise node.refuse(f"sizes that add up to {edges[-1]}, not {shape[axis]}")
+    pieces = []
+    for low, high in itertools.pairwise(edges):
+        piece = node.emit(relax.op.strided_slice(data, [axis], [low], [high]))
+        if not node.has(1) and not node.attr("keepdims", 1):
+            piece = node.emit(relax.op.squeeze(piece, axis))
+        pieces.append(piece)
+    return relax.Tuple(pieces)
+
+
 def max_pool(node: OnnxNode) -> Any:
     """MaxPool with the flat index of each maximum, from the windows spelled out."""
     if not node.wants(1):
@@ -172,5 +206,7 @@ CONVERTERS: dict[tuple[str, str], Converter] = {
     ("", "MaxPool"): max_pool,
     ("", "NonMaxSuppression"): non_max_suppression,
     ("", "RoiAlign"): roi_align,
+    ("", "SequenceInsert"): sequence_insert,
+    ("", "SplitToSequence"): split_to_sequence,
     ("", "TopK"): top_k,
 }

@@ -13,13 +13,41 @@ from icd_tvm.models.converters.node import Converter, OnnxNode, with_name
 def unsqueeze(node: OnnxNode) -> Any:
     """Insert axes; accepts a scalar ``axes`` as ONNX Runtime does."""
     data = node.input(0)
-    tensor = isinstance(data, relax.Expr) and isinstance(data.ty, relax.TensorType)
-    if node.opset < 13 or not tensor or isinstance(data, GenericConst):
+    if node.opset < 13 or not _is_tensor(data) or isinstance(data, GenericConst):
         return None
     rank = len(node.shape(data))
     axes = node.constant(1, "the axes").reshape(-1)
     places = sorted(int(axis) % (rank + axes.size) for axis in axes)
     return relax.op.expand_dims(data, places)
+
+
+def expand(node: OnnxNode) -> Any:
+    """Broadcast both ways: a size of 1 in the target keeps the input's."""
+    data = node.input(0)
+    if not _is_tensor(data) or not _is_tensor(node.input(1)):
+        return None
+    target = node.constant(1, "the target shape")
+    shape = np.broadcast_shapes(node.shape(data), tuple(int(size) for size in target))
+    return relax.op.broadcast_to(data, relax.ShapeExpr(shape))
+
+
+def slice_before_10(node: OnnxNode) -> Any:
+    """Slice with attributes, where ``axes`` may be left out; later versions are TVM's."""
+    if node.opset >= 10:
+        return None
+    data, starts, ends = node.input(0), node.required("starts"), node.required("ends")
+    axes = node.attr("axes", list(range(len(starts))))
+    shape = node.shape(data)
+    low, high = [], []
+    for axis, start, end in zip(axes, starts, ends, strict=True):
+        begin, stop, _ = slice(int(start), int(end)).indices(shape[axis])
+        low.append(begin)
+        high.append(max(begin, stop))
+    return relax.op.strided_slice(data, [int(a) % len(shape) for a in axes], low, high)
+
+
+def _is_tensor(expr: Any) -> bool:
+    return isinstance(expr, relax.Expr) and isinstance(expr.ty, relax.TensorType)
 
 
 def pad(node: OnnxNode) -> Any:
@@ -69,7 +97,9 @@ def space_to_depth(node: OnnxNode) -> Any:
 
 
 CONVERTERS: dict[tuple[str, str], Converter] = {
+    ("", "Expand"): expand,
     ("", "Pad"): pad,
+    ("", "Slice"): slice_before_10,
     ("", "SpaceToDepth"): space_to_depth,
     ("", "Unsqueeze"): unsqueeze,
 }
