@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -442,6 +442,7 @@ def test_random_bytes(tmp_path_factory, data):
 
 @settings(max_examples=40, deadline=None)
 @given(position=st.integers(0, 10**9), value=st.integers(0, 255))
+@example(position=41588, value=29)
 def test_a_flipped_byte_gives_a_model_or_one_clear_error(tmp_path_factory, position, value):
     data = bytearray(relu_model().SerializeToString())
     data[position % len(data)] = value

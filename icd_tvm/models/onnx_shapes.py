@@ -93,8 +93,9 @@ def _check_type(name: str, kind: onnx.TypeProto) -> None:
         what = kind.WhichOneof("value") or "untyped"
         raise UnsupportedOpError(f"input {name!r} is not a tensor but {what}")
     element = kind.tensor_type.elem_type
-    what = onnx.TensorProto.DataType.Name(element)
-    if what in ("UNDEFINED", "STRING") or what in NARROW_TYPES:
+    names = {number: text for text, number in onnx.TensorProto.DataType.items()}
+    what = names.get(element, f"number {element}, which ONNX does not define")
+    if element not in names or what in ("UNDEFINED", "STRING") or what in NARROW_TYPES:
         raise UnsupportedOpError(f"input {name!r} has element type {what}")
 
 
