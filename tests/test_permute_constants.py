@@ -608,7 +608,10 @@ def test_random_graphs_keep_their_function(pieces: list[tuple[str, int]], seed: 
     mini = MiniModel(mod, graph.net.arrays, [])
     groups = mini.groups()
     assert not Counter(graph.must_be_free) - Counter(group.size for group in groups.free)
-    assert groups.free
+    if not groups.free:
+        # A cut through shuffled channels pins them all; nothing else may.
+        assert {"shuffle", "cut"} <= {piece for piece, _ in pieces}
+        return
     perms = all_moving(groups, seed)
     other = permute_groups(mod, groups, perms)
     assert_same_function(mini, groups, other, perms)
