@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from icd_tvm import compile as compile_command
-from icd_tvm.arguments import Parser
+from icd_tvm.arguments import Parser, refused
 from icd_tvm.commands import calibrate
 from icd_tvm.errors import ConfigError, IcdError
 from icd_tvm.files import write_atomically
@@ -43,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"unknown command {' '.join(arguments[:1])!r}", f"commands: {', '.join(COMMANDS)}"
             )
     except IcdError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        print(error.line(), file=sys.stderr)
-        return 2
+        return refused(error, arguments)
     return 0
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from icd_tvm.arguments import Parser
+from icd_tvm.arguments import Parser, refused
 from icd_tvm.errors import IcdError
 from icd_tvm.runtime.options import CompileOptions, parse_shape
 
@@ -98,10 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         compile_model(options)
     except IcdError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        print(error.line(), file=sys.stderr)
-        return 2
+        return refused(error, arguments)
     return 0
 
 
