@@ -45,7 +45,10 @@ class EntryFile:
 
 
 class CacheStore:
-    """A folder of entries. Made on the first write; every failure is an OSError or a reason."""
+    """A folder of entries, made on the first write.
+
+    What a run calls returns the reason of a failure; what lists raises OutputError.
+    """
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self.root, self.max_bytes = root, max_bytes
@@ -119,12 +122,14 @@ class CacheStore:
         return ""
 
     def prune(self, max_bytes: int) -> list[str]:
-        """Delete the entries unused for longest until the rest fits; return their keys.
+        """Delete entries beyond ``max_bytes``, unused ones first, and all that is put aside.
+
+        Returns the keys of the deleted entries.
 
         Raises
         ------
         OutputError
-            If the store cannot be locked.
+            If the store cannot be locked or listed.
         """
         lock = self.lock(_STORE, _STORE_TIMEOUT_S)
         if isinstance(lock, str):
@@ -132,6 +137,8 @@ class CacheStore:
         with lock:
             removed = self._shrink(max_bytes)
             self._remove_old_locks()
+            for path in self.quarantined():
+                _remove(path)
         return removed
 
     def files(self) -> list[EntryFile]:
@@ -162,10 +169,10 @@ class CacheStore:
             source.rename(self.aside / f"{source.stem[:80]}.{time.time_ns()}.{os.getpid()}")
         except FileNotFoundError:
             return ""
+            for old in _by_age(_listed(self.aside))[:-_QUARANTINED]:
+                _remove(old)
         except (OSError, OutputError) as error:
             return _reason(error)
-        for old in _by_age(_listed(self.aside))[:-_QUARANTINED]:
-            _remove(old)
         return ""
 
     def quarantined(self) -> list[Path]:
@@ -241,8 +248,10 @@ def _read_regular(path: Path) -> bytes:
 def _listed(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
-    except OSError:
+    except FileNotFoundError:
         return []
+    except OSError as error:
+        raise OutputError(f"cannot list {folder}: {_reason(error)}") from error
 
 
 def _by_age(paths: list[Path]) -> list[Path]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from icd_tvm.errors import ConfigError, IcdError, PermutationError
 from icd_tvm.files import default_cache
@@ -138,7 +138,40 @@ class PermutationCache:
                 reason = found.reason or _refused(entry, validate) or self._write(key, entry)
         return entry, f"no cache: {self._say(reason)}" if reason else "computed"
 
-    def _find(self, key: str, validate: Validate) -> _Found:
+    def verify(self) -> dict[str, Any]:
+        """Check every entry without its model; put damaged ones aside.
+
+        Returns
+        -------
+        dict
+            ``sound``: number of entries; ``damaged``, ``left``: name -> reason, of what was put
+            aside, and of what is newer or cannot be read; ``stale``: unfinished files removed.
+
+        Raises
+        ------
+        OutputError
+            If the folder cannot be listed.
+        """
+        damaged, left, sound = {}, {}, 0
+        for key in [file.key for file in self.store.files()]:
+            found = self._find(key, _anything, touch=False)
+            if found.state == "damaged":
+                damaged[key] = found.reason
+                self.get(key, _anything)
+            elif found.reason:
+                left[key] = found.reason
+            sound += found.state == "hit"
+        for path in self.store.strangers():
+            failure = self.store.quarantine(path.name)
+            damaged[path.name] = "no name of an entry" + (f"; it stays: {failure}" * bool(failure))
+        return {
+            "sound": sound,
+            "damaged": damaged,
+            "left": left,
+            "stale": self.store.remove_stale(),
+        }
+
+    def _find(self, key: str, validate: Validate, *, touch: bool = True) -> _Found:
         """Read and verify; a damaged entry stays where it is."""
         try:
             data = self.store.read(key)
@@ -154,7 +187,8 @@ class PermutationCache:
             return _Found("unreadable", reason=reason)
         if reason := _refused(entry, validate):
             return _Found("damaged", reason=f"cache entry {key[:12]} is refused: {reason}")
-        self.store.touch(key)
+        if touch:
+            self.store.touch(key)
         return _Found("hit", entry)
 
     def _put_aside(self, key: str, validate: Validate) -> _Found:
@@ -191,6 +225,10 @@ def _checked(key: str) -> str:
     if not is_key(key):
         raise ConfigError(f"{key!r} is no cache key", "64 hexadecimal digits")
     return key
+
+
+def _anything(entry: CacheEntry) -> None:
+    """Accept an entry where no model is at hand."""
 
 
 def _refused(entry: CacheEntry, validate: Validate) -> str:
