@@ -83,7 +83,8 @@ class CacheEntry:
         model_hash : str
             What `model_hash` must be.
         sizes : mapping of str to int
-            Group id -> length; a group of the entry that is not in it is refused.
+            Group id -> length. A group of the entry that is not here is refused; one that the
+            entry lacks keeps its order.
         """
         if self.model_hash != model_hash:
             raise PermutationError(

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icd_tvm.errors import ConfigError
+from icd_tvm.errors import ConfigError, ModelFileError
 from icd_tvm.measure.environment import PACKAGES
 
 if TYPE_CHECKING:
@@ -116,13 +116,17 @@ def model_content_hash(
     Raises
     ------
     ModelFileError
-        If the model cannot be read.
+        If the model cannot be read, or is a proto whose weights were not loaded.
     """
     from icd_tvm.models.onnx_file import iter_graphs, load_proto
 
     model, digest = load_proto(source), hashlib.sha256()
     for graph in iter_graphs(model.graph):
         for tensor in graph.initializer:
+            if tensor.external_data and not isinstance(source, (str, Path)) and not tensor.raw_data:
+                raise ModelFileError(
+                    f"the external data of {tensor.name!r} is not loaded", "give the model's path"
+                )
             # Serialised whole, a model of more than 2 GB is refused by protobuf.
             digest.update(f"{len(tensor.raw_data)}:".encode())
             digest.update(tensor.raw_data)

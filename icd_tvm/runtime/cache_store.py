@@ -166,11 +166,14 @@ class CacheStore:
         source = self.entries / (f"{name}{_SUFFIX}" if is_key(name) else name)
         try:
             make_folder(self.aside)
-            source.rename(self.aside / f"{source.stem[:80]}.{time.time_ns()}.{os.getpid()}")
-        except FileNotFoundError:
-            return ""
+            target = self.aside / f"{source.stem[:80]}.{time.time_ns()}.{os.getpid()}"
+            source.rename(target)
+            # From now on its age is the time it has been here.
+            os.utime(target, follow_symlinks=False)
             for old in _by_age(_listed(self.aside))[:-_QUARANTINED]:
                 _remove(old)
+        except FileNotFoundError:
+            return ""
         except (OSError, OutputError) as error:
             return _reason(error)
         return ""
