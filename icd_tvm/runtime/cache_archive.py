@@ -62,9 +62,10 @@ def export_entries(
             skipped[key] = str(error)
 
     def write(temporary: Path) -> None:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(temporary, "w") as archive:
             for key, data in found.items():
-                archive.writestr(f"{key}{_SUFFIX}", data)
+                # A member without a time: equal entries make equal archives.
+                archive.writestr(zipfile.ZipInfo(f"{key}{_SUFFIX}"), data, zipfile.ZIP_DEFLATED)
 
     write_atomically(path, write)
     return list(found), skipped
