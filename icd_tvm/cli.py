@@ -1,4 +1,4 @@
-"""``icd``: compile a model, explain which of its axes may be permuted, or calibrate the cost.
+"""``icd``: compile models, see which axes may be permuted, solve, and look after the cache.
 
 Examples
 --------
@@ -6,6 +6,8 @@ Examples
   icd explain model.onnx --shape input_ids=1x128
   icd explain model.onnx --dot groups.dot
   icd calibrate --quick
+  icd solve W.npz -o perm.json --time-budget 10
+  icd cache ls
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ from pathlib import Path
 
 from icd_tvm import compile as compile_command
 from icd_tvm.arguments import Parser, refused
-from icd_tvm.commands import calibrate
+from icd_tvm.commands import cache, calibrate, solve
 from icd_tvm.errors import ConfigError, IcdError
 from icd_tvm.files import write_atomically
 from icd_tvm.runtime.options import parse_shape
 
-COMMANDS = ("compile", "explain", "calibrate")
+_MODULES = {"calibrate": calibrate, "solve": solve, "cache": cache}
+COMMANDS = ("compile", "explain", *_MODULES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["explain"]:
             _explain(_explain_parser().parse_args(arguments[1:]))
-        elif arguments[:1] == ["calibrate"]:
-            calibrate.run(calibrate.parser().parse_args(arguments[1:]))
+        elif arguments and arguments[0] in _MODULES:
+            command = _MODULES[arguments[0]]
+            command.run(command.parser().parse_args(arguments[1:]))
         elif arguments[:1] in (["-h"], ["--help"]):
             print(f"usage: icd {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
         else:
