@@ -191,7 +191,7 @@ class _Finder:
     def _through_shapes(self, var: Any) -> Any:
         while True:
             value = self.flow.values.get(var)
-            if _op(value) not in _SHAPE_ONLY or not isinstance(value.args[0], Var):
+            if value is None or _op_name(value) not in _SHAPE_ONLY:
                 return var
             var = value.args[0]
 
@@ -199,7 +199,7 @@ class _Finder:
         for user in self.flow.users.get(var, []):
             if user is None:
                 return False
-            name = _op(self.flow.values[user])
+            name = _op_name(self.flow.values[user])
             if name in _SHAPE_ONLY:
                 if not self._only_compared(user, group):
                     return False
@@ -231,5 +231,5 @@ def _operands(value: Any) -> list[Var]:
     return [] if value is None else list(relax.analysis.free_vars(value))
 
 
-def _op(value: Any) -> str:
+def _op_name(value: Any) -> str:
     return str(value.op.name) if isinstance(value, Call) and isinstance(value.op, Op) else ""
