@@ -80,7 +80,6 @@ def find_kv_states(func: Any, opaque_states: Sequence[tuple[str, str]]) -> KVSta
     finder.check_all_found(layers)
     shape = finder.shape(layers)
     for group in finder.slots:
-        _check_group(groups.get(group))
         finder.check_constants(groups.get(group))
     return KVStates(layers, shape, groups, tuple(finder.slots))
 
@@ -102,6 +101,7 @@ class _Finder:
             group = axis.group
             if not group or not any(self._has(p, group) for p in self.states.values()):
                 continue
+            _check_group(self.groups.get(group))
             self.slots[group] = None
             key = self._only(self._sources(var, group), var, "keys")
             product = self._contraction(var, group)
