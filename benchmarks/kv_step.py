@@ -6,8 +6,8 @@ steps of every cache size interleaved, ONNX Runtime on the whole cache in a proc
 the cached values do not matter there and are random. "kv ms" are the kernels that read or write
 the cache.
 
-Run: python benchmarks/kv_step.py [--slots 1024 4096 8192] [--blocks 6] [--out FILE]
-     [--skip verify|time]
+Run: python benchmarks/kv_step.py [--slots 1024 4096 8192] [--drops 0.3 0.5] [--blocks 6]
+     [--skip verify|time] [--out FILE]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from kv_quality import windows
 
 from icd_tvm._tvm import relax
@@ -32,7 +33,7 @@ from icd_tvm.measure.statistics import ratio, summarise
 from icd_tvm.models.decoder import SMOLLM2, build_decoder_step, cache_states
 from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
 from icd_tvm.models.importer import import_onnx
-from icd_tvm.models.smollm2 import decoder_weights, smollm2_file
+from icd_tvm.models.smollm2 import build_smollm2_step, decoder_weights, smollm2_file
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
 from icd_tvm.runtime.build import Built, build
 from icd_tvm.tir_schedules.target import host_target
@@ -40,10 +41,6 @@ from icd_tvm.tir_schedules.target import host_target
 STATES = cache_states(SMOLLM2)
 DROPS = (0.3, 0.5)
 CACHE_KERNELS = ("decode_attention", "where")
-
-
-def step_module(weights: Any, slots: int) -> Any:
-    return import_onnx(build_decoder_step(SMOLLM2, weights, slots, trained=True)).mod
 
 
 # -- verify
@@ -77,7 +74,8 @@ def run_steps(
     return np.stack(logits)
 
 
-def verify(weights: Any, context: int, tokens: int, block: int) -> Iterator[dict[str, Any]]:
+def verify(context: int, tokens: int, block: int) -> Iterator[dict[str, Any]]:
+    weights = decoder_weights(smollm2_file(), SMOLLM2)
     ids = windows(1, context + tokens)[0]
     whole = run_decoder(SMOLLM2, weights, ids[:context], with_attention=True)
     best = run_decoder(
@@ -85,7 +83,7 @@ def verify(weights: Any, context: int, tokens: int, block: int) -> Iterator[dict
     ).logits.argmax(-1)
     slots = context + tokens
     mass = whole.attention.sum(axis=2)
-    mod = step_module(weights, slots)
+    mod = import_onnx(build_decoder_step(SMOLLM2, weights, slots, trained=True)).mod
     for drop in DROPS:
         spec = KVSpec(drop, block=block, score="attention_mass")
         passed = ApplyKVCompress(
@@ -132,11 +130,13 @@ def feeds(slots: int) -> dict[str, np.ndarray]:
     }
 
 
-def arms(weights: Any, slots: int, block: int) -> dict[str, tuple[Built, int]]:
+def arms(
+    model: onnx.ModelProto, slots: int, drops: list[float], block: int
+) -> dict[str, tuple[Built, int]]:
     """Return the compiled step and its slots, on the whole cache and for every drop."""
-    mod = step_module(weights, slots)
+    mod = import_onnx(model).mod
     found = {"whole": (build(mod, host_target(1)), slots)}
-    for drop in DROPS:
+    for drop in drops:
         passed = ApplyKVCompress(KVSpec(drop, block=block), opaque_states=STATES)
         built = build(passed(mod), host_target(1))
         found[f"drop {drop}"] = (built, passed.plan.slots)
@@ -157,7 +157,7 @@ def kernel_times(built: Built) -> Iterator[dict[str, float]]:
     built.vm.set_instrument(lambda *_: relax.VMInstrumentReturnKind.NO_OP)
 
 
-def cache_ms(built: Built, call: Callable[[], Any], calls: int = 7) -> float:
+def cache_ms(built: Built, call: Callable[[], Any], calls: int = 15) -> float:
     """Return the least time of a step's kernels that read or write the cache."""
     found = []
     with kernel_times(built) as spent:
@@ -169,12 +169,14 @@ def cache_ms(built: Built, call: Callable[[], Any], calls: int = 7) -> float:
     return min(found)
 
 
-def timing(weights: Any, slots: int, blocks: int, repeats: int, block: int) -> dict[str, Any]:
-    found = arms(weights, slots, block)
-    calls = {name: built.caller(feeds(size)) for name, (built, size) in found.items()}
+def timing(slots: int, drops: list[float], blocks: int, repeats: int, block: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.onnx"
-        path.write_bytes(build_decoder_step(SMOLLM2, weights, slots).SerializeToString())
+        model = build_smollm2_step(slots)
+        onnx.save(model, path)
+        found = arms(model, slots, drops, block)
+        del model
+        calls = {name: built.caller(feeds(size)) for name, (built, size) in found.items()}
         with OrtPeer(path, feeds(slots), 1) as peer:
             got = built_logits(found["whole"][0], feeds(slots))
             error = float(np.abs(got - peer.outputs["logits"]).max())
@@ -222,22 +224,23 @@ def show(record: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--slots", type=int, nargs="*", default=[1024, 4096, 8192])
+    parser.add_argument("--drops", type=float, nargs="*", default=list(DROPS))
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--page", type=int, default=128)
     parser.add_argument("--skip", choices=["verify", "time"])
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
-    weights = decoder_weights(smollm2_file(), SMOLLM2)
     record: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "env": fingerprint()}
     if arguments.skip != "verify":
-        record["verify"] = list(verify(weights, context=512, tokens=16, block=16))
+        record["verify"] = list(verify(context=512, tokens=16, block=16))
         for row in record["verify"]:
             print(json.dumps(row))
     if arguments.skip != "time":
         record["time"] = []
         for slots in arguments.slots:
-            row = timing(weights, slots, arguments.blocks, arguments.repeats, arguments.page)
+            options = (arguments.blocks, arguments.repeats, arguments.page)
+            row = timing(slots, arguments.drops, *options)
             record["time"].append(row)
             show(row)
     if arguments.out:

@@ -357,9 +357,11 @@ WIDTH = 4
 
 def attention(kind: str = "plain") -> Any:
     """Return one head's step over a state of 16 slots, with one part that must be refused."""
-    shape = (1, 2, 16, WIDTH)
+    lead = (2,) if kind == "rank" else (1, 2)
+    shape = (*lead, WIDTH, 16) if kind == "turned" else (*lead, 16, WIDTH)
+    swap = [*range(len(lead)), len(lead) + 1, len(lead)]
     variables = [
-        relax.Var("q", relax.TensorType((1, 2, 1, WIDTH), "float32")),
+        relax.Var("q", relax.TensorType((*lead, 1, WIDTH), "float32")),
         relax.Var("length", relax.TensorType((1,), "int64")),
         *(relax.Var(name, relax.TensorType(shape, "float32")) for name in ("keys", "values")),
     ]
@@ -376,12 +378,13 @@ def attention(kind: str = "plain") -> Any:
             low, zero = (relax.const(np.float32(n)) for n in (-1e9, 0))
             mask = emit(relax.op.where(seen, zero, low))
             both = emit(relax.op.add(keys, values)) if kind == "both" else keys
-            turned = emit(relax.op.permute_dims(both, [0, 1, 3, 2]))
+            turned = both if kind == "turned" else emit(relax.op.permute_dims(both, swap))
             scores = emit(relax.op.matmul(q, turned), "scores")
             scores = emit(relax.op.add(scores, mask))
             scores = tied(kind, emit, scores, length)
             weights = emit(relax.op.nn.softmax(scores, axis=-1), "weights")
-            outs = [emit(relax.op.matmul(weights, values), "mixed"), keys, values]
+            rows = emit(relax.op.permute_dims(values, swap)) if kind == "turned" else values
+            outs = [emit(relax.op.matmul(weights, rows), "mixed"), keys, values]
             out = builder.emit_output(relax.Tuple(outs))
         builder.emit_func_output(out)
     return builder.get()
@@ -423,9 +426,11 @@ def test_slot_numbers_and_even_tables_are_cut(kind: str) -> None:
         ("position", "slots is compared with 'length', used elsewhere too"),
         ("mean", "the slots cannot be fewer: .*relax.mean"),
         ("order", "the slots cannot move: .*relax.cumsum at 'running'"),
+        ("rank", r"state 'keys' has shape \[2, 16, 4\], not \[1, heads, slots, channels\]"),
+        ("turned", r"state 'keys' has shape \[1, 2, 4, 16\]"),
         ("both", "the keys at 'weights' come from keys, values, not one state"),
     ],
 )
-def test_graphs_that_tie_slots_to_positions_are_refused(kind: str, message: str) -> None:
+def test_graphs_that_cannot_be_compacted_are_refused(kind: str, message: str) -> None:
     spec = KVSpec(0.5, block=4, keep_sinks=0, keep_recent=0)
     refused(attention(kind), message, spec, opaque_states=ONE)
