@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axis_models import MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -374,6 +375,8 @@ def attention(kind: str = "plain") -> Any:
             bound = length
             if kind == "computed":
                 bound = emit(relax.op.add(length, named_const(np.array(1), "one")))
+            if kind == "fixed":
+                bound = named_const(np.array([9]), "nine")
             seen = emit(relax.op.less(slots, bound), "seen")
             low, zero = (relax.const(np.float32(n)) for n in (-1e9, 0))
             mask = emit(relax.op.where(seen, zero, low))
@@ -384,7 +387,13 @@ def attention(kind: str = "plain") -> Any:
             scores = tied(kind, emit, scores, length)
             weights = emit(relax.op.nn.softmax(scores, axis=-1), "weights")
             rows = emit(relax.op.permute_dims(values, swap)) if kind == "turned" else values
-            outs = [emit(relax.op.matmul(weights, rows), "mixed"), keys, values]
+            mixed = emit(relax.op.matmul(weights, rows), "mixed")
+            if kind == "spread":
+                mixed = emit(relax.op.add(mixed, emit(relax.op.matmul(weights, rows))))
+            if kind == "twice":
+                again = emit(relax.op.nn.softmax(emit(relax.op.negative(scores)), axis=-1))
+                mixed = emit(relax.op.add(mixed, emit(relax.op.matmul(again, rows))))
+            outs = [mixed, keys, values]
             out = builder.emit_output(relax.Tuple(outs))
         builder.emit_func_output(out)
     return builder.get()
@@ -423,14 +432,22 @@ def test_slot_numbers_and_even_tables_are_cut(kind: str) -> None:
     [
         ("bias", "bias holds a value for every slot .*relax.add at 'biased'"),
         ("computed", "slots is compared with a computed slot .*relax.less at 'seen'"),
+        ("fixed", "slots is compared with a constant .*relax.less at 'seen'"),
         ("position", "slots is compared with 'length', used elsewhere too"),
         ("mean", "the slots cannot be fewer: .*relax.mean"),
         ("order", "the slots cannot move: .*relax.cumsum at 'running'"),
         ("rank", r"state 'keys' has shape \[2, 16, 4\], not \[1, heads, slots, channels\]"),
         ("turned", r"state 'keys' has shape \[1, 2, 4, 16\]"),
+        ("spread", "the softmax at 'weights' is not followed by one matmul"),
+        ("twice", "state 'keys' is read by 2 attentions, not one"),
         ("both", "the keys at 'weights' come from keys, values, not one state"),
     ],
 )
 def test_graphs_that_cannot_be_compacted_are_refused(kind: str, message: str) -> None:
     spec = KVSpec(0.5, block=4, keep_sinks=0, keep_recent=0)
     refused(attention(kind), message, spec, opaque_states=ONE)
+
+
+def test_a_state_without_attention_is_refused() -> None:
+    mini = MODELS["recurrent_state"]()
+    refused(mini.mod, "no softmax normalises an axis of a state", opaque_states=mini.opaque_states)

@@ -181,7 +181,10 @@ class _Finder:
         for value in self.flow.values.values():
             if not isinstance(value, Call) or not any(use.const.same_as(a) for a in value.args):
                 continue
-            for other in _operands(value):
+            others = _operands(value)
+            if not others:
+                raise _tied(use, op, "is compared with a constant")
+            for other in others:
                 source = self._through_shapes(other)
                 if source not in self.params:
                     raise _tied(use, op, "is compared with a computed slot")
