@@ -183,6 +183,18 @@ def test_the_cache_holds_the_rows_of_the_index_map(scope: Any) -> None:
     assert same == (scope == "shared")
 
 
+def test_the_index_map_of_a_second_compaction_is_composed() -> None:
+    run, spec = whole(), KVSpec(0.5, block=8, keep_sinks=0, keep_recent=0)
+    first = compact_slots(
+        plan_slots(layers(), (2, SLOTS, 8), LENGTH, spec), filled(run), LENGTH, run.attention
+    )
+    slots = first.arrays["past_key_0"].shape[2]
+    again = plan_slots(layers(), (2, slots, 8), first.length, spec)
+    second = compact_slots(again, first.arrays, first.length, positions=first.positions)
+    keys, _ = masked_past(run, second)
+    np.testing.assert_array_equal(second.arrays["past_key_1"][0, :, : second.length], keys[1])
+
+
 def layers() -> tuple[tuple[str, str], ...]:
     return tuple((f"past_key_{i}", f"past_value_{i}") for i in range(MINI.layers))
 

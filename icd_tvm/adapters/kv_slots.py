@@ -119,7 +119,11 @@ def _kept(length: int, spec: KVSpec) -> int:
 
 
 def compact_slots(
-    plan: SlotPlan, cache: Mapping[str, Array], length: int, attention: Array | None = None
+    plan: SlotPlan,
+    cache: Mapping[str, Array],
+    length: int,
+    attention: Array | None = None,
+    positions: Index | None = None,
 ) -> SlotCache:
     """Drop tokens of a step's real cache and lay the rest out for the compacted step.
 
@@ -137,6 +141,8 @@ def compact_slots(
         Shape [layers, query heads, (queries,) length]; see
         :func:`icd_tvm.adapters.kvcache.apply_kvcache`. The query heads of a KV head are summed,
         so all of them see the same kept tokens.
+    positions : int32 array, shape [layers, heads, length], optional
+        The index map so far, of a cache that was compacted before and filled on; composed.
 
     Returns
     -------
@@ -163,16 +169,15 @@ def compact_slots(
     keys, values = (_stacked(plan, cache, length, part) for part in (0, 1))
     spec = plan.spec
     small, meta = apply_kvcache(
-        KVCache(keys, values), spec.block, spec.drop, spec.score, spec.scope,
+        KVCache(keys, values, positions), spec.block, spec.drop, spec.score, spec.scope,
         spec.keep_sinks, spec.keep_recent, attention=attention,
     )  # fmt: skip
     arrays = {}
     for layer, names in enumerate(plan.layers):
         for name, stored in zip(names, (small.keys, small.values), strict=True):
             arrays[name] = _padded(stored[layer], plan.slots)
-    positions = small.positions
-    assert positions is not None
-    return SlotCache(arrays, small.tokens, positions, meta)
+    assert small.positions is not None
+    return SlotCache(arrays, small.tokens, small.positions, meta)
 
 
 def _stacked(plan: SlotPlan, cache: Mapping[str, Array], length: int, part: int) -> Array:

@@ -91,9 +91,18 @@ class ApplyKVCompress:
         return new.with_attr(TRANSFORM_META, json.dumps({**earlier, "kv": self.meta}))
 
     def compact(
-        self, cache: Mapping[str, np.ndarray], length: int, attention: np.ndarray | None = None
+        self,
+        cache: Mapping[str, np.ndarray],
+        length: int,
+        attention: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
     ) -> SlotCache:
         """Compact another cache into the rewritten module's inputs.
+
+        Parameters
+        ----------
+        cache, length, attention, positions
+            As for :func:`icd_tvm.adapters.kv_slots.compact_slots`.
 
         Raises
         ------
@@ -105,7 +114,7 @@ class ApplyKVCompress:
         if self.plan is None:
             why = self.meta.get("why", "it was not run")
             raise TransformError(f"the step was not rewritten: {why}")
-        return compact_slots(self.plan, cache, length, attention)
+        return compact_slots(self.plan, cache, length, attention, positions)
 
     def _compacted_module(self, mod: Any) -> Any:
         if self.spec.drop == 0:
