@@ -196,7 +196,17 @@ def main() -> None:
         report(row)
     print(f"{time.perf_counter() - start:.0f} s")
     if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        record = {
+            "model": "SmolLM2-135M-Instruct",
+            "text": "WikiText-2, validation",
+            "windows": count,
+            "context": arguments.context,
+            "tokens": arguments.tokens,
+            "block": arguments.block,
+            "ppl_whole": whole,
+            "rows": results,
+        }
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ weights are all zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,13 @@ from icd_tvm.relax_passes.axis_model import AxisGroup, AxisGroups
 from icd_tvm.relax_passes.axis_structure import AxisStructure, Index, axis_index, axis_size
 
 
-def compact_groups(mod: Any, groups: AxisGroups, keep: Mapping[str, ArrayLike]) -> Any:
+def compact_groups(
+    mod: Any,
+    groups: AxisGroups,
+    keep: Mapping[str, ArrayLike],
+    *,
+    resizable: Collection[str] = (),
+) -> Any:
     """Keep only some indices of free groups.
 
     Parameters
@@ -28,6 +34,9 @@ def compact_groups(mod: Any, groups: AxisGroups, keep: Mapping[str, ArrayLike]) 
     groups : AxisGroups
     keep : mapping of str to int array
         Atomic group id -> the indices to keep, each once, in their new order.
+    resizable : collection of str
+        Ops that may see fewer indices though their result depends on the number; the caller
+        answers for what that means (a softmax over the tokens that are kept).
 
     Returns
     -------
@@ -42,19 +51,22 @@ def compact_groups(mod: Any, groups: AxisGroups, keep: Mapping[str, ArrayLike]) 
         If an op's result depends on the number of indices (a mean, a softmax, a literal
         size), so that removing some could not be exact.
     """
-    kept = {group: _checked(groups.get(group), indices) for group, indices in keep.items()}
+    kept = {
+        group: _checked(groups.get(group), indices, resizable) for group, indices in keep.items()
+    }
     builder = _Compactor(groups, kept)
     mod = mod.clone()
     mod["main"] = builder.function(mod["main"])
     return relax.transform.Normalize()(mod)
 
 
-def _checked(group: AxisGroup, indices: ArrayLike) -> Index:
+def _checked(group: AxisGroup, indices: ArrayLike, resizable: Collection[str]) -> Index:
     if group.composite or not group.free:
         why = group.pins[0].reason if group.pins else "it is made of several groups"
         raise PermutationError(f"group {group.id!r} cannot lose indices: {why}")
-    if group.counted:
-        pin = group.counted[0]
+    counted = [pin for pin in group.counted if pin.op not in resizable]
+    if counted:
+        pin = counted[0]
         raise TransformError(
             f"group {group.id!r} cannot lose indices: {pin.reason} ({pin.op} at {pin.node!r})",
             "permute the group instead, or remove units of another group",

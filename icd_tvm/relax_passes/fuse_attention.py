@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
-from icd_tvm.relax_passes.relax_graph import (
-    Dataflow,
-    call_func,
-    is_float32,
-    operands,
-    scalar_constant,
-    static_shape,
+from icd_tvm.relax_passes.attention_match import (
+    Refused,
+    match_scores,
+    need,
+    require,
+    strip_scale,
+    user_of,
 )
+from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_float32, static_shape
 from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention
 
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -34,10 +35,6 @@ class AttentionMatch:
     value: Any
     mask: Any
     shape: AttentionShape
-
-
-class _Refused(Exception):
-    """Carries the reason why a softmax is not part of a supported attention."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseAttention")
@@ -89,7 +86,7 @@ class FuseAttention:
                 continue
             try:
                 found.append(_match(flow, var))
-            except _Refused as refusal:
+            except Refused as refusal:
                 self.refusals[str(var.name)] = str(refusal)
         return found
 
@@ -99,72 +96,36 @@ def _match(flow: Dataflow, probabilities: Any) -> AttentionMatch:
 
     Raises
     ------
-    _Refused
+    Refused
         With the reason, if the surroundings are not a supported attention.
     """
     softmax = flow.call(probabilities, "relax.nn.softmax")
-    shape = _need(static_shape(softmax), "its shape is not static")
-    _require(len(shape) == 4, f"its input has {len(shape)} axes, not 4")
-    _require(int(softmax.attrs.axis) in (-1, 3), "it does not run over the last axis")
-    _require(is_float32(softmax), "it is not float32")
+    shape = need(static_shape(softmax), "its shape is not static")
+    require(len(shape) == 4, f"its input has {len(shape)} axes, not 4")
+    require(int(softmax.attrs.axis) in (-1, 3), "it does not run over the last axis")
+    require(is_float32(softmax), "it is not float32")
     batch, heads, queries, keys = shape
 
-    product, scale, mask = _scores(flow, softmax.args[0])
-    query, query_scale = _scaled(flow, product.args[0])
-    key, key_scale = _scaled(flow, product.args[1])
+    product, scale, mask = match_scores(flow, softmax.args[0])
+    query, query_scale = strip_scale(flow, product.args[0])
+    key, key_scale = strip_scale(flow, product.args[1])
     query = _split_heads(flow, query, _HEADS_FIRST, "query")
     key = _split_heads(flow, key, _KEYS_LAST, "key")
-    context = _user(flow, probabilities, "relax.matmul", "the probabilities")
+    context = user_of(flow, probabilities, "relax.matmul", "the probabilities")
     value_heads = flow.call(context, "relax.matmul").args[1]
     value = _split_heads(flow, value_heads, _HEADS_FIRST, "value")
     result, width = _merge_heads(flow, context)
 
-    _require(width % heads == 0, f"{heads} heads do not divide the width {width}")
+    require(width % heads == 0, f"{heads} heads do not divide the width {width}")
     for rows, length in ((query, queries), (key, keys), (value, keys)):
-        _require(static_shape(rows) == (batch, length, width), "heads have different widths")
+        require(static_shape(rows) == (batch, length, width), "heads have different widths")
     mask_batch = _mask_batch(mask, batch, keys)
     factor = scale * query_scale * key_scale
-    _require(isfinite(factor), "its scale is not finite")
+    require(isfinite(factor), "its scale is not finite")
     sizes = AttentionShape(
         batch, queries, keys, heads, width // heads, factor, mask_batch, (width,) * 3
     )
     return AttentionMatch(result, query, key, value, mask, sizes)
-
-
-def _scores(flow: Dataflow, scores: Any) -> tuple[Any, float, Any]:
-    """Return (product of queries and keys, scale, mask or None)."""
-    mask = None
-    added = flow.call(scores, "relax.add")
-    if added is not None:
-        scores, mask = _scores_and_mask(added)
-    scores, scale = _scaled(flow, scores)
-    product = flow.call(scores, "relax.matmul")
-    _require(product is not None, "its input is no product of queries and keys")
-    return product, scale, mask
-
-
-def _scores_and_mask(added: Any) -> tuple[Any, Any]:
-    full = static_shape(added)
-    first, second = operands(added)
-    return (first, second) if static_shape(first) == full else (second, first)
-
-
-def _scaled(flow: Dataflow, expr: Any) -> tuple[Any, float]:
-    """Strip multiplications and divisions by a scalar constant; return their product too."""
-    scale = 1.0
-    while True:
-        times, over = flow.call(expr, "relax.multiply"), flow.call(expr, "relax.divide")
-        if times is not None:
-            inner, factor = operands(times)
-        elif over is not None:
-            inner, factor = over.args
-        else:
-            return expr, scale
-        number = scalar_constant(flow.resolve(factor))
-        if number is None or number == 0.0:
-            return expr, scale
-        scale = scale / number if times is None else scale * number
-        expr = inner
 
 
 def _split_heads(flow: Dataflow, expr: Any, order: tuple[int, ...], role: str) -> Any:
@@ -174,56 +135,39 @@ def _split_heads(flow: Dataflow, expr: Any, order: tuple[int, ...], role: str) -
         step = [int(a) for a in move.attrs.axes] if move.attrs.axes is not None else [3, 2, 1, 0]
         axes = [step[a] for a in axes]
         expr = move.args[0]
-    _require(tuple(axes) == order, f"the {role} heads are transposed by {tuple(axes)}, not {order}")
+    require(tuple(axes) == order, f"the {role} heads are transposed by {tuple(axes)}, not {order}")
     split = flow.call(expr, "relax.reshape")
-    _require(split is not None, f"the {role} heads are not split by a reshape")
+    require(split is not None, f"the {role} heads are not split by a reshape")
     rows = split.args[0]
     before, after = static_shape(rows) or (), static_shape(split) or ()
     fits = len(before) == 3 and len(after) == 4 and before[:2] == after[:2]
-    _require(fits, f"the {role} reshape does not split the last axis")
+    require(fits, f"the {role} reshape does not split the last axis")
     return rows
 
 
 def _merge_heads(flow: Dataflow, context: Any) -> tuple[Any, int]:
     """Return the variable that holds the merged heads, and its width."""
-    moved = _user(flow, context, "relax.permute_dims", "the context")
+    moved = user_of(flow, context, "relax.permute_dims", "the context")
     axes = flow.call(moved, "relax.permute_dims").attrs.axes
     order = tuple(int(axis) for axis in axes) if axes is not None else (3, 2, 1, 0)
-    _require(order == _HEADS_FIRST, f"the context is transposed by {order}, not {_HEADS_FIRST}")
-    result = _user(flow, moved, "relax.reshape", "the transposed context")
+    require(order == _HEADS_FIRST, f"the context is transposed by {order}, not {_HEADS_FIRST}")
+    result = user_of(flow, moved, "relax.reshape", "the transposed context")
     before, after = static_shape(moved) or (), static_shape(result) or ()
     fits = len(after) == 3 and after[:2] == before[:2]
-    _require(fits, "the context reshape does not merge the heads")
+    require(fits, "the context reshape does not merge the heads")
     return result, after[2]
-
-
-def _user(flow: Dataflow, var: Any, op: str, what: str) -> Any:
-    user = flow.only_user(var)
-    _require(user is not None, f"{what} have no single user")
-    _require(flow.call(user, op) is not None, f"{what} are not used by {op}")
-    return user
 
 
 def _mask_batch(mask: Any, batch: int, keys: int) -> int:
     if mask is None:
         return 1
     shape = static_shape(mask)
-    _require(is_float32(mask), "the mask is not float32")
-    _require(
+    require(is_float32(mask), "the mask is not float32")
+    require(
         shape in ((1, 1, 1, keys), (batch, 1, 1, keys)),
         f"the mask has shape {shape}, not [{batch} or 1, 1, 1, {keys}]",
     )
     return shape[0] if shape is not None else 1
-
-
-def _require(condition: Any, reason: str) -> None:
-    if not condition:
-        raise _Refused(reason)
-
-
-def _need(value: Any, reason: str) -> Any:
-    _require(value is not None, reason)
-    return value
 
 
 @mutator

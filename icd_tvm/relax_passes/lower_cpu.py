@@ -6,6 +6,7 @@ from typing import Any
 
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
+from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
@@ -41,6 +42,7 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             # Patterns are easiest to recognise on named operators.
             rx.FoldConstant(),
             FuseAttention(target),
+            FuseDecodeAttention(target),
             MergeParallelMatmul(target),
             FuseResidualNorm(target),
             # Constant weights are laid out for the kernel that reads them.

@@ -14,13 +14,13 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.tile import row_pieces
 from icd_tvm.tir_schedules.target import target_threads, vector_bits
 
 _ROWS = 8
 _SHAPE_ATTR = "icd.attention"
-Combine = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -203,19 +203,7 @@ class _Head:
             T.buffer_store(self.inverse, _f32(1.0) / total, [r])
 
     def _reduce(self, combine: Combine, value: Callable[[Any], Any]) -> Any:
-        with T.vectorized(self.lanes) as x:
-            T.buffer_store(self.partial, value(x), [x])
-        if self.key_pad > self.lanes:
-            with T.serial(self.key_pad // self.lanes - 1) as c, T.vectorized(self.lanes) as x:
-                other = value((c + 1) * self.lanes + x)
-                T.buffer_store(self.partial, combine(self.partial[x], other), [x])
-        half = self.lanes // 2
-        while half:
-            with T.vectorized(half) as x:
-                both = combine(self.partial[x], self.partial[x + half])
-                T.buffer_store(self.partial, both, [x])
-            half //= 2
-        return self.partial[0]
+        return emit_reduce(self.partial, self.lanes, self.key_pad, combine, value)
 
     def values(self, y: Any, first: Any) -> None:
         """Write the weighted sums of the value rows."""

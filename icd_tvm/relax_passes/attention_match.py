@@ -1,0 +1,67 @@
+"""What the attention matchers share: the scores around a softmax, and how they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from icd_tvm.relax_passes.relax_graph import Dataflow, operands, scalar_constant, static_shape
+
+
+class Refused(Exception):
+    """Carries the reason why a softmax is not part of a supported attention."""
+
+
+def match_scores(flow: Dataflow, scores: Any) -> tuple[Any, float, Any]:
+    """Return (product of queries and keys, scale, mask or None)."""
+    mask = None
+    added = flow.call(scores, "relax.add")
+    if added is not None:
+        scores, mask = _scores_and_mask(added)
+    scores, scale = strip_scale(flow, scores)
+    product = flow.call(scores, "relax.matmul")
+    require(product is not None, "its input is no product of queries and keys")
+    return product, scale, mask
+
+
+def _scores_and_mask(added: Any) -> tuple[Any, Any]:
+    full = static_shape(added)
+    first, second = operands(added)
+    return (first, second) if static_shape(first) == full else (second, first)
+
+
+def strip_scale(flow: Dataflow, expr: Any) -> tuple[Any, float]:
+    """Strip multiplications and divisions by a scalar constant; return their product too."""
+    scale = 1.0
+    while True:
+        times, over = flow.call(expr, "relax.multiply"), flow.call(expr, "relax.divide")
+        if times is not None:
+            inner, factor = operands(times)
+        elif over is not None:
+            inner, factor = over.args
+        else:
+            return expr, scale
+        number = scalar_constant(flow.resolve(factor))
+        if number is None or number == 0.0:
+            return expr, scale
+        scale = scale / number if times is None else scale * number
+        expr = inner
+
+
+def user_of(flow: Dataflow, var: Any, op: str, what: str) -> Any:
+    """Return the only user of ``var``, a call of ``op``; refuse otherwise."""
+    user = flow.only_user(var)
+    require(user is not None, f"{what} have no single user")
+    require(flow.call(user, op) is not None, f"{what} are not used by {op}")
+    return user
+
+
+def require(condition: Any, reason: str) -> None:
+    """Refuse with ``reason`` unless ``condition`` holds."""
+    if not condition:
+        raise Refused(reason)
+
+
+def need(value: Any, reason: str) -> Any:
+    """Return ``value``; refuse with ``reason`` if it is None."""
+    require(value is not None, reason)
+    return value
