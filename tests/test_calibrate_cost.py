@@ -15,7 +15,7 @@ from scipy import stats
 
 from icd_tvm.cli import main
 from icd_tvm.commands.calibrate import table
-from icd_tvm.core.cost import Weights
+from icd_tvm.core.combined_cost import Weights
 from icd_tvm.core.permutation import as_permutation, identity
 from icd_tvm.errors import ConfigError, MeasurementError, OutputError, VerificationError
 from icd_tvm.measure import calibrate_cost, layout_pilot

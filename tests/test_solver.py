@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from icd_tvm.core import starts
 from icd_tvm.core.access_graph import build_w, planted_order
 from icd_tvm.core.balance import BalancedSearch, LoadState, SmoothState
+from icd_tvm.core.combined_cost import Weights
 from icd_tvm.core.cost import (
     TileAccess,
-    Weights,
     modularity,
     tile_cost,
     tile_lower_bound,

@@ -15,7 +15,8 @@ from icd_tvm.core.access_graph import is_uniform, w_from_accesses
 from icd_tvm.core.balance import BalancedSearch
 from icd_tvm.core.communities import cluster_graph
 from icd_tvm.core.cost import Csr, TileAccess, label_modularity, tile_cost, tile_lower_bound
-from icd_tvm.core.graph_search import GraphObjective, graph_search
+from icd_tvm.core.graph_search import graph_search
+from icd_tvm.core.graph_state import GraphObjective
 from icd_tvm.core.permutation import Perm, identity
 from icd_tvm.core.problem import FitStats, Problem, block_count, live_indices
 from icd_tvm.core.search import SearchResult, TileSearch

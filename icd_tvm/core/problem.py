@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from icd_tvm.core.cost import DEFAULT_WEIGHTS, Csr, TileAccess, Weights, check_accesses
+from icd_tvm.core.combined_cost import DEFAULT_WEIGHTS, Weights
+from icd_tvm.core.cost import Csr, TileAccess, check_accesses
 from icd_tvm.core.permutation import Perm
 from icd_tvm.errors import ConfigError
 
@@ -23,9 +24,10 @@ class FitStats:
     ----------
     objective : str
         The objective minimised; "tiles" becomes "J" when there are no accesses.
-    U, C, Q, J : float or None
-        Tile units, distance, modularity of ``k_blocks`` equal blocks and combined cost of the
-        order returned; ``*_before`` of the start. None where the input does not define them.
+    U, C, Q, A, S, J : float or None
+        Tile units, distance, modularity of ``k_blocks`` equal blocks, misalignment, displacement
+        from the start and combined cost of the order returned; ``*_before`` of the start. None
+        where the input does not define them; A only where ``weights`` give it a weight.
     U_bound : float or None
         No order is below it; ``U == U_bound`` proves the order optimal.
     winner : str
@@ -58,10 +60,14 @@ class FitStats:
     U: float | None = None
     C: float | None = None
     Q: float | None = None
+    A: float | None = None
+    S: float | None = None
     J: float | None = None
     U_before: float | None = None
     C_before: float | None = None
     Q_before: float | None = None
+    A_before: float | None = None
+    S_before: float | None = None
     J_before: float | None = None
     U_bound: float | None = None
     winner: str = "start"

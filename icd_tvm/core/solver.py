@@ -12,13 +12,17 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
 from icd_tvm.core.access_graph import validate_w
-from icd_tvm.core.cost import (
+from icd_tvm.core.combined_cost import (
     DEFAULT_WEIGHTS,
+    Weights,
+    combined_cost,
+    displacement,
+    misalignment,
+)
+from icd_tvm.core.cost import (
     Csr,
     TileAccess,
-    Weights,
     check_accesses,
-    combined_cost,
     distance_cost,
     incidence_distance,
     incidence_modularity,
@@ -194,7 +198,12 @@ def _solve_blocks(
         )
     )
     accesses = tuple(
-        replace(a, incidence=sp.csr_matrix(a.incidence @ member), tile=max(1, a.tile // inner))
+        replace(
+            a,
+            incidence=sp.csr_matrix(a.incidence @ member),
+            tile=max(1, a.tile // inner),
+            lanes=max(1, a.alignment // inner),
+        )
         for a in problem.accesses
     )
     graph = None
@@ -232,11 +241,18 @@ def _scores(problem: Problem, order: Perm, blocks: int) -> dict[str, float | Non
     else:
         distance = incidence_distance(problem.accesses, order, problem.tile)
         quality = incidence_modularity(problem.accesses, order, blocks)
-    top = tile_upper_bound(problem.accesses)
+    top, weights = tile_upper_bound(problem.accesses), problem.weights
+    misaligned = misalignment(problem.accesses, order) if weights.a and top else None
+    displaced = displacement(order)
     joint = combined_cost(
-        distance, quality, units / top if units is not None and top else None, problem.weights
+        distance,
+        quality,
+        units / top if units is not None and top else None,
+        weights,
+        misaligned=misaligned,
+        displaced=displaced,
     )
-    return {"U": units, "C": distance, "Q": quality, "J": joint}
+    return {"U": units, "C": distance, "Q": quality, "A": misaligned, "S": displaced, "J": joint}
 
 
 def _report(problem: Problem, order: Perm, stats: FitStats) -> None:

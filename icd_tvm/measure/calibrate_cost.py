@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm.core.cost import Weights, combined_cost
+from icd_tvm.core.combined_cost import Weights, combined_cost
 from icd_tvm.errors import ConfigError, MeasurementError, OutputError
 from icd_tvm.files import write_atomically
 from icd_tvm.measure.environment import environment_hash, fingerprint

@@ -17,9 +17,9 @@ import scipy.sparse as sp
 
 from icd_tvm._tvm import tvm
 from icd_tvm.core import starts
+from icd_tvm.core.combined_cost import combined_cost
 from icd_tvm.core.cost import (
     TileAccess,
-    combined_cost,
     incidence_distance,
     incidence_modularity,
     tile_cost,
