@@ -265,6 +265,8 @@ def test_never_worse_than_the_start(seed: int, n: int, density: float, tile: int
     assert after <= before
     assert (stats["U_before"], stats["U"]) == (before, after)
     assert stats.improved == (after < before)
+    if not stats.improved:
+        np.testing.assert_array_equal(perm, start)
     assert after >= tile_lower_bound(kernels)
 
 
@@ -489,6 +491,64 @@ def test_hopeless_axes_are_left_alone_with_a_reason(name: str) -> None:
     assert not stats.improved
     assert reason in stats.reason
     assert stats.iterations == 0
+
+
+@pytest.mark.parametrize("name", HOPELESS)
+@pytest.mark.parametrize("objective", ["tiles", "C", "Q", "J"])
+def test_without_improvement_the_given_start_comes_back(name: str, objective: Any) -> None:
+    mask, tile, _ = HOPELESS[name]
+    start = np.arange(64)[::-1] if name != "in order" else np.roll(np.arange(64), 16)
+    perm, stats = fit_permutation(
+        accesses=[access(mask, tile)], objective=objective, start=start, refine_steps=5
+    )
+    if objective == "tiles":
+        assert not stats.improved
+    assert stats.improved == (not np.array_equal(perm, start))
+    if not stats.improved:
+        assert (stats.U_before, stats.J_before) == (stats.U, stats.J)
+
+
+def test_an_order_of_equal_cost_does_not_replace_the_start() -> None:
+    # Unused indices could go last at the same cost: the start stays all the same.
+    mask = np.zeros((4, 64), dtype=np.bool_)
+    mask[:, 16:32] = np.eye(4, 16, dtype=np.bool_)
+    mask[0, 16:32] = True
+    perm, stats = fit_permutation(accesses=[access(mask)])
+    np.testing.assert_array_equal(perm, np.arange(64))
+    assert not stats.improved
+    assert stats.winner == "start"
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), objective=st.sampled_from(["tiles", "C", "Q", "J"]))
+def test_more_steps_are_never_worse(seed: int, objective: Any) -> None:
+    kernels = [access(np.random.default_rng(seed).random((16, 48)) < 0.2, 8)]
+    key = "U" if objective == "tiles" else objective
+    found = [
+        fit_permutation(accesses=kernels, objective=objective, refine_steps=steps)[1][key]
+        for steps in (0, 5, 40)
+    ]
+    assert found == sorted(found, reverse=objective != "Q")
+
+
+def test_stability_keeps_the_start_and_alignment_joins_runs() -> None:
+    rng = np.random.default_rng(18)
+    kernels = [access(rng.random((12, 48)) < 0.3, 8)]
+    fits = {
+        name: fit_permutation(accesses=kernels, objective="J", refine_steps=300, weights=weights)
+        for name, weights in {
+            "free": Weights(),
+            "held": Weights(s=1.0),
+            "fixed": Weights(s=100.0),
+            "aligned": Weights(0.0, 0.0, 0.0, a=1.0),
+        }.items()
+    }
+    shifts = [fits[name][1]["S"] for name in ("free", "held", "fixed")]
+    assert shifts[0] > shifts[1] > shifts[2] == 0.0
+    np.testing.assert_array_equal(fits["fixed"][0], np.arange(48))
+    aligned = fits["aligned"][1]
+    assert aligned["A"] == aligned["J"] < aligned["A_before"]
+    assert fits["free"][1]["A"] is None
 
 
 def test_uniform_graph_is_hopeless() -> None:

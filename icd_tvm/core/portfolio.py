@@ -39,8 +39,7 @@ def solve(problem: Problem, classes: NDArray[np.int64], deadline: float, stats: 
     """Portfolio and local search; indices stay inside the class (a run) of their position."""
     if reason := _hopeless(problem):
         stats.no_opportunity, stats.reason, stats.stopped_by = True, reason, "no_opportunity"
-        unchanged = identity(problem.n)
-        return _dead_last(problem.accesses, classes, unchanged) if problem.accesses else unchanged
+        return identity(problem.n)
     if problem.objective == "tiles":
         order = _solve_tiles(problem, classes, deadline, stats)
         return _dead_last(problem.accesses, classes, order)

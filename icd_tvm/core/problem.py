@@ -40,17 +40,17 @@ class FitStats:
         Steps of the local search.
     elapsed_s : float
     improved : bool
-        Is the objective strictly below that of the start?
+        Is the objective strictly below that of the start? If not, the start is returned.
     stopped_by : {"no_opportunity", "bound", "converged", "steps", "time"}
     deterministic : bool
         False when the clock decided: another run may return another order.
     no_opportunity : bool
-        True when it is known without a search that no order is better than the start. The
-        order is then the start, but for indices that nothing touches, which still go last.
+        True when it is known without a search that no order is better than the start.
     reason : str
         Why there is no opportunity, or an empty string.
     dead : int
-        Indices that no window touches; they are the last of the order where that is free.
+        Indices that no window touches; they are the last of an improved order where that is
+        free.
     k_blocks : int
     communities : int or None
         Number found, where communities were computed; ``Q_communities`` is their modularity.

@@ -58,7 +58,8 @@ def fit_permutation(
 ) -> tuple[Perm, FitStats]:
     """Find an order of an axis that lowers what its kernels pay.
 
-    Never worse than ``start`` in the objective. Deterministic for a seed unless the clock
+    Never worse than ``start`` in the objective; ``start`` itself where nothing better was found
+    (``stats.improved`` is False). Deterministic for a seed unless the clock
     stopped it, which ``stats.deterministic`` says.
 
     Parameters
@@ -122,8 +123,18 @@ def fit_permutation(
         _improve(problem, rule, began + time_budget_s - report_s, stats) if n > 1 else identity(n)
     )
     _report(problem, order, stats)
+    if not stats.improved:
+        order = _start_kept(problem, stats)
     stats.elapsed_s = time.perf_counter() - began
     return compose(first, order), stats
+
+
+def _start_kept(problem: Problem, stats: FitStats) -> Perm:
+    """Return the start, which an order of equal cost does not replace; the stats follow."""
+    for name in ("U", "C", "Q", "A", "S", "J"):
+        setattr(stats, name, getattr(stats, f"{name}_before"))
+    stats.winner = "start"
+    return identity(problem.n)
 
 
 def _axis_length(graph: Csr | None, accesses: Sequence[TileAccess]) -> int:
