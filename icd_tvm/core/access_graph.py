@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
+from icd_tvm.core.correlation import collect_correlations
 from icd_tvm.core.cost import Csr, TileAccess, check_accesses
 from icd_tvm.errors import ConfigError, NonFiniteError, OutputError, ShapeError
 
@@ -35,7 +36,10 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
         ``tir``: ``accesses`` (sequence of TileAccess): W = sum weight_w over the windows that
         touch both i and j.
         ``trace``: ``windows`` and ``indices`` (int arrays of one length), ``n``: W[i, j] is the
-        number of windows with both.
+        number of windows with both. Or ``activations`` (float arrays [samples, n], such as
+        :func:`icd_tvm.collect_activations` returns) and ``correlation`` (mapping, optional):
+        W[i, j] is the |correlation| of i and j, see
+        :func:`icd_tvm.core.correlation.collect_correlations`.
         ``mock``: ``n`` (2560), ``blocks`` (32), ``density`` (0.04, at most 0.05), ``noise``
         (0.1: share of the edges outside blocks), ``seed`` (0), ``shuffle`` (True): planted
         blocks hidden by a permutation; see :func:`planted_order`.
@@ -58,7 +62,7 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
     nnz_cap = cfg.pop("nnz_cap", None)
     builders: dict[str, Callable[..., Csr]] = {
         "tir": lambda **kw: w_from_accesses(nnz_cap=nnz_cap, **kw),
-        "trace": lambda **kw: w_from_trace(nnz_cap=nnz_cap, **kw),
+        "trace": lambda **kw: _from_trace(nnz_cap=nnz_cap, **kw),
         "mock": mock_w,
     }
     if source not in builders:
@@ -115,6 +119,23 @@ def _product_rows(parts: Sequence[Any], first: int, last: int) -> Csr:
     block = sp.coo_matrix(total, dtype=np.float32)
     off = (block.row + first != block.col) & (block.data > 0)
     return sp.csr_matrix((block.data[off], (block.row[off], block.col[off])), shape=block.shape)
+
+
+def _from_trace(
+    *,
+    nnz_cap: int | None,
+    activations: Any = None,
+    correlation: Mapping[str, Any] | None = None,
+    **events: Any,
+) -> Csr:
+    if activations is None:
+        return w_from_trace(nnz_cap=nnz_cap, **events)
+    if events:
+        raise ConfigError(
+            f"build_w: {sorted(events)[0]!r} does not go with activations",
+            "pass events or activations",
+        )
+    return collect_correlations(activations, correlation)[0]
 
 
 def w_from_trace(windows: ArrayLike, indices: ArrayLike, n: int, nnz_cap: int | None = None) -> Csr:

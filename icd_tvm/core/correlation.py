@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from icd_tvm.core.cost import Csr
 from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
 
-_DEFAULTS: dict[str, Any] = {"neighbours": 20, "threshold": 0.0, "center": True, "block": 1024}
+DEFAULTS: dict[str, Any] = {"neighbours": 20, "threshold": 0.0, "center": True, "block": 1024}
 
 
 def collect_correlations(
@@ -44,8 +44,8 @@ def collect_correlations(
     ShapeError, NonFiniteError, ConfigError
         If an array or a key of ``cfg`` is invalid.
     """
-    options = {**_DEFAULTS, **(cfg or {})}
-    if unknown := set(options) - set(_DEFAULTS):
+    options = {**DEFAULTS, **(cfg or {})}
+    if unknown := set(options) - set(DEFAULTS):
         raise ConfigError(f"collect_correlations: unknown key {sorted(unknown)[0]!r}")
     if options["neighbours"] < 1 or options["block"] < 1:
         raise ConfigError("collect_correlations: neighbours and block must be at least 1")

@@ -105,9 +105,7 @@ class GraphState(Moves):
         self.labels = block_labels(self.perm.size, objective.blocks)
         self.degree = np.asarray(graph @ np.ones(graph.shape[0]))
         self.total = float(self.degree.sum())
-        self.block_degree = np.bincount(
-            self.labels[self.position], self.degree, minlength=objective.blocks
-        )
+        self.block_degree = self._block_sums(self.labels[self.position], self.degree)
         self.top = tile_upper_bound(objective.accesses)
         self.tiles = LoadState(objective.accesses, perm) if self.top else None
         self.touches = sum(float(a.degrees() @ a.unit_weights) for a in objective.accesses)
@@ -133,7 +131,7 @@ class GraphState(Moves):
         change = self.delta(positions, items)
         if self.tiles:
             self.tiles.apply(positions, items)
-        self.block_degree += self._block_shift(positions, items)
+        self.block_degree = self.block_degree + self._block_shift(positions, items)
         self.perm[positions] = items
         self.position[items] = positions
         return change
@@ -160,7 +158,13 @@ class GraphState(Moves):
         self, positions: NDArray[np.intp], items: NDArray[np.int32]
     ) -> NDArray[np.float64]:
         change = self.degree[items] - self.degree[self.perm[positions]]
-        return np.bincount(self.labels[positions], change, minlength=self.objective.blocks)
+        return self._block_sums(self.labels[positions], change)
+
+    def _block_sums(
+        self, blocks: NDArray[np.int64], values: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        sums = np.bincount(blocks, values, minlength=self.objective.blocks)
+        return np.asarray(sums, dtype=np.float64)
 
     def _shift(self, positions: NDArray[np.intp], items: NDArray[np.int32]) -> float:
         """Return the change of S, the reference being the identity."""
