@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from icd_tvm.core.access_graph import (
 from icd_tvm.core.communities import cluster_graph
 from icd_tvm.core.correlation import collect_correlations
 from icd_tvm.core.cost import TileAccess, block_labels, modularity
+from icd_tvm.core.solver import fit_permutation
 from icd_tvm.errors import ConfigError, IcdError, NonFiniteError, OutputError, ShapeError
 
 
@@ -77,6 +81,53 @@ def test_mock_plants_blocks_and_hides_them() -> None:
     np.testing.assert_array_equal(graph.indices, again.indices)
     other = build_w("mock", n=640, blocks=16, density=0.04, noise=0.1, seed=6)
     assert other.nnz != graph.nnz or not np.array_equal(other.indices, graph.indices)
+
+
+def test_mock_needs_no_arguments() -> None:
+    graph = build_w("mock")
+    validate_w(graph)
+    assert graph.shape == (2560, 2560)
+    assert graph.nnz == pytest.approx(0.04 * 2560**2, rel=0.01)
+    assert modularity(graph, planted_order(2560, 0), 16) > 0.8
+
+
+@contextmanager
+def peak_bytes() -> Iterator[list[int]]:
+    """Give a list that holds the peak of what was allocated inside, after the end."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("share", "cap"), [(0.01, None), (0.5, 40_000)])
+def test_blocks_bound_the_memory(
+    monkeypatch: pytest.MonkeyPatch, share: float, cap: int | None
+) -> None:
+    n = 2048
+    mask = sp.csr_matrix(np.random.default_rng(0).random((32, n)) < share)
+    monkeypatch.setattr(access_graph, "_BLOCK_BYTES", 8 * n * 32)
+    with peak_bytes() as peak:
+        graph = build_w("tir", accesses=[TileAccess(mask, 16)], nnz_cap=cap)
+    validate_w(graph)
+    # Less than one float32 matrix [n, n].
+    assert peak[0] < 4 * n * n
+    monkeypatch.setattr(access_graph, "_BLOCK_BYTES", 8 * n * n)
+    whole = build_w("tir", accesses=[TileAccess(mask, 16)], nnz_cap=cap)
+    assert (graph != whole).nnz == 0
+
+
+def test_a_dense_mask_ends_without_w() -> None:
+    n = 4096
+    dense = TileAccess(sp.csr_matrix(np.ones((8, n), dtype=np.bool_)), 16)
+    with peak_bytes() as peak:
+        _, stats = fit_permutation(accesses=[dense])
+    assert stats.no_opportunity
+    # Less than one byte for each pair of indices.
+    assert peak[0] < n * n
 
 
 def test_mock_block_edges_are_distinct_and_inside() -> None:

@@ -40,7 +40,7 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
         :func:`icd_tvm.collect_activations` returns) and ``correlation`` (mapping, optional):
         W[i, j] is the |correlation| of i and j, see
         :func:`icd_tvm.core.correlation.collect_correlations`.
-        ``mock``: ``n`` (2560), ``blocks`` (32), ``density`` (0.04, at most 0.05), ``noise``
+        ``mock``: ``n`` (2560), ``blocks`` (16), ``density`` (0.04, at most 0.05), ``noise``
         (0.1: share of the edges outside blocks), ``seed`` (0), ``shuffle`` (True): planted
         blocks hidden by a permutation; see :func:`planted_order`.
     normalize : {"none", "row", "sym"}, keyword
@@ -167,7 +167,7 @@ def w_from_trace(windows: ArrayLike, indices: ArrayLike, n: int, nnz_cap: int | 
 
 def mock_w(
     n: int = 2560,
-    blocks: int = 32,
+    blocks: int = 16,
     density: float = 0.04,
     noise: float = 0.1,
     seed: int = 0,
@@ -197,7 +197,10 @@ def mock_w(
     label = np.arange(n) * blocks // n
     capacity = int(sum(size * (size - 1) // 2 for size in np.bincount(label)))
     if edges - outside > capacity:
-        raise ConfigError(f"mock W: density {density} does not fit into {blocks} blocks of {n}")
+        raise ConfigError(
+            f"mock W: density {density} does not fit into {blocks} blocks of {n}",
+            "fewer blocks, a lower density or more noise",
+        )
     inside = _block_edges(label, edges - outside, rng)
     row, col = (rng.integers(n, size=outside) for _ in range(2))
     rows, cols = np.concatenate([inside[0], row]), np.concatenate([inside[1], col])
