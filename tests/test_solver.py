@@ -332,22 +332,46 @@ def test_round_prices_every_swap_exactly() -> None:
     np.testing.assert_allclose(priced, exact, atol=1e-4)
 
 
-def test_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = [access(np.random.default_rng(12).random((64, 320)) < 0.1)]
+def ticking(monkeypatch: pytest.MonkeyPatch, step: float) -> list[float]:
+    """Make every look at the clock cost ``step`` seconds; return the time as a list of one."""
     clock = [100.0]
 
     def tick() -> float:
-        clock[0] += 0.01
+        clock[0] += step
         return clock[0]
 
     monkeypatch.setattr(time, "perf_counter", tick)
-    perm, stats = fit_permutation(accesses=kernels, time_budget_s=0.5, refine_steps=10**6)
+    return clock
+
+
+@pytest.mark.parametrize("objective", ["tiles", "C", "Q", "J"])
+@pytest.mark.parametrize("fullest", [False, True])
+def test_budget_is_kept(monkeypatch: pytest.MonkeyPatch, objective: Any, fullest: bool) -> None:
+    mask = sp.csr_matrix(np.random.default_rng(12).random((64, 320)) < 0.1)
+    kernels = [TileAccess(mask, 16, padded=fullest)]
+    clock = ticking(monkeypatch, 0.01)
+    perm, stats = fit_permutation(
+        accesses=kernels, objective=objective, time_budget_s=0.5, refine_steps=10**6
+    )
     monkeypatch.undo()
     assert clock[0] - 100.0 < 0.55
     assert stats.elapsed_s < 0.55
     assert stats.stopped_by == "time"
     assert not stats.deterministic
-    assert tile_cost(kernels, perm) == stats["U"] < stats["U_before"]
+    assert stats.improved
+    key = "U" if objective == "tiles" else objective
+    assert (stats[key] > stats[f"{key}_before"]) == (objective == "Q")
+    assert tile_cost(kernels, perm) == stats["U"]
+
+
+def test_budget_is_kept_on_both_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.random.default_rng(13).random((64, 96)) < 0.1
+    clock = ticking(monkeypatch, 0.01)
+    rows, cols, stats = fit_rows_columns(mask, 8, 8, time_budget_s=2.0, refine_steps=10**6)
+    monkeypatch.undo()
+    assert clock[0] - 100.0 < 2.2
+    assert not stats.deterministic
+    assert block_count(mask, 8, 8, rows, cols) == stats.blocks <= stats.blocks_before
 
 
 # --- padded accesses: the fullest tile decides ----------------------------------------------
