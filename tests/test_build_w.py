@@ -23,9 +23,9 @@ from icd_tvm.core.access_graph import (
     save_w,
     validate_w,
 )
-from icd_tvm.core.communities import cluster_graph
+from icd_tvm.core.communities import cluster_graph, null_modularity
 from icd_tvm.core.correlation import collect_correlations
-from icd_tvm.core.cost import TileAccess, block_labels, modularity
+from icd_tvm.core.cost import TileAccess, block_labels, label_modularity, modularity
 from icd_tvm.core.solver import fit_permutation
 from icd_tvm.errors import ConfigError, IcdError, NonFiniteError, OutputError, ShapeError
 
@@ -306,6 +306,21 @@ def test_communities_are_the_planted_blocks(method: str) -> None:
     found = labels[planted_order(640, 1)]
     assert len(np.unique(found)) == len({(a, b) for a, b in zip(found, truth, strict=True)}) == 16
     np.testing.assert_array_equal(labels, cluster_graph(graph, {"method": method, "seed": 3}))
+
+
+def test_the_null_of_structure_is_low_and_that_of_noise_is_its_own() -> None:
+    pytest.importorskip("sknetwork")
+    planted = build_w("mock", n=640, blocks=16, density=0.04, noise=0.1, seed=1)
+    found = label_modularity(planted, cluster_graph(planted, {"seed": 3}))
+    null = null_modularity(planted, {"seed": 3})
+    assert 0.1 < null < 0.3 < 0.7 < found
+    assert null == null_modularity(planted, {"seed": 3})
+    # Communities of a graph without structure are as good as those of its null.
+    noise = build_w("mock", n=640, blocks=16, density=0.04, noise=1.0, seed=1)
+    labels = cluster_graph(noise, {"seed": 3})
+    assert label_modularity(noise, labels) == pytest.approx(null_modularity(noise), abs=0.02)
+    with pytest.raises(ConfigError):
+        null_modularity(planted, {"rng": 1})
 
 
 def test_bad_cluster_requests_are_refused() -> None:

@@ -196,6 +196,7 @@ def test_planted_blocks_of_a_graph_come_back() -> None:
     assert stats.objective == "J"
     assert stats.communities == 16
     assert stats["Q"] == pytest.approx(best, abs=1e-9)
+    assert stats["Q_null"] < 0.3 < stats["Q_communities"]
     assert modularity(graph, perm, 16) == pytest.approx(best, abs=1e-9)
 
 
@@ -342,6 +343,13 @@ def ticking(monkeypatch: pytest.MonkeyPatch, step: float) -> list[float]:
 
     monkeypatch.setattr(time, "perf_counter", tick)
     return clock
+
+
+def test_the_null_is_left_out_when_there_is_no_time() -> None:
+    graph = build_w("mock", n=640, blocks=16, density=0.04, seed=7)
+    _, stats = fit_permutation(graph, time_budget_s=1e-3, refine_steps=5)
+    assert stats["Q_null"] is None
+    assert stats.skipped["null"] == "time"
 
 
 @pytest.mark.parametrize("objective", ["tiles", "C", "Q", "J"])

@@ -53,7 +53,9 @@ class FitStats:
         free.
     k_blocks : int
     communities : int or None
-        Number found, where communities were computed; ``Q_communities`` is their modularity.
+        Number found, where communities were computed; ``Q_communities`` is their modularity and
+        ``Q_null`` that of the communities of a shuffled graph (``null_modularity``): only what
+        is above it is structure. None for the objective "tiles", which Q does not decide.
     """
 
     objective: str
@@ -84,6 +86,7 @@ class FitStats:
     k_blocks: int = 1
     communities: int | None = None
     Q_communities: float | None = None
+    Q_null: float | None = None
 
     def __getitem__(self, key: str) -> Any:
         """Return the attribute ``key``."""

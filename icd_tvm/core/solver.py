@@ -228,7 +228,15 @@ def _solve_blocks(
 def _solve_reduced(problem: Problem, deadline: float, stats: FitStats) -> Perm:
     part = FitStats(problem.objective)
     order = solve(problem, np.zeros(problem.n, dtype=np.int64), deadline, part)
-    for name in ("winner", "starts", "skipped", "stopped_by", "communities", "Q_communities"):
+    for name in (
+        "winner",
+        "starts",
+        "skipped",
+        "stopped_by",
+        "communities",
+        "Q_communities",
+        "Q_null",
+    ):
         setattr(stats, name, getattr(part, name))
     stats.iterations += part.iterations
     stats.deterministic &= part.deterministic
