@@ -12,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from icd_tvm.core.correlation import collect_correlations
+from icd_tvm.core.correlation import collect_correlations, strongest
 from icd_tvm.core.cost import Csr, TileAccess, check_accesses
 from icd_tvm.errors import ConfigError, NonFiniteError, OutputError, ShapeError
 
@@ -305,7 +305,7 @@ def _capped(graph: Csr, cap: int | None) -> Csr:
     if cap is None or graph.nnz <= cap:
         return graph
     half = sp.triu(graph, k=1).tocoo()
-    chosen = np.flatnonzero(_top(half.data[None, :], cap // 2)[0])
+    chosen = np.flatnonzero(strongest(half.data[None, :], cap // 2)[0])
     kept = sp.coo_matrix(
         (half.data[chosen], (half.row[chosen], half.col[chosen])), shape=graph.shape
     )
@@ -317,17 +317,7 @@ def _strongest(rows: Csr, keep: int) -> Csr:
     if np.diff(rows.indptr).max(initial=0) <= keep:
         return rows
     dense = rows.toarray()
-    return sp.csr_matrix(np.where(_top(dense, keep), dense, np.float32(0)))
-
-
-def _top(values: NDArray[np.float32], keep: int) -> NDArray[np.bool_]:
-    """Mark the ``keep`` largest values of each row, the first ones among equals."""
-    if keep <= 0:
-        return np.zeros(values.shape, dtype=np.bool_)
-    border = np.partition(values, -keep, axis=1)[:, -keep, None]
-    above, equal = values > border, values == border
-    room = keep - above.sum(axis=1, keepdims=True)
-    return above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+    return sp.csr_matrix(np.where(strongest(dense, keep), dense, np.float32(0)))
 
 
 def save_w(path: str | Path, graph: Csr, source: str, seed: int | None = None) -> None:
