@@ -19,13 +19,13 @@ from icd_tvm.core.access_graph import (
     build_w,
     is_uniform,
     load_w,
-    planted_order,
     save_w,
     validate_w,
 )
 from icd_tvm.core.communities import cluster_graph, null_modularity
 from icd_tvm.core.correlation import collect_correlations
 from icd_tvm.core.cost import TileAccess, block_labels, label_modularity, modularity
+from icd_tvm.core.mock_graph import planted_order
 from icd_tvm.core.solver import fit_permutation
 from icd_tvm.errors import ConfigError, IcdError, NonFiniteError, OutputError, ShapeError
 
