@@ -10,10 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icd_tvm.core.access_graph import build_w
+    from icd_tvm.core.communities import cluster_graph
+    from icd_tvm.core.solver import fit_permutation
     from icd_tvm.models.importer import import_onnx
     from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
     from icd_tvm.relax_passes.repermute_pass import RepermutePass
     from icd_tvm.runtime.compile_model import compile_model
+    from icd_tvm.runtime.correlations import collect_activations, collect_correlations
     from icd_tvm.runtime.options import CompileOptions
     from icd_tvm.tir_schedules.target import host_target, parse_target
 
@@ -23,8 +27,13 @@ _HOMES = {
     "CompileOptions": "icd_tvm.runtime.options",
     "RepermutePass": "icd_tvm.relax_passes.repermute_pass",
     "build_cpu": "icd_tvm.relax_passes.lower_cpu",
+    "build_w": "icd_tvm.core.access_graph",
+    "cluster_graph": "icd_tvm.core.communities",
+    "collect_activations": "icd_tvm.runtime.correlations",
+    "collect_correlations": "icd_tvm.runtime.correlations",
     "compile_model": "icd_tvm.runtime.compile_model",
     "cpu_pipeline": "icd_tvm.relax_passes.lower_cpu",
+    "fit_permutation": "icd_tvm.core.solver",
     "host_target": "icd_tvm.tir_schedules.target",
     "import_onnx": "icd_tvm.models.importer",
     "parse_target": "icd_tvm.tir_schedules.target",
@@ -34,8 +43,13 @@ __all__ = [
     "CompileOptions",
     "RepermutePass",
     "build_cpu",
+    "build_w",
+    "cluster_graph",
+    "collect_activations",
+    "collect_correlations",
     "compile_model",
     "cpu_pipeline",
+    "fit_permutation",
     "host_target",
     "import_onnx",
     "parse_target",

@@ -201,7 +201,72 @@ def test_cpu_schedule_matches_interpretation(window: str, shape: tuple[int, int,
     assert rows_of(got) == Counter(frozenset(cells) for cells in expected.values())
 
 
-def test_cuda_schedule_matches_interpretation_by_warp_and_sector() -> None:
+THREADS = ("blockIdx.x", "threadIdx.y", "threadIdx.x")
+
+
+def thread_nest(
+    extents: list[int], inner: list[int], tree: Any, guard: Any, size: int
+) -> tuple[Any, list[Any]]:
+    """Build a nest of one block loop, two thread loops and serial loops around a guarded load."""
+    names = [*THREADS, *(f"i{k}" for k in range(len(inner)))]
+    loops = [Var(name.replace(".", "_"), "int64") for name in names]
+    buffer = tirx.decl_buffer((size,), "float32", name="buffer")
+    table = tirx.decl_buffer((len(TABLE),), "int32", name="table")
+    out = tirx.decl_buffer((1,), "float32", name="out")
+
+    def load(index: Any) -> Any:
+        return tirx.BufferLoad(table, [index]).astype("int64")
+
+    value = tirx.BufferLoad(buffer, [build(tree, loops, load) % size])
+    body: Any = tirx.BufferStore(out, value, [i64(0)])
+    if guard is not None:
+        body = tirx.IfThenElse(build(guard, loops, load) < 5, body, None)
+    for var, name, extent in reversed(list(zip(loops, names, extents + inner, strict=True))):
+        if name in THREADS:
+            bound = tirx.IterVar(
+                tvm.ir.Range(i64(0), i64(extent)), var, tirx.IterVar.ThreadIndex, name
+            )
+            kind = tirx.ForKind.THREAD_BINDING
+            body = tirx.For(var, i64(0), i64(extent), kind, body, bound)
+        else:
+            body = tirx.For(var, i64(0), i64(extent), tirx.ForKind.SERIAL, body)
+    return tirx.PrimFunc([buffer, table, out], body), loops
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    extents=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 24, 40])),
+    inner=st.lists(st.integers(1, 3), max_size=2),
+    tree=trees,
+    guard=st.none() | trees,
+    window=st.sampled_from(["warp", "sector", "line", "cta", "vector"]),
+)
+def test_random_thread_nests_match_brute_force(
+    extents: tuple[int, int, int], inner: list[int], tree: Any, guard: Any, window: str
+) -> None:
+    size = 45
+    func, _ = thread_nest(list(extents), inner, tree, guard, size)
+    expected: dict[Any, set[int]] = {}
+    for point in itertools.product(*(range(extent) for extent in (*extents, *inner))):
+        if guard is not None and build(guard, list(point), lambda i: int(TABLE[i])) >= 5:
+            continue
+        touched = build(tree, list(point), lambda i: int(TABLE[i])) % size
+        block, y, x, *rest = point
+        key = {
+            "warp": (block, (y * extents[2] + x) // 32, *rest),
+            "sector": touched * 4 // 32,
+            "line": touched * 4 // 128,
+            "cta": block,
+            "vector": point,
+        }[window]
+        expected.setdefault(key, set()).add(touched)
+    access = named(func, "buffer")
+    assert [loop.tag for loop in access.loops][:3] == list(THREADS)
+    got = window_incidence(access, 0, window, consts={"table": TABLE}, line_bytes=128)
+    assert rows_of(got) == Counter(frozenset(cells) for cells in expected.values())
+
+
+def test_cuda_schedule_matches_interpretation_by_warp_sector_and_block() -> None:
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"})
     mod = tvm.IRModule({"main": matmul(16, 8, 32)})
     with target:
@@ -214,14 +279,19 @@ def test_cuda_schedule_matches_interpretation_by_warp_and_sector() -> None:
         others = [p for p in access.loops if p.tag not in ("threadIdx.x", "vectorized")]
         warps: dict[tuple[int, ...], set[int]] = {}
         sectors: dict[int, set[int]] = {}
+        blocks: dict[int, set[int]] = {}
+        block = next(loop for loop in access.loops if loop.tag == "blockIdx.x")
         for env, (row, column) in slow_points(access):
             key = (*(env[p.var] for p in others), env[lane.var] // 32)
             warps.setdefault(key, set()).add(column)
             sectors.setdefault((row * 32 + column) * 4 // 32, set()).add(column)
+            blocks.setdefault(env[block.var], set()).add(column)
         by_warp = window_incidence(access, 1, "warp")
         assert rows_of(by_warp) == Counter(frozenset(cells) for cells in warps.values())
         by_sector = window_incidence(access, 1, "sector")
         assert rows_of(by_sector) == Counter(frozenset(cells) for cells in sectors.values())
+        by_block = window_incidence(access, 1, "cta")
+        assert rows_of(by_block) == Counter(frozenset(cells) for cells in blocks.values())
 
 
 def test_reduction_windows_of_a_masked_weight_are_the_mask() -> None:

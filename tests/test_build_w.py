@@ -6,6 +6,8 @@ import json
 import tempfile
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from icd_tvm.core.access_graph import (
     build_w,
     is_uniform,
     load_w,
-    planted_order,
     save_w,
     validate_w,
 )
-from icd_tvm.core.communities import cluster_graph
+from icd_tvm.core.communities import cluster_graph, null_modularity
 from icd_tvm.core.correlation import collect_correlations
-from icd_tvm.core.cost import TileAccess, block_labels, modularity
+from icd_tvm.core.cost import TileAccess, block_labels, label_modularity, modularity
+from icd_tvm.core.mock_graph import planted_order
+from icd_tvm.core.solver import fit_permutation
 from icd_tvm.errors import ConfigError, IcdError, NonFiniteError, OutputError, ShapeError
 
 
@@ -81,6 +84,53 @@ def test_mock_plants_blocks_and_hides_them() -> None:
     np.testing.assert_array_equal(graph.indices, again.indices)
     other = build_w("mock", n=640, blocks=16, density=0.04, noise=0.1, seed=6)
     assert other.nnz != graph.nnz or not np.array_equal(other.indices, graph.indices)
+
+
+def test_mock_needs_no_arguments() -> None:
+    graph = build_w("mock")
+    validate_w(graph)
+    assert graph.shape == (2560, 2560)
+    assert graph.nnz == pytest.approx(0.04 * 2560**2, rel=0.01)
+    assert modularity(graph, planted_order(2560, 0), 16) > 0.8
+
+
+@contextmanager
+def peak_bytes() -> Iterator[list[int]]:
+    """Give a list that holds the peak of what was allocated inside, after the end."""
+    found: list[int] = []
+    tracemalloc.start()
+    try:
+        yield found
+        found.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("share", "cap"), [(0.01, None), (0.5, 40_000)])
+def test_blocks_bound_the_memory(
+    monkeypatch: pytest.MonkeyPatch, share: float, cap: int | None
+) -> None:
+    n = 2048
+    mask = sp.csr_matrix(np.random.default_rng(0).random((32, n)) < share)
+    monkeypatch.setattr(access_graph, "_BLOCK_BYTES", 8 * n * 32)
+    with peak_bytes() as peak:
+        graph = build_w("tir", accesses=[TileAccess(mask, 16)], nnz_cap=cap)
+    validate_w(graph)
+    # Less than one float32 matrix [n, n].
+    assert peak[0] < 4 * n * n
+    monkeypatch.setattr(access_graph, "_BLOCK_BYTES", 8 * n * n)
+    whole = build_w("tir", accesses=[TileAccess(mask, 16)], nnz_cap=cap)
+    assert (graph != whole).nnz == 0
+
+
+def test_a_dense_mask_ends_without_w() -> None:
+    n = 4096
+    dense = TileAccess(sp.csr_matrix(np.ones((8, n), dtype=np.bool_)), 16)
+    with peak_bytes() as peak:
+        _, stats = fit_permutation(accesses=[dense])
+    assert stats.no_opportunity
+    # Less than one byte for each pair of indices.
+    assert peak[0] < n * n
 
 
 def test_mock_block_edges_are_distinct_and_inside() -> None:
@@ -328,6 +378,21 @@ def test_communities_are_the_planted_blocks(method: str) -> None:
     found = labels[planted_order(640, 1)]
     assert len(np.unique(found)) == len({(a, b) for a, b in zip(found, truth, strict=True)}) == 16
     np.testing.assert_array_equal(labels, cluster_graph(graph, {"method": method, "seed": 3}))
+
+
+def test_the_null_of_structure_is_low_and_that_of_noise_is_its_own() -> None:
+    pytest.importorskip("sknetwork")
+    planted = build_w("mock", n=640, blocks=16, density=0.04, noise=0.1, seed=1)
+    found = label_modularity(planted, cluster_graph(planted, {"seed": 3}))
+    null = null_modularity(planted, {"seed": 3})
+    assert 0.1 < null < 0.3 < 0.7 < found
+    assert null == null_modularity(planted, {"seed": 3})
+    # Communities of a graph without structure are as good as those of its null.
+    noise = build_w("mock", n=640, blocks=16, density=0.04, noise=1.0, seed=1)
+    labels = cluster_graph(noise, {"seed": 3})
+    assert label_modularity(noise, labels) == pytest.approx(null_modularity(noise), abs=0.02)
+    with pytest.raises(ConfigError):
+        null_modularity(planted, {"rng": 1})
 
 
 def test_bad_cluster_requests_are_refused() -> None:

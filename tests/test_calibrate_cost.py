@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from scipy import stats
 
 from icd_tvm.cli import main
 from icd_tvm.commands.calibrate import table
-from icd_tvm.core.cost import Weights
+from icd_tvm.core.combined_cost import Weights
 from icd_tvm.core.permutation import as_permutation, identity
 from icd_tvm.errors import ConfigError, MeasurementError, OutputError, VerificationError
 from icd_tvm.measure import calibrate_cost, layout_pilot
@@ -158,21 +159,37 @@ def test_a_case_records_correlations_spread_and_padding() -> None:
     assert record["scores"]["U_sum"]["spearman"] is None
     assert record["spread"] == pytest.approx(3.0, rel=0.1)
     assert record["padding"] == [0.5, 0.75, 1.0, 2.0]
-    assert not record["indifferent"]
+    assert record["reach"] == pytest.approx(3.0)
+    assert record["unranked"] == ""
     assert [row["name"] for row in record["layouts"]] == [f"layout {k}" for k in range(4)]
 
 
-def test_layouts_of_one_speed_are_indifferent_and_left_out_of_the_median() -> None:
+def test_cases_within_the_noise_are_left_out_of_the_median() -> None:
     flat = case_record(planted([1.0] * 8, list(range(1, 9)), noise=0.2))
-    assert flat["indifferent"]
+    assert flat["unranked"].startswith("times differ by")
     steep = case_record(planted([1.0, 1.5, 2.0, 4.0]))
     summary = summarise([flat, steep, steep])
-    assert (summary["ranked"], summary["indifferent"]) == (2, 1)
+    assert (summary["ranked"], summary["unranked"]) == (2, 1)
     assert summary["median"]["U"] == {"spearman": 1.0, "kendall": 1.0, "cases": 2}
+    assert summary["median_of_all"]["U"]["cases"] == 3
     assert summary["median"]["U_sum"] == {"spearman": None, "kendall": None, "cases": 0}
     alone = summarise([flat])
     assert alone["weights"] is None
     assert alone["reason"]
+
+
+def test_copies_of_a_layout_show_noise_that_repeats() -> None:
+    # Both halves of the rounds agree, but so do copies of one layout that differ by a tenth.
+    times = planted([1.0, 1.1, 1.2], noise=0.001)
+    assert case_record(times)["unranked"] == ""
+    placed = replace(times, copies=noisy([1.0, 1.1], noise=0.001))
+    assert case_record(placed)["noise"] == pytest.approx(0.1, rel=0.1)
+    assert case_record(placed)["unranked"].startswith("times differ by 20")
+
+
+def test_scores_that_hardly_differ_rank_nothing() -> None:
+    record = case_record(planted([1.0, 1.5, 2.0], [100.0, 100.1, 100.2], noise=0.1))
+    assert record["unranked"].startswith("U differs by 0.2%")
 
 
 def test_weights_go_to_the_term_that_ranks() -> None:
@@ -316,13 +333,13 @@ def test_a_tiny_pilot_measures_finite_numbers(case: PilotCase) -> None:
 
 
 def test_a_layout_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = layout_pilot.pack_vrow
+    right = layout_pilot.pack_matmul
 
-    def wrong(weight: np.ndarray, v: int) -> tuple[np.ndarray, np.ndarray]:
-        idx, data = right(weight, v)
-        return idx, data * 2
+    def wrong(*arguments: Any) -> dict[str, np.ndarray]:
+        packed = right(*arguments)
+        return {**packed, "data": packed["data"] * 2}
 
-    monkeypatch.setattr(layout_pilot, "pack_vrow", wrong)
+    monkeypatch.setattr(layout_pilot, "pack_matmul", wrong)
     with pytest.raises(VerificationError, match="layout"):
         run_case(TINY, rounds=2, solve_s=1.0, layouts=3)
 
@@ -393,6 +410,8 @@ def test_refusals(tiny_pilot: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_says_what_could_not_be_ranked() -> None:
     flat = case_record(planted([1.0] * 8, list(range(1, 9)), noise=0.2))
     text = table({"cases": [flat], "summary": summarise([flat])})
-    assert "(indifferent)" in text
+    assert "(not ranked: times differ by" in text
+    assert "of 0 cases" in text
+    assert "of 1 cases" in text
     assert "constant" in text
     assert "no case" in text

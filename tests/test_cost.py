@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +14,24 @@ from hypothesis import strategies as st
 
 from icd_tvm.core import hardware
 from icd_tvm.core.access_graph import build_w
+from icd_tvm.core.combined_cost import Weights, combined_cost, displacement, misalignment
 from icd_tvm.core.cost import (
     TileAccess,
-    TileState,
-    Weights,
     block_labels,
-    combined_cost,
     distance_cost,
     incidence_distance,
     incidence_modularity,
     label_modularity,
     modularity,
-    moved_segment,
     predicted_time,
     shuffled_graph,
     tile_cost,
     tile_lower_bound,
     tile_upper_bound,
 )
-from icd_tvm.core.graph_search import GraphObjective, GraphState
+from icd_tvm.core.graph_state import GraphObjective, GraphState
 from icd_tvm.core.hardware import A100, H200, Hardware
+from icd_tvm.core.tile_state import TileState, moved_segment
 from icd_tvm.errors import ConfigError, IcdError, NonFiniteError, PermutationError, ShapeError
 
 
@@ -182,25 +181,107 @@ def test_combined_cost_renormalises_what_is_there() -> None:
     assert combined_cost(0.4, 0.2, None) == pytest.approx((0.4 + 0.8) / 2)
     assert combined_cost(None, None, None) == 0.0
     assert combined_cost(0.4, 0.9, 0.1, Weights(1.0, 0.0, 0.0)) == pytest.approx(0.4)
+    even = Weights(1.0, 1.0, 1.0, 1.0, 1.0)
+    joint = combined_cost(0.5, 0.5, 0.5, even, misaligned=0.1, displaced=0.4)
+    assert joint == pytest.approx((0.5 * 3 + 0.1 + 0.4) / 5)
+    # Neither term has a weight unless it is given one.
+    plain = combined_cost(0.4, 0.2, 0.5)
+    assert combined_cost(0.4, 0.2, 0.5, misaligned=0.9, displaced=0.9) == plain
+    for bad in (-1.0, np.nan, np.inf):
+        with pytest.raises(ConfigError, match="weights of J"):
+            Weights(a=bad)
+
+
+def test_runs_off_a_border_count_against_alignment() -> None:
+    touched = np.array([[1, 1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 0]]) > 0
+    access = TileAccess(sp.csr_matrix(touched), 8, counts=np.array([1.0, 2.0]), lanes=4)
+    # Runs begin at 0, 3 and 7, and at 1; only 0 is a border. Touches: 5 + 2 * 6.
+    assert misalignment([access], np.arange(8)) == pytest.approx((2 + 2) / 17)
+    # By lines of one element every run begins on a border.
+    assert misalignment([replace(access, lanes=1)], np.arange(8)) == 0.0
+    # By default the tile is the line: nothing begins inside one that is touched as a whole.
+    whole = TileAccess(sp.csr_matrix(np.repeat(touched, 4, axis=1)), 4)
+    assert misalignment([whole], np.arange(32)) == 0.0
+    with pytest.raises(ShapeError):
+        misalignment([], [])
+
+
+def brute_misalignment(accesses: list[TileAccess], perm: np.ndarray) -> float:
+    """Straight from the definition."""
+    runs = touches = 0.0
+    for access in accesses:
+        dense = access.incidence.toarray()[:, perm]
+        for row, weight in zip(dense, access.unit_weights, strict=True):
+            touches += weight * row.sum()
+            begins = [p for p in range(access.n) if row[p] and (p == 0 or not row[p - 1])]
+            runs += weight * sum(p % access.alignment != 0 for p in begins)
+    return runs / touches if touches else 0.0
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), name=st.sampled_from(["C", "Q", "J"]))
-def test_graph_swaps_change_the_objective_by_their_delta(seed: int, name: str) -> None:
-    accesses = random_accesses(seed, 18)
+@given(case=cases, lanes=st.integers(0, 7))
+def test_misalignment_and_displacement_are_their_definitions(
+    case: tuple[int, int], lanes: int
+) -> None:
+    seed, n = case
+    accesses = [replace(a, lanes=lanes) for a in random_accesses(seed, n)]
+    rng = np.random.default_rng(seed)
+    perm, reference = rng.permutation(n), rng.permutation(n)
+    assert misalignment(accesses, perm) == pytest.approx(brute_misalignment(accesses, perm))
+    place, old = np.argsort(perm), np.argsort(reference)
+    assert displacement(perm, reference) == pytest.approx(np.abs(place - old).sum() / (n * n // 2))
+    assert displacement(perm, perm) == 0.0
+    assert displacement(np.arange(n)[::-1]) == 1.0
+    assert 0.0 <= displacement(perm) <= 1.0
+
+
+def test_displacement_needs_two_permutations_of_one_length() -> None:
+    with pytest.raises(PermutationError):
+        displacement(np.arange(4), np.arange(5))
+    assert displacement([0]) == 0.0
+
+
+OBJECTIVES = {
+    "C": ("C", Weights()),
+    "Q": ("Q", Weights()),
+    "J": ("J", Weights()),
+    "A": ("J", Weights(0.0, 0.0, 0.0, a=1.0)),
+    "S": ("J", Weights(0.0, 0.0, 0.0, s=1.0)),
+    "all": ("J", Weights(0.1, 0.2, 0.3, a=0.4, s=0.5)),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases, name=st.sampled_from(list(OBJECTIVES)), lanes=st.integers(0, 5), data=st.data())
+def test_moves_change_the_graph_objective_by_their_delta(
+    case: tuple[int, int], name: str, lanes: int, data: st.DataObject
+) -> None:
+    seed, n = case
+    accesses = [replace(a, lanes=lanes) for a in random_accesses(seed, n)]
+    accesses[0] = replace(accesses[0], padded=True)
     graph = build_w("tir", accesses=accesses)
-    objective = GraphObjective.named(name, graph, accesses, 4, 3)
-    state = GraphState(objective, np.random.default_rng(seed).permutation(18))
-    rng = np.random.default_rng(seed + 1)
-    for a, b in rng.integers(18, size=(6, 2)):
-        if a == b:
-            continue
-        before, delta = objective.cost(state.perm), state.swap_delta(int(a), int(b))
-        state.swap(int(a), int(b))
+    objective = GraphObjective.named(
+        OBJECTIVES[name][0], graph, accesses, min(4, n), 3, OBJECTIVES[name][1]
+    )
+    state = GraphState(objective, np.random.default_rng(seed).permutation(n))
+    for _ in range(4):
+        before = objective.cost(state.perm)
+        if data.draw(st.booleans()):
+            a, b = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, n - 1))
+            delta = state.swap_delta(a, b)
+            done = state.swap(a, b)
+        else:
+            length = data.draw(st.integers(1, n))
+            start, dest = (data.draw(st.integers(0, n - length)) for _ in range(2))
+            delta = state.move_delta(start, length, dest)
+            done = state.move(start, length, dest)
+        assert sorted(state.perm) == list(range(n))
+        assert delta == pytest.approx(done, abs=1e-9)
         assert objective.cost(state.perm) - before == pytest.approx(delta, abs=1e-9)
 
 
 BAD_ACCESSES: dict[str, tuple[dict[str, object], type[IcdError]]] = {
+    "lanes": ({"lanes": -1}, ConfigError),
     "tile": ({"tile": 0}, ConfigError),
     "weight sign": ({"weight": -1.0}, ConfigError),
     "weight nan": ({"weight": np.nan}, NonFiniteError),

@@ -4,15 +4,23 @@ import json
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from relax_models import D, F, mlp, mlp_weights, random_mlp
 
 from icd_tvm._tvm import tvm
+from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG, AttachLayoutTags
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph, weight_access
-from icd_tvm.relax_passes.coaccess_attr import read_accesses, read_dead_units, without
+from icd_tvm.relax_passes.coaccess_attr import (
+    COACCESS_BLOCK,
+    read_accesses,
+    read_dead_units,
+    to_attr,
+    without,
+)
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
-from icd_tvm.tir_schedules.target import host_target
+from icd_tvm.tir_schedules.target import host_target, vector_bits
 
 
 def _hidden_id() -> str:
@@ -53,6 +61,7 @@ def test_windows_are_the_rows_of_the_mask(density: float) -> None:
     rows = [row.toarray().ravel().tobytes() for row in access.incidence]
     assert dict(zip(rows, access.counts, strict=True)) == expected
     assert access.weight == 2.0 * 7 * access.tile
+    assert (access.padded, access.lanes) == (False, vector_bits(host_target(1)) // 32)
 
 
 def test_dead_units_are_listed_and_can_be_left_out() -> None:
@@ -115,6 +124,20 @@ def test_same_seed_same_order() -> None:
     graphed = BuildAccessGraph()(mlp(w1, b1, w2))
     first, second = (read_permutations(DecidePermutation(seed=3)(graphed)) for _ in range(2))
     np.testing.assert_array_equal(first[_hidden_id()], second[_hidden_id()])
+
+
+def test_every_field_of_an_access_travels() -> None:
+    mask = sp.csr_matrix(np.random.default_rng(0).random((5, 12)) < 0.4)
+    access = TileAccess(mask, 4, 1.5, "w", np.arange(5.0), padded=True, lanes=2)
+    mod = tvm.IRModule().with_attr(COACCESS_BLOCK, to_attr({"g": [access]}))
+    (read,) = read_accesses(tvm.ir.load_json(tvm.ir.save_json(mod)))["g"]
+    left = without(access, np.array([3]))
+    for other in (read, left):
+        for field in ("tile", "weight", "label", "padded", "lanes"):
+            assert getattr(other, field) == getattr(access, field), field
+        np.testing.assert_array_equal(other.counts, access.counts)
+    assert (read.incidence != access.incidence).nnz == 0
+    assert left.incidence[:, [3]].nnz == 0
 
 
 def test_no_attribute_reads_as_nothing() -> None:

@@ -17,17 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icd_tvm.core import starts
-from icd_tvm.core.access_graph import build_w, planted_order
+from icd_tvm.core.access_graph import build_w
 from icd_tvm.core.balance import BalancedSearch, LoadState, SmoothState
+from icd_tvm.core.combined_cost import Weights
 from icd_tvm.core.cost import (
     TileAccess,
-    Weights,
     modularity,
     tile_cost,
     tile_lower_bound,
     tile_upper_bound,
 )
 from icd_tvm.core.joint import block_count, fit_rows_columns
+from icd_tvm.core.mock_graph import planted_order
 from icd_tvm.core.permutation import (
     Constraint,
     as_permutation,
@@ -196,6 +197,7 @@ def test_planted_blocks_of_a_graph_come_back() -> None:
     assert stats.objective == "J"
     assert stats.communities == 16
     assert stats["Q"] == pytest.approx(best, abs=1e-9)
+    assert stats["Q_null"] < 0.3 < stats["Q_communities"]
     assert modularity(graph, perm, 16) == pytest.approx(best, abs=1e-9)
 
 
@@ -265,6 +267,8 @@ def test_never_worse_than_the_start(seed: int, n: int, density: float, tile: int
     assert after <= before
     assert (stats["U_before"], stats["U"]) == (before, after)
     assert stats.improved == (after < before)
+    if not stats.improved:
+        np.testing.assert_array_equal(perm, start)
     assert after >= tile_lower_bound(kernels)
 
 
@@ -330,22 +334,53 @@ def test_round_prices_every_swap_exactly() -> None:
     np.testing.assert_allclose(priced, exact, atol=1e-4)
 
 
-def test_budget_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = [access(np.random.default_rng(12).random((64, 320)) < 0.1)]
+def ticking(monkeypatch: pytest.MonkeyPatch, step: float) -> list[float]:
+    """Make every look at the clock cost ``step`` seconds; return the time as a list of one."""
     clock = [100.0]
 
     def tick() -> float:
-        clock[0] += 0.01
+        clock[0] += step
         return clock[0]
 
     monkeypatch.setattr(time, "perf_counter", tick)
-    perm, stats = fit_permutation(accesses=kernels, time_budget_s=0.5, refine_steps=10**6)
+    return clock
+
+
+def test_the_null_is_left_out_when_there_is_no_time() -> None:
+    graph = build_w("mock", n=640, blocks=16, density=0.04, seed=7)
+    _, stats = fit_permutation(graph, time_budget_s=1e-3, refine_steps=5)
+    assert stats["Q_null"] is None
+    assert stats.skipped["null"] == "time"
+
+
+@pytest.mark.parametrize("objective", ["tiles", "C", "Q", "J"])
+@pytest.mark.parametrize("fullest", [False, True])
+def test_budget_is_kept(monkeypatch: pytest.MonkeyPatch, objective: Any, fullest: bool) -> None:
+    mask = sp.csr_matrix(np.random.default_rng(12).random((64, 320)) < 0.1)
+    kernels = [TileAccess(mask, 16, padded=fullest)]
+    clock = ticking(monkeypatch, 0.01)
+    perm, stats = fit_permutation(
+        accesses=kernels, objective=objective, time_budget_s=0.5, refine_steps=10**6
+    )
     monkeypatch.undo()
     assert clock[0] - 100.0 < 0.55
     assert stats.elapsed_s < 0.55
     assert stats.stopped_by == "time"
     assert not stats.deterministic
-    assert tile_cost(kernels, perm) == stats["U"] < stats["U_before"]
+    assert stats.improved
+    key = "U" if objective == "tiles" else objective
+    assert (stats[key] > stats[f"{key}_before"]) == (objective == "Q")
+    assert tile_cost(kernels, perm) == stats["U"]
+
+
+def test_budget_is_kept_on_both_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.random.default_rng(13).random((64, 96)) < 0.1
+    clock = ticking(monkeypatch, 0.01)
+    rows, cols, stats = fit_rows_columns(mask, 8, 8, time_budget_s=2.0, refine_steps=10**6)
+    monkeypatch.undo()
+    assert clock[0] - 100.0 < 2.2
+    assert not stats.deterministic
+    assert block_count(mask, 8, 8, rows, cols) == stats.blocks <= stats.blocks_before
 
 
 # --- padded accesses: the fullest tile decides ----------------------------------------------
@@ -489,6 +524,64 @@ def test_hopeless_axes_are_left_alone_with_a_reason(name: str) -> None:
     assert not stats.improved
     assert reason in stats.reason
     assert stats.iterations == 0
+
+
+@pytest.mark.parametrize("name", HOPELESS)
+@pytest.mark.parametrize("objective", ["tiles", "C", "Q", "J"])
+def test_without_improvement_the_given_start_comes_back(name: str, objective: Any) -> None:
+    mask, tile, _ = HOPELESS[name]
+    start = np.arange(64)[::-1] if name != "in order" else np.roll(np.arange(64), 16)
+    perm, stats = fit_permutation(
+        accesses=[access(mask, tile)], objective=objective, start=start, refine_steps=5
+    )
+    if objective == "tiles":
+        assert not stats.improved
+    assert stats.improved == (not np.array_equal(perm, start))
+    if not stats.improved:
+        assert (stats.U_before, stats.J_before) == (stats.U, stats.J)
+
+
+def test_an_order_of_equal_cost_does_not_replace_the_start() -> None:
+    # Unused indices could go last at the same cost: the start stays all the same.
+    mask = np.zeros((4, 64), dtype=np.bool_)
+    mask[:, 16:32] = np.eye(4, 16, dtype=np.bool_)
+    mask[0, 16:32] = True
+    perm, stats = fit_permutation(accesses=[access(mask)])
+    np.testing.assert_array_equal(perm, np.arange(64))
+    assert not stats.improved
+    assert stats.winner == "start"
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), objective=st.sampled_from(["tiles", "C", "Q", "J"]))
+def test_more_steps_are_never_worse(seed: int, objective: Any) -> None:
+    kernels = [access(np.random.default_rng(seed).random((16, 48)) < 0.2, 8)]
+    key = "U" if objective == "tiles" else objective
+    found = [
+        fit_permutation(accesses=kernels, objective=objective, refine_steps=steps)[1][key]
+        for steps in (0, 5, 40)
+    ]
+    assert found == sorted(found, reverse=objective != "Q")
+
+
+def test_stability_keeps_the_start_and_alignment_joins_runs() -> None:
+    rng = np.random.default_rng(18)
+    kernels = [access(rng.random((12, 48)) < 0.3, 8)]
+    fits = {
+        name: fit_permutation(accesses=kernels, objective="J", refine_steps=300, weights=weights)
+        for name, weights in {
+            "free": Weights(),
+            "held": Weights(s=1.0),
+            "fixed": Weights(s=100.0),
+            "aligned": Weights(0.0, 0.0, 0.0, a=1.0),
+        }.items()
+    }
+    shifts = [fits[name][1]["S"] for name in ("free", "held", "fixed")]
+    assert shifts[0] > shifts[1] > shifts[2] == 0.0
+    np.testing.assert_array_equal(fits["fixed"][0], np.arange(48))
+    aligned = fits["aligned"][1]
+    assert aligned["A"] == aligned["J"] < aligned["A_before"]
+    assert fits["free"][1]["A"] is None
 
 
 def test_uniform_graph_is_hopeless() -> None:

@@ -56,14 +56,15 @@ def table(record: dict[str, Any]) -> str:
     ]
     for case in record["cases"]:
         cells = [_cell(case["scores"][name]) for name in _COLUMNS]
-        name = case["case"] + (" (indifferent)" if case["indifferent"] else "")
+        name = case["case"] + (f" (not ranked: {case['unranked']})" if case["unranked"] else "")
         head = f"| {name} | {len(case['layouts'])} | {1 + case['spread']:.2f} | "
         lines.append(head + " | ".join(cells) + " |")
     summary = record["summary"]
-    for key in ("spearman", "kendall"):
-        cells = [_number(summary["median"][name][key]) for name in _COLUMNS]
-        label = f"median {key} of {summary['ranked']} cases"
-        lines.append(f"| {label} | | | " + " | ".join(cells) + " |")
+    counts = {"median": summary["ranked"], "median_of_all": len(record["cases"])}
+    for part, count in counts.items() if summary["unranked"] else [("median", summary["ranked"])]:
+        for key in ("spearman", "kendall"):
+            cells = [_number(summary[part][name][key]) for name in _COLUMNS]
+            lines.append(f"| median {key} of {count} cases | | | " + " | ".join(cells) + " |")
     weights = summary["weights"]
     lines.append("")
     lines.append(

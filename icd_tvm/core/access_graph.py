@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from icd_tvm.core.correlation import collect_correlations, strongest
 from icd_tvm.core.cost import Csr, TileAccess, check_accesses
+from icd_tvm.core.mock_graph import mock_w
 from icd_tvm.core.npz_file import open_archive, read_row, read_text
 from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
 from icd_tvm.files import write_atomically
@@ -39,8 +41,11 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
         ``tir``: ``accesses`` (sequence of TileAccess): W = sum weight_w over the windows that
         touch both i and j.
         ``trace``: ``windows`` and ``indices`` (int arrays of one length), ``n``: W[i, j] is the
-        number of windows with both.
-        ``mock``: ``n`` (2560), ``blocks`` (32), ``density`` (0.04, at most 0.05), ``noise``
+        number of windows with both. Or ``activations`` (float arrays [samples, n], such as
+        :func:`icd_tvm.collect_activations` returns) and ``correlation`` (mapping, optional):
+        W[i, j] is the |correlation| of i and j, see
+        :func:`icd_tvm.core.correlation.collect_correlations`.
+        ``mock``: ``n`` (2560), ``blocks`` (16), ``density`` (0.04, at most 0.05), ``noise``
         (0.1: share of the edges outside blocks), ``seed`` (0), ``shuffle`` (True): planted
         blocks hidden by a permutation; see :func:`planted_order`.
     normalize : {"none", "row", "sym"}, keyword
@@ -62,7 +67,7 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
     nnz_cap = cfg.pop("nnz_cap", None)
     builders: dict[str, Callable[..., Csr]] = {
         "tir": lambda **kw: w_from_accesses(nnz_cap=nnz_cap, **kw),
-        "trace": lambda **kw: w_from_trace(nnz_cap=nnz_cap, **kw),
+        "trace": lambda **kw: _from_trace(nnz_cap=nnz_cap, **kw),
         "mock": mock_w,
     }
     if source not in builders:
@@ -121,6 +126,23 @@ def _product_rows(parts: Sequence[Any], first: int, last: int) -> Csr:
     return sp.csr_matrix((block.data[off], (block.row[off], block.col[off])), shape=block.shape)
 
 
+def _from_trace(
+    *,
+    nnz_cap: int | None,
+    activations: Any = None,
+    correlation: Mapping[str, Any] | None = None,
+    **events: Any,
+) -> Csr:
+    if activations is None:
+        return w_from_trace(nnz_cap=nnz_cap, **events)
+    if events:
+        raise ConfigError(
+            f"build_w: {sorted(events)[0]!r} does not go with activations",
+            "pass events or activations",
+        )
+    return collect_correlations(activations, correlation)[0]
+
+
 def w_from_trace(windows: ArrayLike, indices: ArrayLike, n: int, nnz_cap: int | None = None) -> Csr:
     """Return W of a trace of events: event k touched ``indices[k]`` in window ``windows[k]``.
 
@@ -146,75 +168,6 @@ def w_from_trace(windows: ArrayLike, indices: ArrayLike, n: int, nnz_cap: int | 
         (np.ones(index.size, dtype=np.bool_), (compact, index)), shape=(int(compact.max()) + 1, n)
     )
     return w_from_accesses([TileAccess(touched, 1)], nnz_cap)
-
-
-def mock_w(
-    n: int = 2560,
-    blocks: int = 32,
-    density: float = 0.04,
-    noise: float = 0.1,
-    seed: int = 0,
-    shuffle: bool = True,
-) -> Csr:
-    """Return a graph of ``blocks`` equal planted blocks, hidden by :func:`planted_order`.
-
-    Edges get weights in [0.5, 1.5). ``noise`` is the share of edges that ignore the blocks.
-
-    Raises
-    ------
-    ConfigError
-        If an argument is out of range or the density cannot be reached inside the blocks.
-    """
-    checks = {
-        f"n={n}": n >= 2,
-        f"blocks={blocks}": 1 <= blocks <= n,
-        f"density={density}": 0 < density <= 0.05,
-        f"noise={noise}": 0 <= noise <= 1,
-    }
-    for text, good in checks.items():
-        if not good:
-            raise ConfigError(f"mock W: {text} is out of range", "density is at most 0.05")
-    rng = np.random.default_rng(seed)
-    edges = int(density * n * n / 2)
-    outside = round(noise * edges)
-    label = np.arange(n) * blocks // n
-    capacity = int(sum(size * (size - 1) // 2 for size in np.bincount(label)))
-    if edges - outside > capacity:
-        raise ConfigError(f"mock W: density {density} does not fit into {blocks} blocks of {n}")
-    inside = _block_edges(label, edges - outside, rng)
-    row, col = (rng.integers(n, size=outside) for _ in range(2))
-    rows, cols = np.concatenate([inside[0], row]), np.concatenate([inside[1], col])
-    if shuffle:
-        hidden = planted_order(n, seed)
-        rows, cols = hidden[rows], hidden[cols]
-    low, high = np.minimum(rows, cols), np.maximum(rows, cols)
-    unique = np.unique(low[low != high] * n + high[low != high])
-    weights = rng.uniform(0.5, 1.5, unique.size).astype(np.float32)
-    half = sp.coo_matrix((weights, (unique // n, unique % n)), shape=(n, n))
-    return sp.csr_matrix(half + half.T)
-
-
-def planted_order(n: int, seed: int) -> NDArray[np.int32]:
-    """Return the order under which the blocks of ``mock_w(n, seed=seed)`` are contiguous."""
-    return np.random.default_rng([seed, n]).permutation(n).astype(np.int32)
-
-
-def _block_edges(
-    label: NDArray[np.int64], count: int, rng: np.random.Generator
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw ``count`` distinct pairs inside the blocks, uniformly."""
-    sizes = np.bincount(label)
-    start = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    pairs = sizes * (sizes - 1) // 2
-    ends = np.cumsum(pairs)
-    drawn = rng.choice(int(ends[-1]), size=count, replace=False)
-    block = np.searchsorted(ends, drawn, side="right")
-    rank = drawn - (ends - pairs)[block]
-    # Pair number rank of a triangle: row r holds the ranks r (r - 1) / 2 .. r (r + 1) / 2 - 1.
-    row = ((1 + np.sqrt(1 + 8 * rank.astype(np.float64))) / 2).astype(np.int64)
-    row -= row * (row - 1) // 2 > rank
-    row += row * (row + 1) // 2 <= rank
-    return start[block] + row, start[block] + rank - row * (row - 1) // 2
 
 
 def validate_w(graph: Csr) -> None:
@@ -285,7 +238,7 @@ def _capped(graph: Csr, cap: int | None) -> Csr:
     if cap is None or graph.nnz <= cap:
         return graph
     half = sp.triu(graph, k=1).tocoo()
-    chosen = np.flatnonzero(_top(half.data[None, :], cap // 2)[0])
+    chosen = np.flatnonzero(strongest(half.data[None, :], cap // 2)[0])
     kept = sp.coo_matrix(
         (half.data[chosen], (half.row[chosen], half.col[chosen])), shape=graph.shape
     )
@@ -297,17 +250,7 @@ def _strongest(rows: Csr, keep: int) -> Csr:
     if np.diff(rows.indptr).max(initial=0) <= keep:
         return rows
     dense = rows.toarray()
-    return sp.csr_matrix(np.where(_top(dense, keep), dense, np.float32(0)))
-
-
-def _top(values: NDArray[np.float32], keep: int) -> NDArray[np.bool_]:
-    """Mark the ``keep`` largest values of each row, the first ones among equals."""
-    if keep <= 0:
-        return np.zeros(values.shape, dtype=np.bool_)
-    border = np.partition(values, -keep, axis=1)[:, -keep, None]
-    above, equal = values > border, values == border
-    room = keep - above.sum(axis=1, keepdims=True)
-    return above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))
+    return sp.csr_matrix(np.where(strongest(dense, keep), dense, np.float32(0)))
 
 
 def save_w(path: str | Path, graph: Csr, source: str, seed: int | None = None) -> None:

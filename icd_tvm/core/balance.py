@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from icd_tvm.core.cost import TileAccess, TileState, tile_loads
+from icd_tvm.core.cost import TileAccess, tile_loads
 from icd_tvm.core.search import Floats, SearchResult, TileSearch
+from icd_tvm.core.tile_state import TileState
 
 # Sum of the loads' 16th powers: steep enough that the fullest tiles decide, smooth enough that
 # a swap which lowers one of several equally full tiles counts as progress.

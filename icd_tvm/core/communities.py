@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from icd_tvm.core.cost import Csr
+from icd_tvm.core.cost import Csr, label_modularity, shuffled_graph
 from icd_tvm.errors import ConfigError, MissingDependencyError, NonFiniteError, ShapeError
 
 METHODS = ("louvain", "leiden")
@@ -52,6 +52,20 @@ def cluster_graph(matrix: Csr, cfg: Mapping[str, Any] | None = None) -> NDArray[
         return np.arange(graph.shape[0], dtype=np.int64)
     labels = _solver(options).fit_predict(graph)
     return _by_size(np.asarray(labels, dtype=np.int64))
+
+
+def null_modularity(matrix: Csr, cfg: Mapping[str, Any] | None = None) -> float:
+    """Return the modularity of the communities found where there are none.
+
+    :func:`cluster_graph` finds communities in any sparse graph, so the modularity of those of
+    ``matrix`` means something only as far as it exceeds this value, which is that of a graph with
+    the same degrees and weights, its edges re-paired at random.
+
+    Parameters and errors are those of :func:`cluster_graph`; ``seed`` also seeds the re-pairing.
+    """
+    options = {"seed": 0, **(cfg or {})}
+    null = shuffled_graph(_checked(matrix), options["seed"])
+    return label_modularity(null, cluster_graph(null, options), options.get("resolution", 1.0))
 
 
 def _checked(matrix: Csr) -> Csr:

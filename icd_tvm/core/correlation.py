@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from icd_tvm.core.cost import Csr
 from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
 
-_DEFAULTS: dict[str, Any] = {"neighbours": 20, "threshold": 0.0, "center": True, "block": 1024}
+DEFAULTS: dict[str, Any] = {"neighbours": 20, "threshold": 0.0, "center": True, "block": 1024}
 
 
 def collect_correlations(
@@ -44,8 +44,8 @@ def collect_correlations(
     ShapeError, NonFiniteError, ConfigError
         If an array or a key of ``cfg`` is invalid.
     """
-    options = {**_DEFAULTS, **(cfg or {})}
-    if unknown := set(options) - set(_DEFAULTS):
+    options = {**DEFAULTS, **(cfg or {})}
+    if unknown := set(options) - set(DEFAULTS):
         raise ConfigError(f"collect_correlations: unknown key {sorted(unknown)[0]!r}")
     if options["neighbours"] < 1 or options["block"] < 1:
         raise ConfigError("collect_correlations: neighbours and block must be at least 1")
@@ -91,15 +91,23 @@ def _nearest(unit: NDArray[np.float32], options: Mapping[str, Any]) -> Csr:
         block = np.abs(unit[:, first : first + options["block"]].T @ unit)
         number = np.arange(block.shape[0])
         block[number, number + first] = -1.0
-        near = np.argsort(-block, axis=1, kind="stable")[:, :count]
-        value = np.take_along_axis(block, near, axis=1)
-        keep = value > max(options["threshold"], 1e-7)
-        rows.append(np.repeat(number + first, count).reshape(near.shape)[keep])
-        cols.append(near[keep])
-        data.append(value[keep])
+        row, col = np.nonzero(strongest(block, count) & (block > max(options["threshold"], 1e-7)))
+        rows.append(row + first)
+        cols.append(col)
+        data.append(block[row, col])
     flat = [np.concatenate(part) for part in (data, rows, cols)]
     graph = sp.csr_matrix((flat[0], (flat[1], flat[2])), shape=(n, n), dtype=np.float32)
     both = sp.csr_matrix(graph.maximum(graph.T))
     both.data = np.minimum(both.data, np.float32(1.0))
     both.sort_indices()
     return both
+
+
+def strongest(values: NDArray[np.float32], keep: int) -> NDArray[np.bool_]:
+    """Mark the ``keep`` largest values of each row, the first ones among equals."""
+    if keep <= 0:
+        return np.zeros(values.shape, dtype=np.bool_)
+    border = np.partition(values, -keep, axis=1)[:, -keep, None]
+    above, equal = values > border, values == border
+    room = keep - above.sum(axis=1, keepdims=True)
+    return above | (equal & (np.cumsum(equal, axis=1, dtype=np.int32) <= room))

@@ -1,4 +1,4 @@
-"""Cost of an order of one axis: distinct tiles U, distance C, modularity Q, combined J.
+"""Cost of an order of one axis: distinct tiles U, distance C, modularity Q, roofline time.
 
 Definitions, proofs and measured rank correlations: ``docs/Theoretical_Analysis.md``.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -41,6 +40,9 @@ class TileAccess:
     padded : bool
         The kernel does as many steps for every tile as for the fullest one (one list length for
         all column groups), so it pays tiles * max over tiles and not the sum over tiles.
+    lanes : int
+        Elements of the aligned vector or cache line that the kernel reads the axis by: its bytes
+        over the element size. 0 stands for one tile.
 
     Raises
     ------
@@ -54,6 +56,7 @@ class TileAccess:
     label: str = ""
     counts: NDArray[np.float64] | None = None
     padded: bool = False
+    lanes: int = 0
 
     def __post_init__(self) -> None:
         matrix = sp.csr_matrix(self.incidence)
@@ -64,6 +67,8 @@ class TileAccess:
         object.__setattr__(self, "incidence", matrix)
         if self.tile < 1:
             raise ConfigError(f"access {self.label!r}: tile {self.tile} must be at least 1")
+        if self.lanes < 0:
+            raise ConfigError(f"access {self.label!r}: lanes {self.lanes} is negative")
         if not np.isfinite(self.weight):
             raise NonFiniteError(f"access {self.label!r}: weight {self.weight} is not finite")
         if self.weight < 0:
@@ -94,6 +99,11 @@ class TileAccess:
     def tiles(self) -> int:
         """Number of tiles, the last one perhaps partial."""
         return -(-self.n // self.tile)
+
+    @property
+    def alignment(self) -> int:
+        """Positions from one vector or line border to the next."""
+        return self.lanes or self.tile
 
     @property
     def unit_weights(self) -> NDArray[np.float64]:
@@ -203,137 +213,6 @@ def _most_units(access: TileAccess) -> float:
     return float(most @ access.unit_weights)
 
 
-class TileState:
-    """U of a changing order, kept up to date in time proportional to what a move touches.
-
-    Padded accesses count as the sum over their tiles; see ``icd_tvm/core/balance.py``.
-
-    Parameters
-    ----------
-    accesses : sequence of TileAccess
-    perm : array_like of int, shape [n]
-        The starting order; copied.
-    """
-
-    def __init__(self, accesses: Sequence[TileAccess], perm: ArrayLike) -> None:
-        self.accesses = tuple(accesses)
-        self.perm: Perm = as_permutation(perm, check_accesses(self.accesses)).copy()
-        self.items = [sp.csr_matrix(a.incidence.T) for a in self.accesses]
-        self.weights = [a.unit_weights for a in self.accesses]
-        self.counts = [self._count(a) for a in self.accesses]
-        self.cost = self._total()
-
-    def _total(self) -> float:
-        return float(sum(touched_tiles(a, self.perm) @ a.unit_weights for a in self.accesses))
-
-    def _count(self, access: TileAccess) -> NDArray[np.int32]:
-        tile_of = invert(self.perm) // access.tile
-        one_hot = sp.csr_matrix(
-            (np.ones(access.n, dtype=np.int32), (tile_of, np.arange(access.n))),
-            shape=(access.tiles, access.n),
-        )
-        product: Any = one_hot @ access.incidence.T.astype(np.int32)
-        return np.asarray(product.todense(), dtype=np.int32)
-
-    def delta(self, positions: NDArray[np.intp], items: NDArray[np.int32]) -> float:
-        """Return the change of U if ``items[k]`` were placed at ``positions[k]`` for every k.
-
-        ``items`` must be the items now at ``positions``, in another order.
-        """
-        return float(sum(gain for _, _, gain in self._changes(positions, items)))
-
-    def apply(self, positions: NDArray[np.intp], items: NDArray[np.int32]) -> float:
-        """Do what :meth:`delta` prices, and return that change of U."""
-        total = 0.0
-        for counts, (keys, steps, gain) in zip(
-            self.counts, self._changes(positions, items), strict=True
-        ):
-            counts.reshape(-1)[keys] += steps
-            total += gain
-        self.perm[positions] = items
-        self.cost += total
-        return total
-
-    def _changes(
-        self, positions: NDArray[np.intp], items: NDArray[np.int32]
-    ) -> list[tuple[NDArray[np.int64], NDArray[np.int32], float]]:
-        old = self.perm[positions]
-        return [
-            self._access_changes(k, positions // a.tile, old, items)
-            for k, a in enumerate(self.accesses)
-        ]
-
-    def _access_changes(
-        self, k: int, tiles: NDArray[np.intp], old: NDArray[np.int32], new: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], float]:
-        keys, steps, flips = self._flips(k, tiles, old, new)
-        return keys, steps, float(flips @ self.weights[k][keys % self.accesses[k].windows])
-
-    def _flips(
-        self, k: int, tiles: NDArray[np.intp], old: NDArray[np.int32], new: NDArray[np.int32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-        """Return (tile, window) cells, how their counts change, and which become (un)touched."""
-        windows = self.accesses[k].windows
-        leave = _cells(self.items[k], old, tiles, windows)
-        enter = _cells(self.items[k], new, tiles, windows)
-        keys, where = np.unique(np.concatenate([leave, enter]), return_inverse=True)
-        signs = np.concatenate([np.full(leave.size, -1), np.full(enter.size, 1)])
-        steps = np.bincount(where, weights=signs, minlength=keys.size).astype(np.int32)
-        before = self.counts[k].reshape(-1)[keys]
-        return keys, steps, (before + steps > 0).astype(np.int64) - (before > 0)
-
-    def swap_delta(self, a: int, b: int) -> float:
-        """Return the change of U if the items at positions ``a`` and ``b`` changed places."""
-        return self.delta(*self._swap(a, b))
-
-    def swap(self, a: int, b: int) -> float:
-        """Exchange the items at positions ``a`` and ``b``; return the change of U."""
-        return self.apply(*self._swap(a, b))
-
-    def _swap(self, a: int, b: int) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-        positions = np.array([a, b] if a != b else [a], dtype=np.intp)
-        return positions, self.perm[positions[::-1]]
-
-    def move_delta(self, start: int, length: int, dest: int) -> float:
-        """Return the change of U if a segment moved; arguments as in :func:`moved_segment`."""
-        return self.delta(*moved_segment(self.perm, start, length, dest))
-
-    def move(self, start: int, length: int, dest: int) -> float:
-        """Move a segment; arguments as in :func:`moved_segment`; return the change of U."""
-        return self.apply(*moved_segment(self.perm, start, length, dest))
-
-
-def _cells(
-    items: Csr, chosen: NDArray[np.int32], tiles: NDArray[np.intp], windows: int
-) -> NDArray[np.int64]:
-    rows = items[chosen]
-    return np.repeat(tiles, np.diff(rows.indptr)).astype(np.int64) * windows + rows.indices
-
-
-def moved_segment(
-    perm: Perm, start: int, length: int, dest: int
-) -> tuple[NDArray[np.intp], NDArray[np.int32]]:
-    """Return the positions a segment move touches and the items it puts there.
-
-    The segment ``perm[start : start + length]`` is taken out and put back so that it starts at
-    position ``dest``; what lies between shifts.
-
-    Raises
-    ------
-    ConfigError
-        If the segment or its destination leaves the axis.
-    """
-    last = perm.size - length
-    if length < 1 or not 0 <= start <= last or not 0 <= dest <= last:
-        raise ConfigError(f"segment [{start}, {start + length}) to {dest} leaves {perm.size}")
-    low, high = min(start, dest), max(start, dest) + length
-    window = perm[low:high]
-    segment = perm[start : start + length]
-    rest = np.delete(window, np.s_[start - low : start - low + length])
-    items = np.insert(rest, dest - low, segment)
-    return np.arange(low, high, dtype=np.intp), items.astype(np.int32)
-
-
 def distance_cost(graph: Csr, perm: ArrayLike, window: int = 16) -> float:
     """Return C(perm), the windowed saturating distance, in [0, 1].
 
@@ -400,38 +279,6 @@ def shuffled_graph(graph: Csr, seed: int) -> Csr:
     weights = rng.permutation(upper.data)[keep]
     half = sp.coo_matrix((weights, (first[keep], second[keep])), shape=graph.shape)
     return sp.csr_matrix(half + half.T)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of J = c * C + q * (1 - Q) + u * U / U_max; the terms present are renormalised.
-
-    U is what a kernel pays, C and Q are surrogates of it, so U gets half of the weight.
-    """
-
-    c: float = 0.25
-    q: float = 0.25
-    u: float = 0.5
-
-
-DEFAULT_WEIGHTS = Weights()
-
-
-def combined_cost(
-    distance: float | None,
-    quality: float | None,
-    relative_units: float | None,
-    weights: Weights = DEFAULT_WEIGHTS,
-) -> float:
-    """Return J from C, Q and U / U_max; a term that is None drops out. Lower is better."""
-    terms = [
-        (weights.c, distance),
-        (weights.q, None if quality is None else 1.0 - quality),
-        (weights.u, relative_units),
-    ]
-    present = [(weight, value) for weight, value in terms if value is not None]
-    total = sum(weight for weight, _ in present)
-    return sum(weight * value for weight, value in present) / total if total else 0.0
 
 
 def incidence_distance(accesses: Sequence[TileAccess], perm: ArrayLike, window: int = 16) -> float:

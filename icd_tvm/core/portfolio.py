@@ -13,9 +13,10 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 from icd_tvm.core import starts
 from icd_tvm.core.access_graph import is_uniform, w_from_accesses
 from icd_tvm.core.balance import BalancedSearch
-from icd_tvm.core.communities import cluster_graph
+from icd_tvm.core.communities import cluster_graph, null_modularity
 from icd_tvm.core.cost import Csr, TileAccess, label_modularity, tile_cost, tile_lower_bound
-from icd_tvm.core.graph_search import GraphObjective, graph_search
+from icd_tvm.core.graph_search import graph_search
+from icd_tvm.core.graph_state import GraphObjective
 from icd_tvm.core.permutation import Perm, identity
 from icd_tvm.core.problem import FitStats, Problem, block_count, live_indices
 from icd_tvm.core.search import SearchResult, TileSearch
@@ -28,6 +29,8 @@ _GRAPH_CAP = 16_384
 # Nanoseconds per non-zero of steps that cannot be interrupted, to skip what does not fit.
 _SPECTRAL_NS = 800
 _SEARCH_NS = 40
+# The same, to find communities in a graph without any.
+_NULL_NS = 500
 # Share of the search time for the greedy start, where the fullest tile decides.
 _FIRST_SHARE = 0.9
 # Nanoseconds per pair of indices of one window, to form W.
@@ -38,8 +41,7 @@ def solve(problem: Problem, classes: NDArray[np.int64], deadline: float, stats: 
     """Portfolio and local search; indices stay inside the class (a run) of their position."""
     if reason := _hopeless(problem):
         stats.no_opportunity, stats.reason, stats.stopped_by = True, reason, "no_opportunity"
-        unchanged = identity(problem.n)
-        return _dead_last(problem.accesses, classes, unchanged) if problem.accesses else unchanged
+        return identity(problem.n)
     if problem.objective == "tiles":
         order = _solve_tiles(problem, classes, deadline, stats)
         return _dead_last(problem.accesses, classes, order)
@@ -200,6 +202,14 @@ def _fits(name: str, nanoseconds: float, deadline: float, stats: FitStats) -> bo
     return False
 
 
+def _null(graph: Csr, seed: int, deadline: float, stats: FitStats) -> float | None:
+    """Return what modularity is worth nothing; None where there is no time to find out."""
+    if time.perf_counter() + graph.nnz * _NULL_NS * 1e-9 > deadline:
+        stats.skipped["null"] = "time"
+        return None
+    return null_modularity(graph, {"seed": seed})
+
+
 def _community_rule(graph: Csr, seed: int, stats: FitStats) -> Rule:
     def rule(columns: NDArray[np.intp], offset: int) -> Perm | None:
         part = graph[columns][:, columns]
@@ -278,6 +288,8 @@ def _solve_graph(
     community = _community_rule(graph, problem.seed, stats)
     columns = np.arange(problem.n)
     by_community = community(columns, 0) if problem.n > 1 else None
+    if by_community is not None:
+        stats.Q_null = _null(graph, problem.seed, deadline, stats)
     blocks = block_count(problem, stats)
     objective = GraphObjective.named(
         problem.objective, graph, problem.accesses, blocks, problem.tile, problem.weights

@@ -10,7 +10,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from icd_tvm.core.cost import DEFAULT_WEIGHTS, Csr, TileAccess, Weights, check_accesses
+from icd_tvm.core.combined_cost import DEFAULT_WEIGHTS, Weights
+from icd_tvm.core.cost import Csr, TileAccess, check_accesses
 from icd_tvm.core.permutation import Perm
 from icd_tvm.errors import ConfigError
 
@@ -23,9 +24,10 @@ class FitStats:
     ----------
     objective : str
         The objective minimised; "tiles" becomes "J" when there are no accesses.
-    U, C, Q, J : float or None
-        Tile units, distance, modularity of ``k_blocks`` equal blocks and combined cost of the
-        order returned; ``*_before`` of the start. None where the input does not define them.
+    U, C, Q, A, S, J : float or None
+        Tile units, distance, modularity of ``k_blocks`` equal blocks, misalignment, displacement
+        from the start and combined cost of the order returned; ``*_before`` of the start. None
+        where the input does not define them; A only where ``weights`` give it a weight.
     U_bound : float or None
         No order is below it; ``U == U_bound`` proves the order optimal.
     winner : str
@@ -38,30 +40,36 @@ class FitStats:
         Steps of the local search.
     elapsed_s : float
     improved : bool
-        Is the objective strictly below that of the start?
+        Is the objective strictly below that of the start? If not, the start is returned.
     stopped_by : {"no_opportunity", "bound", "converged", "steps", "time"}
     deterministic : bool
         False when the clock decided: another run may return another order.
     no_opportunity : bool
-        True when it is known without a search that no order is better than the start. The
-        order is then the start, but for indices that nothing touches, which still go last.
+        True when it is known without a search that no order is better than the start.
     reason : str
         Why there is no opportunity, or an empty string.
     dead : int
-        Indices that no window touches; they are the last of the order where that is free.
+        Indices that no window touches; they are the last of an improved order where that is
+        free.
     k_blocks : int
     communities : int or None
-        Number found, where communities were computed; ``Q_communities`` is their modularity.
+        Number found, where communities were computed; ``Q_communities`` is their modularity and
+        ``Q_null`` that of the communities of a shuffled graph (``null_modularity``): only what
+        is above it is structure. None for the objective "tiles", which Q does not decide.
     """
 
     objective: str
     U: float | None = None
     C: float | None = None
     Q: float | None = None
+    A: float | None = None
+    S: float | None = None
     J: float | None = None
     U_before: float | None = None
     C_before: float | None = None
     Q_before: float | None = None
+    A_before: float | None = None
+    S_before: float | None = None
     J_before: float | None = None
     U_bound: float | None = None
     winner: str = "start"
@@ -78,6 +86,7 @@ class FitStats:
     k_blocks: int = 1
     communities: int | None = None
     Q_communities: float | None = None
+    Q_null: float | None = None
 
     def __getitem__(self, key: str) -> Any:
         """Return the attribute ``key``."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from icd_tvm.core.cost import TileAccess, TileState, moved_segment
+from icd_tvm.core.cost import TileAccess
 from icd_tvm.core.permutation import Perm
 from icd_tvm.core.starts import stacked_items
+from icd_tvm.core.tile_state import TileState, moved_segment
 
 Floats = NDArray[np.float32]
 

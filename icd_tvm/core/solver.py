@@ -12,13 +12,17 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
 from icd_tvm.core.access_graph import validate_w
-from icd_tvm.core.cost import (
+from icd_tvm.core.combined_cost import (
     DEFAULT_WEIGHTS,
+    Weights,
+    combined_cost,
+    displacement,
+    misalignment,
+)
+from icd_tvm.core.cost import (
     Csr,
     TileAccess,
-    Weights,
     check_accesses,
-    combined_cost,
     distance_cost,
     incidence_distance,
     incidence_modularity,
@@ -54,7 +58,8 @@ def fit_permutation(
 ) -> tuple[Perm, FitStats]:
     """Find an order of an axis that lowers what its kernels pay.
 
-    Never worse than ``start`` in the objective. Deterministic for a seed unless the clock
+    Never worse than ``start`` in the objective; ``start`` itself where nothing better was found
+    (``stats.improved`` is False). Deterministic for a seed unless the clock
     stopped it, which ``stats.deterministic`` says.
 
     Parameters
@@ -120,8 +125,18 @@ def fit_permutation(
         _improve(problem, rule, began + time_budget_s - report_s, stats) if n > 1 else identity(n)
     )
     _report(problem, order, stats)
+    if not stats.improved:
+        order = _start_kept(problem, stats)
     stats.elapsed_s = time.perf_counter() - began
     return compose(first, order), stats
+
+
+def _start_kept(problem: Problem, stats: FitStats) -> Perm:
+    """Return the start, which an order of equal cost does not replace; the stats follow."""
+    for name in ("U", "C", "Q", "A", "S", "J"):
+        setattr(stats, name, getattr(stats, f"{name}_before"))
+    stats.winner = "start"
+    return identity(problem.n)
 
 
 def _axis_length(graph: Csr | None, accesses: Sequence[TileAccess]) -> int:
@@ -196,7 +211,12 @@ def _solve_blocks(
         )
     )
     accesses = tuple(
-        replace(a, incidence=sp.csr_matrix(a.incidence @ member), tile=max(1, a.tile // inner))
+        replace(
+            a,
+            incidence=sp.csr_matrix(a.incidence @ member),
+            tile=max(1, a.tile // inner),
+            lanes=max(1, a.alignment // inner),
+        )
         for a in problem.accesses
     )
     graph = None
@@ -210,7 +230,15 @@ def _solve_blocks(
 def _solve_reduced(problem: Problem, deadline: float, stats: FitStats) -> Perm:
     part = FitStats(problem.objective)
     order = solve(problem, np.zeros(problem.n, dtype=np.int64), deadline, part)
-    for name in ("winner", "starts", "skipped", "stopped_by", "communities", "Q_communities"):
+    for name in (
+        "winner",
+        "starts",
+        "skipped",
+        "stopped_by",
+        "communities",
+        "Q_communities",
+        "Q_null",
+    ):
         setattr(stats, name, getattr(part, name))
     stats.iterations += part.iterations
     stats.deterministic &= part.deterministic
@@ -234,11 +262,18 @@ def _scores(problem: Problem, order: Perm, blocks: int) -> dict[str, float | Non
     else:
         distance = incidence_distance(problem.accesses, order, problem.tile)
         quality = incidence_modularity(problem.accesses, order, blocks)
-    top = tile_upper_bound(problem.accesses)
+    top, weights = tile_upper_bound(problem.accesses), problem.weights
+    misaligned = misalignment(problem.accesses, order) if weights.a and top else None
+    displaced = displacement(order)
     joint = combined_cost(
-        distance, quality, units / top if units is not None and top else None, problem.weights
+        distance,
+        quality,
+        units / top if units is not None and top else None,
+        weights,
+        misaligned=misaligned,
+        displaced=displaced,
     )
-    return {"U": units, "C": distance, "Q": quality, "J": joint}
+    return {"U": units, "C": distance, "Q": quality, "A": misaligned, "S": displaced, "J": joint}
 
 
 def _report(problem: Problem, order: Perm, stats: FitStats) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from icd_tvm.core.cost import Weights, combined_cost
+from icd_tvm.core.combined_cost import Weights, combined_cost
 from icd_tvm.errors import ConfigError, MeasurementError, OutputError
 from icd_tvm.files import default_cache, write_atomically
 from icd_tvm.measure.environment import environment_hash, fingerprint
@@ -30,7 +31,7 @@ FORMAT = "icd/cost-calibration/v1"
 SCORES = ("U", "U_sum", "U_wrong", "-Q", "C", "J")
 # The score that layouts are chosen by.
 DECISION = "U"
-# Layouts whose times differ by less than this many times the noise cannot be ranked.
+# Layouts whose times, or scores, differ by less than this many times the noise cannot be ranked.
 _NOISE_FACTOR = 3.0
 # Weights of J are tried in steps of one eighth.
 _GRID = 8
@@ -112,14 +113,19 @@ def calibrate(
 def case_record(times: PilotTimes) -> dict[str, Any]:
     """Return one case as JSON: layouts with scores and times, and the correlation of each score.
 
-    ``indifferent`` says that the layouts' times differ by less than three times the noise, so
-    that nothing can be ranked; ``ceiling`` is the Spearman correlation of one half of the rounds
-    with the other. ``padding`` is U / U_sum of each layout: what one list length for all groups
-    costs.
+    ``noise`` is the larger of two relative differences: that between the two halves of the rounds,
+    in the median over layouts, and that between copies of one layout, whose arrays lie elsewhere
+    in memory. ``unranked`` says why a case cannot rank the decision score, if it cannot:
+    the times of its layouts, or their scores, differ by less than three times the noise.
+    ``ceiling`` is the Spearman correlation of one half of the rounds with the other. ``padding``
+    is U / U_sum of each layout: what one list length for all groups costs.
     """
     seconds = lower_quartiles(times.samples)
     ceiling, noise = repeatability(times.samples)
-    spread = float(seconds.max() / seconds.min() - 1)
+    if times.copies is not None and times.copies.size:
+        noise = max(noise, _spread(lower_quartiles(times.copies)))
+    spread = _spread(seconds)
+    reach = _spread([row[DECISION] for row in times.scores])
     layouts = [
         {"name": name, "seconds": float(t), "seconds_min": float(least), **score}
         for name, t, least, score in zip(
@@ -137,13 +143,28 @@ def case_record(times: PilotTimes) -> dict[str, Any]:
         "spread": spread,
         "noise": noise,
         "ceiling": ceiling,
-        "indifferent": spread < _NOISE_FACTOR * noise,
+        "reach": reach,
+        "unranked": _why_unranked(spread, reach, noise),
         "padding": [row["U"] / row["U_sum"] for row in times.scores],
     }
 
 
+def _spread(values: ArrayLike) -> float:
+    """Return by what share the largest value exceeds the least."""
+    array = np.asarray(values, dtype=np.float64)
+    return float(array.max() / array.min() - 1)
+
+
+def _why_unranked(spread: float, reach: float, noise: float) -> str:
+    """Return why layouts cannot be ranked by the decision score, or an empty string."""
+    for name, found in (("times differ", spread), (f"{DECISION} differs", reach)):
+        if found < _NOISE_FACTOR * noise:
+            return f"{name} by {found:.1%}, with noise of {noise:.1%}"
+    return ""
+
+
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the medians over the cases that can be ranked, and the weights of J.
+    """Return the medians over the cases that can be ranked and over all, and the weights of J.
 
     Parameters
     ----------
@@ -153,20 +174,21 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``ranked`` and ``indifferent`` (numbers of cases), ``median`` (score -> spearman, kendall,
-        cases), ``decision``, ``weights`` (c, q, u) with ``weights_spearman``, and ``reason``
-        where there are no weights.
+        ``ranked`` and ``unranked`` (numbers of cases), ``median`` and ``median_of_all`` (score ->
+        spearman, kendall, cases), ``decision``, ``weights`` (c, q, u) with ``weights_spearman``,
+        and ``reason`` where there are no weights.
     """
-    ranked = [record for record in records if not record["indifferent"]]
+    ranked = [record for record in records if not record["unranked"]]
     weights, found = fit_weights(ranked)
     return {
         "ranked": len(ranked),
-        "indifferent": len(records) - len(ranked),
+        "unranked": len(records) - len(ranked),
         "decision": DECISION,
         "median": {name: _medians(ranked, name) for name in SCORES},
+        "median_of_all": {name: _medians(records, name) for name in SCORES},
         "weights": None if weights is None else {"c": weights.c, "q": weights.q, "u": weights.u},
         "weights_spearman": found,
-        "reason": "" if weights else "no case has layouts whose times differ by more than noise",
+        "reason": "" if weights else "no case has layouts that differ by more than noise",
     }
 
 

@@ -17,9 +17,9 @@ import scipy.sparse as sp
 
 from icd_tvm._tvm import tvm
 from icd_tvm.core import starts
+from icd_tvm.core.combined_cost import combined_cost
 from icd_tvm.core.cost import (
     TileAccess,
-    combined_cost,
     incidence_distance,
     incidence_modularity,
     tile_cost,
@@ -30,15 +30,9 @@ from icd_tvm.core.permutation import Perm, identity
 from icd_tvm.core.solver import fit_permutation
 from icd_tvm.errors import ConfigError, VerificationError
 from icd_tvm.measure.latency import balanced_orders
-from icd_tvm.tir_schedules.cpu.block_sparse import (
-    BlockSparseRule,
-    pack_rowlist,
-    pack_vrow,
-    rowlist_matmul,
-    vrow_matmul,
-)
+from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
+from icd_tvm.tir_schedules.cpu.matmul_kinds import build_matmul, pack_matmul
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-from icd_tvm.tir_schedules.cpu.tile import choose_tile
 from icd_tvm.tir_schedules.target import host_target
 
 Mask = npt.NDArray[np.bool_]
@@ -52,6 +46,8 @@ _LINE = 16
 WRONG_SIDE = 16
 _TOLERANCE = 1e-3
 _WARMUP = 3
+# Times one layout is packed again, to see what the place of its arrays in memory does.
+_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -120,12 +116,15 @@ class PilotTimes:
         One a layout, see :func:`layout_scores`.
     samples : float64 array, shape [rounds, layouts]
         CPU seconds of the thread.
+    copies : float64 array, shape [rounds, copies], optional
+        The same for the first layout, packed again for each column.
     """
 
     case: PilotCase
     orders: dict[str, Perm]
     scores: list[dict[str, float]]
     samples: npt.NDArray[np.float64]
+    copies: npt.NDArray[np.float64] | None = None
 
 
 def run_case(
@@ -167,12 +166,15 @@ def run_case(
     orders = dict(list(pilot_orders(access, solve_s, seed).items())[:layouts])
     x = np.random.default_rng([seed, 1]).standard_normal((case.m, case.k), dtype=np.float32)
     libraries: dict[int, Any] = {}
-    arms = [_arm(case, x, weight, order, target, libraries) for order in orders.values()]
+    timed = [*orders.values(), *[next(iter(orders.values()))] * _COPIES]
+    arms = [_arm(case, x, weight, order, target, libraries) for order in timed]
+    samples = thread_times(arms, rounds, seed)
     return PilotTimes(
         case,
         orders,
         [layout_scores(case, weight != 0, access, order) for order in orders.values()],
-        thread_times(arms, rounds, seed),
+        samples[:, : len(orders)],
+        samples[:, len(orders) :],
     )
 
 
@@ -326,17 +328,14 @@ def _arm(
 ) -> Callable[[], object]:
     """Return a call of the kernel packed for ``order``, after checking what it computes."""
     rows = case.kernel == "rowlist"
-    permuted = weight[order] if rows else weight[:, order]
-    if rows:
-        packed = pack_rowlist(permuted, choose_tile(case.m, case.k, case.n, target).columns)
-    else:
-        packed = pack_vrow(permuted, case.tile)
-    kept = int(packed[0].shape[-1])
+    permuted = np.ascontiguousarray(weight[order] if rows else weight[:, order])
+    packed = pack_matmul(case.kernel, permuted, (case.m, case.k, case.n), target)
+    kept = int(packed["rows"].shape[-1])
     if kept not in libraries:
         libraries[kept] = _compiled(case, kept, target)
     main = libraries[kept]
     result = tvm.runtime.tensor(np.empty((case.m, case.n), np.float32))
-    inputs = [x[:, order] if rows else x, *packed]
+    inputs = [x[:, order] if rows else x, *packed.values()]
     arguments = [*(tvm.runtime.tensor(np.ascontiguousarray(a)) for a in inputs), result]
     main(*arguments)
     expected = x @ weight if rows else (x @ weight)[:, order]
@@ -347,10 +346,6 @@ def _arm(
 
 
 def _compiled(case: PilotCase, kept: int, target: Any) -> Any:
-    shape = (case.m, case.k, case.n, kept)
-    if case.kernel == "rowlist":
-        func = rowlist_matmul(*shape, choose_tile(case.m, case.k, case.n, target))
-    else:
-        func = vrow_matmul(*shape, case.tile, target=target)
+    func = build_matmul(case.kernel, (case.m, case.k, case.n), kept, target)
     schedule = BlockSparseRule().apply(func, target, False)
     return compile_kernel(schedule.mod["main"], target)["main"]

@@ -100,7 +100,9 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
     Returns
     -------
     TileAccess
-        Windows are reduction steps, equal ones merged; the weight of a unit is its FLOP.
+        Windows are reduction steps, equal ones merged; the weight of a unit is its FLOP. Not
+        padded: where groups need lists of different lengths, the kernel that pays is vcol8, whose
+        groups have their own (docs/Cost_Spec.md).
     """
     k, n = mask.shape
     tile = _kernel_read(rows, k, n, target)[1]
@@ -108,7 +110,8 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
         matrix, counts = _dense_windows(rows, k, n, target)
     else:
         matrix, counts = _windows(rows, mask, target)
-    return TileAccess(matrix, tile.columns, 2.0 * rows * tile.columns, label, counts)
+    lanes = vector_bits(target) // 32
+    return TileAccess(matrix, tile.columns, 2.0 * rows * tile.columns, label, counts, lanes=lanes)
 
 
 @lru_cache(maxsize=64)

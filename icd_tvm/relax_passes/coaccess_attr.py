@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def without(access: TileAccess, indices: np.ndarray) -> TileAccess:
     live = np.ones(access.n, dtype=np.bool_)
     live[indices] = False
     matrix = sp.csr_matrix(access.incidence @ sp.diags_array(live, dtype=np.bool_))
-    return TileAccess(matrix, access.tile, access.weight, access.label, access.counts)
+    return replace(access, incidence=matrix)
 
 
 def _encode(access: TileAccess) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def _encode(access: TileAccess) -> dict[str, Any]:
         "tile": access.tile,
         "weight": float(access.weight),
         "label": access.label,
+        "padded": int(access.padded),
+        "lanes": access.lanes,
         "indptr": tvm.runtime.tensor(matrix.indptr.astype(np.int32)),
         "indices": tvm.runtime.tensor(matrix.indices.astype(np.int32)),
         "counts": tvm.runtime.tensor(counts),
@@ -65,5 +68,11 @@ def _decode(attr: Any) -> TileAccess:
     shape = (len(indptr) - 1, int(attr["n"]))
     matrix = sp.csr_matrix((np.ones(len(indices), dtype=np.bool_), indices, indptr), shape=shape)
     return TileAccess(
-        matrix, int(attr["tile"]), float(attr["weight"]), str(attr["label"]), attr["counts"].numpy()
+        matrix,
+        int(attr["tile"]),
+        float(attr["weight"]),
+        str(attr["label"]),
+        attr["counts"].numpy(),
+        padded=bool(attr["padded"]),
+        lanes=int(attr["lanes"]),
     )

@@ -1,7 +1,8 @@
-"""CollectActivationStats: make a module also return second moments of chosen matmul inputs.
+"""CollectActivationStats: make a module also return statistics of chosen matmul inputs.
 
-The statistics are summed over every token of one call, so a caller adds them up over its
-calibration batches; no activation ever leaves the compiled module.
+Second moments are summed over every token of one call, so a caller adds them up over its
+calibration batches; no activation leaves the compiled module. Where a graph of single tokens is
+wanted, a bounded sample of rows leaves it instead.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from icd_tvm._tvm import Call, relax, tvm
-from icd_tvm.errors import TransformError
+import numpy as np
 
-Statistic = Literal["moment", "gram"]
+from icd_tvm._tvm import Call, Op, relax, tvm
+from icd_tvm.errors import ConfigError, TransformError
+
+Statistic = Literal["moment", "gram", "rows"]
 
 
 @tvm.transform.module_pass(opt_level=0, name="CollectActivationStats")
@@ -22,39 +25,70 @@ class CollectActivationStats:
     Parameters
     ----------
     requests : Mapping[str, Statistic]
-        Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2) or
-        ``"gram"`` (float32 [K, K], X^T X) of its left operand.
+        Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
+        ``"gram"`` (float32 [K, K], X^T X) or ``"rows"`` (float32 [min(M, row_cap), K], tokens
+        of X) of its left operand X [M, K].
+    row_cap : int
+        The most rows of one ``"rows"`` output. Where there are more tokens, as many are drawn
+        without replacement, the same ones in every call.
+    seed : int
+        Of that draw.
 
     Raises
     ------
+    ConfigError
+        If ``row_cap`` is below 1.
     TransformError
-        If a requested binding does not exist in ``main``.
+        If a requested binding is no matmul of ``main``.
     """
 
-    def __init__(self, requests: Mapping[str, Statistic]) -> None:
+    def __init__(
+        self, requests: Mapping[str, Statistic], *, row_cap: int = 1024, seed: int = 0
+    ) -> None:
+        if row_cap < 1:
+            raise ConfigError(f"row_cap={row_cap} must be at least 1")
         self.requests = dict(requests)
+        self.row_cap = row_cap
+        self.seed = seed
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone whose ``main`` returns ``(output, statistic, ...)``."""
         mod = mod.clone()
-        mod["main"] = _with_statistics(mod["main"], self.requests)
+        mod["main"] = self._with_statistics(mod["main"])
         return mod
 
+    def _with_statistics(self, func: Any) -> Any:
+        operands = _left_operands(func, self.requests)
+        builder = relax.BlockBuilder()
+        with builder.function("main", list(func.params), attrs=dict(func.attrs or {})):
+            with builder.dataflow():
+                for block in func.body.blocks:
+                    for binding in block.bindings:
+                        builder.emit_normalized(binding)
+                results = [
+                    builder.emit_output(
+                        builder.normalize(self._statistic(builder, operands[node], kind))
+                    )
+                    for node, kind in self.requests.items()
+                ]
+            builder.emit_func_output(relax.Tuple([func.body.body, *results]))
+        return builder.get()["main"]
 
-def _with_statistics(func: Any, requests: Mapping[str, Statistic]) -> Any:
-    operands = _left_operands(func, requests)
-    builder = relax.BlockBuilder()
-    with builder.function("main", list(func.params), attrs=dict(func.attrs or {})):
-        with builder.dataflow():
-            for block in func.body.blocks:
-                for binding in block.bindings:
-                    builder.emit_normalized(binding)
-            results = [
-                builder.emit_output(builder.normalize(_statistic(builder, operands[node], kind)))
-                for node, kind in requests.items()
-            ]
-        builder.emit_func_output(relax.Tuple([func.body.body, *results]))
-    return builder.get()["main"]
+    def _statistic(self, builder: Any, operand: Any, kind: Statistic) -> Any:
+        *lead, width = (int(size) for size in operand.ty.shape.values)
+        rows = builder.emit(relax.op.reshape(operand, (-1, width)))
+        if kind == "rows":
+            return self._sampled(builder, rows, int(np.prod(lead)))
+        if kind == "moment":
+            return relax.op.sum(builder.emit(relax.op.multiply(rows, rows)), axis=0)
+        return relax.op.matmul(builder.emit(relax.op.permute_dims(rows)), rows)
+
+    def _sampled(self, builder: Any, rows: Any, count: int) -> Any:
+        rows = builder.emit(relax.op.astype(rows, "float32"))
+        if count <= self.row_cap:
+            return relax.op.reshape(rows, rows.ty.shape)
+        drawn = np.random.default_rng(self.seed).choice(count, self.row_cap, replace=False)
+        return relax.op.take(rows, relax.const(np.sort(drawn)), axis=0, mode="clip")
 
 
 def _left_operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, Any]:
@@ -62,7 +96,7 @@ def _left_operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, An
         binding.var.name: binding.value.args[0]
         for block in func.body.blocks
         for binding in block.bindings
-        if binding.var.name in requests and isinstance(binding.value, Call)
+        if binding.var.name in requests and _is_matmul(binding.value)
     }
     missing = sorted(set(requests) - set(found))
     if missing:
@@ -70,9 +104,6 @@ def _left_operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, An
     return found
 
 
-def _statistic(builder: Any, operand: Any, kind: Statistic) -> Any:
-    width = int(operand.ty.shape.values[-1])
-    rows = builder.emit(relax.op.reshape(operand, (-1, width)))
-    if kind == "moment":
-        return relax.op.sum(builder.emit(relax.op.multiply(rows, rows)), axis=0)
-    return relax.op.matmul(builder.emit(relax.op.permute_dims(rows)), rows)
+def _is_matmul(value: Any) -> bool:
+    named = isinstance(value, Call) and isinstance(value.op, Op)
+    return named and value.op.name == "relax.matmul"
