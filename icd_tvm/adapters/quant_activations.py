@@ -91,6 +91,14 @@ def observe(values: Array, seen: Histogram | None = None) -> Histogram:
     return Histogram(low, high, limit, total)
 
 
+def merge_histograms(first: Histogram, second: Histogram) -> Histogram:
+    """Return the histogram of what two of them saw, in any order and exactly."""
+    limit = max(first.limit, second.limit)
+    counts = _widened(first.counts, first.limit, limit)
+    counts = counts + _widened(second.counts, second.limit, limit)
+    return Histogram(min(first.low, second.low), max(first.high, second.high), limit, counts)
+
+
 def activation_scale(
     histogram: Histogram,
     dtype: str = "int8",

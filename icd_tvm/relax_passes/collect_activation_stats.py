@@ -1,7 +1,8 @@
-"""CollectActivationStats: make a module also return second moments of chosen matmul inputs.
+"""CollectActivationStats: make a module also return statistics of chosen matmul inputs.
 
-The statistics are summed over every token of one call, so a caller adds them up over its
-calibration batches; no activation ever leaves the compiled module.
+Second moments are summed over every token of one call, so a caller adds them up over its
+calibration batches. A distribution has no such sum of fixed size and range: for it the input
+itself is returned, and reduced outside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from icd_tvm._tvm import Call, relax, tvm
 from icd_tvm.errors import TransformError
 
-Statistic = Literal["moment", "gram"]
+Statistic = Literal["moment", "gram", "activation"]
 
 
 @tvm.transform.module_pass(opt_level=0, name="CollectActivationStats")
@@ -22,8 +23,9 @@ class CollectActivationStats:
     Parameters
     ----------
     requests : Mapping[str, Statistic]
-        Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2) or
-        ``"gram"`` (float32 [K, K], X^T X) of its left operand.
+        Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
+        ``"gram"`` (float32 [K, K], X^T X) or ``"activation"`` (float32 [tokens, K], X itself) of
+        its left operand.
 
     Raises
     ------
@@ -73,6 +75,8 @@ def _left_operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, An
 def _statistic(builder: Any, operand: Any, kind: Statistic) -> Any:
     width = int(operand.ty.shape.values[-1])
     rows = builder.emit(relax.op.reshape(operand, (-1, width)))
+    if kind == "activation":
+        return rows
     if kind == "moment":
         return relax.op.sum(builder.emit(relax.op.multiply(rows, rows)), axis=0)
     return relax.op.matmul(builder.emit(relax.op.permute_dims(rows)), rows)
