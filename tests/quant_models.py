@@ -42,6 +42,11 @@ def quantised_twin(model: onnx.ModelProto, constants: dict[str, np.ndarray], kin
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     nodes, arrays, done = [], _of_quantisation(constants), {}
+    # Constants of an input are named after the binding that makes it: the node.
+    for node in twin.graph.node:
+        for what in ("scale", "zero_point"):
+            if f"{node.name}.{what}" in arrays:
+                arrays[f"{node.output[0]}.{what}"] = arrays[f"{node.name}.{what}"]
     for node in twin.graph.node:
         coded = node.op_type == "MatMul" and f"{node.input[1]}.scale" in constants
         nodes += _REWRITES[kind](node, arrays, done) if coded else [node]
@@ -89,22 +94,13 @@ def _static(node: Any, arrays: dict[str, Any], done: dict[str, str]) -> list[Any
     nodes = []
     if source not in done:
         done[source] = f"{source}.restored"
-        scale = [_scale_of(source, arrays, what) for what in ("scale", "zero_point")]
+        scale = [f"{source}.{what}" for what in ("scale", "zero_point")]
         codes = f"{source}.codes"
         nodes.append(helper.make_node("QuantizeLinear", [source, *scale], [codes]))
         nodes.append(helper.make_node("DequantizeLinear", [codes, *scale], [done[source]]))
     product.input[0] = done[source]
     # As the pass does: the weight first, then the input.
     return [read, *nodes, product]
-
-
-def _scale_of(source: str, arrays: dict[str, Any], what: str) -> str:
-    """Constants of an input are named after the binding that makes it."""
-    name = f"{source}.{what}"
-    return name if name in arrays else f"{_PRODUCER[source]}.{what}"
-
-
-_PRODUCER = {"r": "act"}
 
 
 def _dynamic(node: Any, arrays: dict[str, Any], done: dict[str, str]) -> list[Any]:
