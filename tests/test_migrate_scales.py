@@ -40,8 +40,12 @@ def block(norm: str = "layer", *, residual: bool = False, output: bool = False) 
                 rows = relax.op.nn.layer_norm(x, arrays["norm.weight"], arrays["norm.bias"], [-1])
             elif norm == "rms":
                 rows = relax.op.nn.rms_norm(x, arrays["norm.weight"], [-1])
+            elif norm == "relu":
+                rows = relax.op.nn.relu(x)
             else:
-                rows = relax.op.multiply(x, arrays["norm.weight"])
+                rows = relax.op.multiply(arrays["norm.weight"], builder.emit(relax.op.tanh(x)))
+            if norm == "shifted":
+                rows = relax.op.add(builder.emit(rows), arrays["norm.bias"])
             rows = builder.emit(rows, "norm")
             first = builder.emit(relax.op.matmul(rows, arrays["w1"]), "fc1")
             second = builder.emit(relax.op.matmul(rows, arrays["w2"]), "fc2")
@@ -59,6 +63,8 @@ def data() -> np.ndarray:
 
 def norm_of(x: np.ndarray, norm: str = "layer") -> np.ndarray:
     scale, bias = weights()["norm.weight"], weights()["norm.bias"]
+    if norm in ("scaled", "shifted"):
+        return np.tanh(x) * scale + (bias if norm == "shifted" else 0)
     if norm == "rms":
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
     centred = x - x.mean(-1, keepdims=True)
@@ -73,7 +79,7 @@ def statistics(norm: str = "layer") -> dict:
 ALPHAS = {"fc1": 0.5, "fc2": 0.5}
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("norm", ["layer", "rms", "scaled", "shifted"])
 def test_only_constants_move_and_the_function_stays(norm: str) -> None:
     mod = block(norm)
     pass_ = MigrateScales(ALPHAS, statistics(norm))
@@ -118,7 +124,7 @@ def test_an_outlier_channel_costs_less_after_the_migration(text: str) -> None:
 @pytest.mark.parametrize(
     ("mod", "reason"),
     [
-        (block("multiply"), "its input is not the result of a norm"),
+        (block("relu"), "its input is not the result of a norm"),
         (block(residual=True), "the norm before is also read by"),
         (block(output=True), "the norm before is also read by"),
     ],
@@ -143,6 +149,13 @@ def test_without_statistics_nothing_moves() -> None:
     assert pass_.refusals["fc1"] == "no statistics of the input of 'fc1'"
 
 
+def test_statistics_of_other_channels_move_nothing() -> None:
+    other = activation_statistics(np.ones((4, K + 1)))
+    pass_ = MigrateScales(ALPHAS, {"fc1": other, "fc2": other})
+    tvm.ir.assert_structural_equal(apply_pass(pass_, block()), block(), map_free_vars=True)
+    assert f"{K + 1}" in pass_.refusals["fc1"]
+
+
 def test_a_norm_whose_scale_is_computed_stays() -> None:
     x, scale = (
         relax.Var(name, relax.TensorType(shape, "float32"))
@@ -157,4 +170,6 @@ def test_a_norm_whose_scale_is_computed_stays() -> None:
         builder.emit_func_output(out)
     pass_ = MigrateScales({"fc1": 0.5}, statistics())
     apply_pass(pass_, builder.get())
-    assert pass_.refusals["fc1"] == "the scale or shift of the norm before is no constant"
+    assert (
+        pass_.refusals["fc1"] == "the scale or shift of the norm before is no constant of one axis"
+    )

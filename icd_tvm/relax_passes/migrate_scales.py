@@ -1,4 +1,8 @@
-"""MigrateScales: move range from the input of matmuls into their weights, through a norm."""
+"""MigrateScales: move range from the input of matmuls into their weights, through a norm.
+
+A norm is `layer_norm`, `rms_norm`, or what an exporter made of one: a product with a constant of
+one element a channel, with or without a constant added.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,6 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import (
     Call,
-    GenericConst,
     PyExprMutator,
     Var,
     const_name,
@@ -20,17 +23,21 @@ from icd_tvm._tvm import (
     tvm,
 )
 from icd_tvm.adapters.activation_statistics import ActivationStatistics
-from icd_tvm.adapters.quant import fold_scales, migrate_scales
-from icd_tvm.relax_passes.relax_graph import Dataflow, constant_array, is_call
+from icd_tvm.adapters.quant import migrate_scales
+from icd_tvm.errors import IcdError
+from icd_tvm.relax_passes.relax_graph import Dataflow, constant_array, is_call, operands
 
 _NORMS = ("relax.nn.layer_norm", "relax.nn.rms_norm")
+_NO_NORM = "its input is not the result of a norm"
+# Call -> positions of its arguments that hold one constant a channel.
+_Affine = dict[Any, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class _Move:
-    """One norm, the matmuls that read it, and the scales that move between them."""
+    """The affine end of one norm, the matmuls that read it, and the scales between them."""
 
-    norm: Any
+    affine: _Affine
     nodes: tuple[str, ...]
     products: tuple[Any, ...]
     scales: npt.NDArray[np.float32]
@@ -94,13 +101,9 @@ class MigrateScales:
         return moves
 
     def _move(self, flow: Dataflow, source: Any, nodes: list[str]) -> _Move | str:
-        norm: Any = flow.resolve(source)
-        if not any(is_call(norm, name) for name in _NORMS):
-            return "its input is not the result of a norm"
-        if not all(isinstance(arg, GenericConst) for arg in norm.args[1:]):
-            return "the scale or shift of the norm before is no constant"
-        if len(norm.attrs.axes) != 1 or len(norm.args[1].value.shape) != 1:
-            return "the norm before runs over more than one axis"
+        affine = _affine(flow, source)
+        if isinstance(affine, str):
+            return affine
         products: list[Any] = [flow.values.get(user) for user in flow.users[source]]
         others = [u for u, p in zip(flow.users[source], products, strict=True) if not _weighs(p)]
         if others:
@@ -110,9 +113,39 @@ class MigrateScales:
             return f"no statistics of the input of {missing[0]!r}"
         weights = [constant_array(product.args[1]) for product in products]
         top = self.statistics[nodes[0]].absmax
-        scales = migrate_scales(top, [w for w in weights if w is not None], self.alphas[nodes[0]])
+        alpha = self.alphas[nodes[0]]
+        try:
+            scales = migrate_scales(top, [w for w in weights if w is not None], alpha)
+        except IcdError as error:
+            return str(error)
         readers = tuple(user.name for user in flow.users[source])
-        return _Move(norm, readers, tuple(products), scales)
+        return _Move(affine, readers, tuple(products), scales)
+
+
+def _affine(flow: Dataflow, source: Any) -> _Affine | str:
+    """Find the constants that scale and shift the channels of ``source``."""
+    call: Any = flow.resolve(source)
+    if any(is_call(call, name) for name in _NORMS):
+        if not all(constant_array(arg, dims=1) is not None for arg in call.args[1:]):
+            return "the scale or shift of the norm before is no constant of one axis"
+        return {call: tuple(range(1, len(call.args)))}
+    shift: _Affine = {}
+    if is_call(call, "relax.add"):
+        inner, constant = operands(call)
+        if constant_array(constant, dims=1) is None or not flow.single_use(inner):
+            return _NO_NORM
+        shift = {call: (_position(call, constant),)}
+        call = flow.resolve(inner)
+    if not is_call(call, "relax.multiply"):
+        return _NO_NORM
+    constant = operands(call)[1]
+    if constant_array(constant, dims=1) is None:
+        return _NO_NORM
+    return {call: (_position(call, constant),), **shift}
+
+
+def _position(call: Any, argument: Any) -> int:
+    return next(i for i, arg in enumerate(call.args) if arg.same_as(argument))
 
 
 def _weighs(product: Any) -> bool:
@@ -128,29 +161,37 @@ def _label(user: Any) -> str:
 class _Mover(PyExprMutator):
     def __init__(self, mod: Any, moves: list[_Move]) -> None:
         super().__init__(mod)
-        self._of_norm = {move.norm: move.scales for move in moves}
+        self._divided = {
+            call: (at, move.scales) for move in moves for call, at in move.affine.items()
+        }
         self._of_product = {call: move.scales for move in moves for call in move.products}
 
     def visit_call_(self, call: Any) -> Any:
-        if call in self._of_norm:
-            return self._norm(call, self._of_norm[call])
+        if call in self._divided:
+            return self._divide(call, *self._divided[call])
         if call in self._of_product:
             return self._product(call, self._of_product[call])
         return super().visit_call_(call)
 
-    def _norm(self, call: Any, scales: npt.NDArray[np.float32]) -> Any:
-        vectors = [np.asarray(arg.value.numpy()) for arg in call.args[1:]]
-        shift = vectors[1] if len(vectors) > 1 else np.zeros_like(vectors[0])
-        folded = fold_scales(scales, vectors[0], shift, [])[: len(vectors)]
-        names = [const_name(arg) for arg in call.args[1:]]
-        new = [named_const(array, name) for array, name in zip(folded, names, strict=True)]
-        return _with_args(call, [self.visit_expr(call.args[0]), *new])
+    def _divide(self, call: Any, at: tuple[int, ...], scales: npt.NDArray[np.float32]) -> Any:
+        args = [
+            _divided(arg, scales) if i in at else self.visit_expr(arg)
+            for i, arg in enumerate(call.args)
+        ]
+        return _with_args(call, args)
 
     def _product(self, call: Any, scales: npt.NDArray[np.float32]) -> Any:
         weight = np.asarray(call.args[1].value.numpy())
         moved = (weight * scales.astype(np.float64)[:, None]).astype(weight.dtype)
         new = named_const(moved, const_name(call.args[1]))
         return _with_args(call, [self.visit_expr(call.args[0]), new])
+
+
+def _divided(constant: Any, scales: npt.NDArray[np.float32]) -> Any:
+    array = np.asarray(constant.value.numpy())
+    return named_const(
+        (array / scales.astype(np.float64)).astype(array.dtype), const_name(constant)
+    )
 
 
 def _with_args(call: Any, args: list[Any]) -> Any:
