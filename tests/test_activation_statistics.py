@@ -8,7 +8,6 @@ from relax_models import example, random_mlp, run
 
 from icd_tvm._tvm import apply_pass, relax, tvm
 from icd_tvm.adapters.activation_statistics import (
-    ActivationStatistics,
     activation_statistics,
     merge_moments,
 )
@@ -25,8 +24,8 @@ def values(tokens: int, seed: int) -> np.ndarray:
 @given(st.integers(1, 9), st.integers(1, 9), st.floats(-9, 9), st.integers(0, 99))
 def test_parts_merge_to_the_whole(first: int, second: int, power: float, seed: int) -> None:
     parts = [values(first, seed), values(second, seed + 1) * 2.0**power]
-    whole = activation_statistics(np.concatenate(parts, axis=1))
-    seen = [activation_statistics(part) for part in parts]
+    whole = activation_statistics(np.concatenate(parts, axis=1), gram=True)
+    seen = [activation_statistics(part, gram=True) for part in parts]
     for merged in (seen[0].merged(seen[1]), seen[1].merged(seen[0])):
         np.testing.assert_array_equal(merged.low, whole.low)
         np.testing.assert_array_equal(merged.high, whole.high)
@@ -38,7 +37,8 @@ def test_parts_merge_to_the_whole(first: int, second: int, power: float, seed: i
 
 def test_what_is_seen() -> None:
     x = values(20, 0)
-    seen, rows = activation_statistics(x), x.reshape(-1, 5)
+    seen, rows = activation_statistics(x, gram=True), x.reshape(-1, 5)
+    assert activation_statistics(x).moments.gram is None
     np.testing.assert_array_equal(seen.absmax, np.abs(rows).max(axis=0))
     np.testing.assert_allclose(seen.moments.gram, rows.T @ rows)
     assert seen.histogram.counts.sum() == x.size
@@ -46,19 +46,18 @@ def test_what_is_seen() -> None:
 
 def test_a_division_is_followed_and_forgets_the_histogram() -> None:
     x, scales = values(20, 0), np.array([0.5, 1, 2, 4, 3])
-    found, wanted = activation_statistics(x).divided(scales), activation_statistics(x / scales)
+    found = activation_statistics(x, gram=True).divided(scales)
+    wanted = activation_statistics(x / scales, gram=True)
     assert found.histogram is None
     np.testing.assert_allclose(found.absmax, wanted.absmax)
     np.testing.assert_allclose(found.moments.gram, wanted.moments.gram, atol=1e-12)
     np.testing.assert_allclose(found.moments.energy, wanted.moments.energy)
     assert found.merged(wanted).histogram is None
-    seen = activation_statistics(x)
-    bare = ActivationStatistics(seen.low, seen.high, None, Calibration(seen.moments.energy))
-    assert bare.divided(scales).moments.gram is None
+    assert activation_statistics(x).divided(scales).moments.gram is None
 
 
 def test_a_gram_matrix_is_lost_where_one_side_has_none() -> None:
-    moments = activation_statistics(values(3, 0)).moments
+    moments = activation_statistics(values(3, 0), gram=True).moments
     merged = merge_moments(moments, Calibration(moments.energy))
     assert merged.gram is None
     np.testing.assert_array_equal(merged.energy, 2 * moments.energy)

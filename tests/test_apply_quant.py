@@ -41,7 +41,8 @@ def mlp_statistics(x: np.ndarray) -> dict:
     """Statistics of both inputs of the MLP, without any compiled module."""
     w1, b1, _ = mlp_weights()
     hidden = np.maximum(x @ w1 + b1, 0)
-    return {"fc1": activation_statistics(x), "fc2": activation_statistics(hidden)}
+    inputs = {"fc1": x, "fc2": hidden}
+    return {node: activation_statistics(values, gram=True) for node, values in inputs.items()}
 
 
 def relu_mlp() -> object:
@@ -212,7 +213,7 @@ def test_a_calibrated_transformer_equals_onnx_runtime(bert: tuple) -> None:
 def test_calibration_sees_every_token() -> None:
     mod, batches = relu_mlp(), [mlp_example(seed=seed) for seed in (1, 2)]
     target = tvm.target.Target({"kind": "llvm", "opt-level": 0})
-    requests = {"fc1": "activation", "fc2": "gram"}
+    requests = {"fc1": "activation+gram", "fc2": "gram"}
     found = calibrate(mod, requests, [{"x": x} for x in batches], target)
     wanted = mlp_statistics(np.concatenate(batches))
     for name in ("low", "high"):
@@ -236,7 +237,7 @@ def test_calibration_sees_every_token() -> None:
         ("int4:salient0.1", "moment"),
         ("int4:act-order:compensate", "gram"),
         ("int8:w8a8", "activation"),
-        ("int8:w8a8:compensate", "activation"),
+        ("int8:w8a8:compensate", "activation+gram"),
         ("int8:w8a8-dynamic:smooth0.5", "activation"),
     ],
 )
@@ -355,6 +356,18 @@ def test_stacked_weights_stay_with_a_reason() -> None:
     assert "3 axes" in entry(pass_, "w")["why"]
 
 
+def test_a_weight_that_is_computed_stays_with_a_reason() -> None:
+    x = relax.Var("x", relax.TensorType((2, 64), "float32"))
+    weight = named_const(np.ones((64, 64), np.float16), "w")
+
+    def product(builder: object) -> object:
+        return relax.op.matmul(x, builder.emit(relax.op.astype(weight, "float32")))
+
+    pass_ = ApplyQuant(everything("int8"))
+    pass_(_module(x, product))
+    assert "fold constants first" in entry(pass_, "w")["why"]
+
+
 def _module(x: object, make: object) -> object:
     builder = relax.BlockBuilder()
     with builder.function("main", [x], attrs={"num_input": 1}):
@@ -388,7 +401,7 @@ def test_a_weight_that_two_matmuls_share_is_coded_once() -> None:
     mod = _module(x, twice)
     data = rng.standard_normal((5, 16)).astype(np.float32)
     inputs = {"first": data, "second": data @ weight.value.numpy()}
-    statistics = {node: activation_statistics(value) for node, value in inputs.items()}
+    statistics = {node: activation_statistics(x, gram=True) for node, x in inputs.items()}
     pass_ = ApplyQuant(everything("int8:w8a8:compensate"), statistics)
     quantised = pass_(mod)
     together = np.concatenate(list(inputs.values()))

@@ -23,7 +23,7 @@ class ActivationStatistics:
     histogram : Histogram or None
         Distribution of all values; None where it is not known (after :meth:`divided`).
     moments : Calibration
-        Sums of x_k ** 2 and ``X.T @ X``.
+        Sums of x_k ** 2 and, where asked for, ``X.T @ X``.
     """
 
     low: Float64
@@ -75,12 +75,14 @@ class ActivationStatistics:
         return ActivationStatistics(self.low / by, self.high / by, None, moments)
 
 
-def activation_statistics(values: Array) -> ActivationStatistics:
+def activation_statistics(values: Array, *, gram: bool = False) -> ActivationStatistics:
     """Observe activations.
 
     Parameters
     ----------
     values : array, shape [..., K], real
+    gram : bool
+        Whether ``X.T @ X`` is wanted, which costs most of the time and memory.
 
     Returns
     -------
@@ -98,8 +100,7 @@ def activation_statistics(values: Array) -> ActivationStatistics:
         raise ShapeError("activations have no channels", "pass an array [..., K]")
     histogram = observe(array)
     rows = array.reshape(-1, array.shape[-1]).astype(np.float64)
-    gram = rows.T @ rows
-    moments = Calibration(np.diagonal(gram).copy(), gram)
+    moments = Calibration((rows**2).sum(axis=0), rows.T @ rows if gram else None)
     return ActivationStatistics(rows.min(axis=0), rows.max(axis=0), histogram, moments)
 
 

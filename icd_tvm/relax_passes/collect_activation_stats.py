@@ -13,7 +13,7 @@ from typing import Any, Literal
 from icd_tvm._tvm import Call, relax, tvm
 from icd_tvm.errors import TransformError
 
-Statistic = Literal["moment", "gram", "activation"]
+Statistic = Literal["moment", "gram", "activation", "activation+gram"]
 
 
 @tvm.transform.module_pass(opt_level=0, name="CollectActivationStats")
@@ -24,8 +24,8 @@ class CollectActivationStats:
     ----------
     requests : Mapping[str, Statistic]
         Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
-        ``"gram"`` (float32 [K, K], X^T X) or ``"activation"`` (float32 [tokens, K], X itself) of
-        its left operand.
+        ``"gram"`` (float32 [K, K], X^T X), ``"activation"`` or ``"activation+gram"`` (float32
+        [tokens, K], X itself, to be reduced outside) of its left operand.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def _left_operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, An
 def _statistic(builder: Any, operand: Any, kind: Statistic) -> Any:
     width = int(operand.ty.shape.values[-1])
     rows = builder.emit(relax.op.reshape(operand, (-1, width)))
-    if kind == "activation":
+    if kind.startswith("activation"):
         return rows
     if kind == "moment":
         return relax.op.sum(builder.emit(relax.op.multiply(rows, rows)), axis=0)

@@ -70,8 +70,9 @@ def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statisti
     -------
     dict of str to Statistic
         Matmul binding -> ``"activation"`` where its input is quantised by a static scale or
-        scale moves out of it, ``"gram"`` for compensation, ``"moment"`` where the energy of the
-        input weighs the rows. Matmuls that need none are absent.
+        scale moves out of it, ``"gram"`` for compensation, ``"activation+gram"`` for both,
+        ``"moment"`` where the energy of the input weighs the rows. Matmuls that need none are
+        absent.
     """
     rules = as_rules(spec)
     requests: dict[str, Statistic] = {}
@@ -85,7 +86,7 @@ def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statisti
 
 def _wanted(spec: QuantSpec) -> Statistic | None:
     if spec.activations in _STATIC or spec.smooth:
-        return "activation"
+        return "activation+gram" if spec.compensate else "activation"
     if spec.compensate:
         return "gram"
     if spec.act_order or spec.salient or spec.method == "ptq-mse":

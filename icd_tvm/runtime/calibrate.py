@@ -26,7 +26,8 @@ def calibrate(
     mod : tvm.IRModule
         The model; left untouched.
     requests : Mapping[str, Statistic]
-        Matmul binding name -> ``"moment"``, ``"gram"`` or ``"activation"``.
+        Matmul binding name -> ``"moment"``, ``"gram"``, ``"activation"`` or
+        ``"activation+gram"``.
     batches : Sequence[Mapping[str, numpy.ndarray]]
         Calibration inputs by name.
     target : tvm.target.Target
@@ -45,13 +46,13 @@ def calibrate(
         for (name, kind), found in zip(requests.items(), statistics, strict=True):
             totals[name] = _added(totals.get(name), found, kind)
     return {
-        name: totals[name] if kind == "activation" else totals[name] / len(batches)
+        name: totals[name] if kind.startswith("activation") else totals[name] / len(batches)
         for name, kind in requests.items()
     }
 
 
 def _added(total: Any, found: np.ndarray, kind: Statistic) -> Any:
-    if kind != "activation":
+    if not kind.startswith("activation"):
         return found.astype(np.float64) + (0.0 if total is None else total)
-    seen = activation_statistics(found)
+    seen = activation_statistics(found, gram=kind == "activation+gram")
     return seen if total is None else total.merged(seen)
