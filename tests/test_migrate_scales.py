@@ -71,9 +71,13 @@ def norm_of(x: np.ndarray, norm: str = "layer") -> np.ndarray:
     return centred / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
 
 
-def statistics(norm: str = "layer") -> dict:
-    seen = activation_statistics(norm_of(data(), norm))
+def activations(x: np.ndarray) -> dict:
+    seen = activation_statistics(x)
     return {"fc1": seen, "fc2": seen}
+
+
+def statistics(norm: str = "layer") -> dict:
+    return activations(norm_of(data(), norm))
 
 
 ALPHAS = {"fc1": 0.5, "fc2": 0.5}
@@ -118,7 +122,7 @@ def test_an_outlier_channel_costs_less_after_the_migration(text: str) -> None:
     ]
     assert errors[0] < 0.5 * errors[1]
     entries = smooth.meta["quant"]["entries"]
-    assert all(entry["smooth"] == {"moved": True, "why": ""} for entry in entries)
+    assert all(entry["smooth"] == {"divided": "norm", "why": ""} for entry in entries)
 
 
 @pytest.mark.parametrize(
@@ -129,18 +133,40 @@ def test_an_outlier_channel_costs_less_after_the_migration(text: str) -> None:
         (block(output=True), "the norm before is also read by"),
     ],
 )
-def test_what_cannot_move_says_why_and_is_quantised_all_the_same(mod: object, reason: str) -> None:
+def test_what_cannot_move_says_why(mod: object, reason: str) -> None:
     pass_ = MigrateScales(ALPHAS, statistics())
     tvm.ir.assert_structural_equal(apply_pass(pass_, mod), mod)
     assert pass_.scales == {}
     assert set(pass_.refusals) == {"fc1", "fc2"}
     assert all(why.startswith(reason) for why in pass_.refusals.values())
+
+
+@pytest.mark.parametrize("norm", ["relu", "residual"])
+def test_a_division_is_inserted_once_where_no_norm_takes_it(norm: str) -> None:
+    residual = norm == "residual"
+    mod = block("layer" if residual else norm, residual=residual)
+    seen = statistics() if residual else activations(np.maximum(data(), 0))
+    pass_ = MigrateScales(ALPHAS, seen, insert=True)
+    moved = apply_pass(pass_, mod)
+    np.testing.assert_allclose(run(moved, data()), run(mod, data()), rtol=1e-4, atol=1e-4)
+    assert set(pass_.refusals) == set(pass_.scales) == {"fc1", "fc2"}
+    found = constants(moved)
+    [factor] = [array for name, array in found.items() if name.endswith(".smooth")]
+    np.testing.assert_allclose(factor * pass_.scales["fc1"], 1, rtol=1e-6)
+    if residual:
+        np.testing.assert_array_equal(found["norm.weight"], weights()["norm.weight"])
     text = "int8:w8a8:smooth0.5"
     rules = parse_layer_rules([f"*={text}"], parse_quant(text), parse_quant)
-    quantise = ApplyQuant(rules, statistics())
-    apply_pass(quantise, mod)
-    assert quantise.meta["quant"]["quantised"] == 2
-    assert all(not e["smooth"]["moved"] for e in quantise.meta["quant"]["entries"])
+    quantise = ApplyQuant(rules, seen)
+    quantised = apply_pass(quantise, mod)
+    for entry in quantise.meta["quant"]["entries"]:
+        assert entry["smooth"]["divided"] == "run time"
+        assert entry["smooth"]["why"] == pass_.refusals[entry["node"]]
+    plain = ApplyQuant(parse_layer_rules(["*=int8:w8a8"], rules.default, parse_quant), seen)
+    wanted = run(mod, data())
+    errors = [np.linalg.norm(run(m, data()) - wanted) for m in (quantised, apply_pass(plain, mod))]
+    if residual:
+        assert errors[0] < 0.5 * errors[1]
 
 
 def test_without_statistics_nothing_moves() -> None:

@@ -74,7 +74,8 @@ class QuantSpec:
         chosen as named; or by the range that it has at run time.
     smooth : float
         Share of the input's range that moves into the weights (:func:`migrate_scales`), in
-        [0, 1); 0 moves nothing.
+        [0, 1); 0 moves nothing. The input is divided in the norm before where nothing else
+        reads that, else at run time.
     """
 
     dtype: Dtype

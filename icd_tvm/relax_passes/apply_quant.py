@@ -116,7 +116,7 @@ class ApplyQuant:
             for node, found in self.statistics.items()
             if isinstance(found, ActivationStatistics)
         }
-        return MigrateScales(alphas, known)
+        return MigrateScales(alphas, known, insert=True)
 
     def _table(self, layer: Layer) -> dict[str, Any]:
         why = self.rules.choose(layer).why or _TABLE
@@ -150,9 +150,12 @@ def _divided(statistics: dict[str, Any], smoothing: Any) -> dict[str, Any]:
 
 
 def _smooth_record(smoothing: Any, node: str) -> dict[str, Any]:
-    if node in smoothing.refusals:
-        return {"smooth": {"moved": False, "why": smoothing.refusals[node]}}
-    return {"smooth": {"moved": True, "why": ""}} if node in smoothing.scales else {}
+    """Say where the range of an input went: to the norm before, or to a product at run time."""
+    if node not in smoothing.alphas:
+        return {}
+    why = smoothing.refusals.get(node, "")
+    place = ("norm" if not why else "run time") if node in smoothing.scales else "nowhere"
+    return {"smooth": {"divided": place, "why": why}}
 
 
 @mutator

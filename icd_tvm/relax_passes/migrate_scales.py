@@ -20,6 +20,7 @@ from icd_tvm._tvm import (
     const_name,
     mutator,
     named_const,
+    relax,
     tvm,
 )
 from icd_tvm.adapters.activation_statistics import ActivationStatistics
@@ -35,7 +36,10 @@ _Affine = dict[Any, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class _Move:
-    """The affine end of one norm, the matmuls that read it, and the scales between them."""
+    """Where an input is divided, the matmuls that read it, and the scales between them.
+
+    Without an affine end of a norm the division is a call of its own.
+    """
 
     affine: _Affine
     nodes: tuple[str, ...]
@@ -47,8 +51,8 @@ class _Move:
 class MigrateScales:
     """Divide the channels of a norm's result by scales, and multiply the weights that read it.
 
-    Only constants change, and the function stays the same up to rounding. It is possible where
-    matmuls with constant weights alone read the norm.
+    The function stays the same up to rounding. Only constants change where matmuls with constant
+    weights alone read the norm.
 
     Parameters
     ----------
@@ -56,13 +60,16 @@ class MigrateScales:
         Matmul binding -> share of its input's range that moves, in [0, 1].
     statistics : Mapping[str, ActivationStatistics]
         Of the inputs of those matmuls.
+    insert : bool
+        Whether an input whose norm cannot take the division is multiplied at run time, once for
+        all its matmuls; lowering fuses that with the rounding that follows.
 
     Attributes
     ----------
     scales : dict of str to numpy.ndarray
         Matmul binding -> float32 [K] that its input was divided by.
     refusals : dict of str to str
-        Matmul binding -> why nothing was moved.
+        Matmul binding -> why no norm took the division, also where it was inserted.
 
     Notes
     -----
@@ -70,10 +77,15 @@ class MigrateScales:
     """
 
     def __init__(
-        self, alphas: Mapping[str, float], statistics: Mapping[str, ActivationStatistics]
+        self,
+        alphas: Mapping[str, float],
+        statistics: Mapping[str, ActivationStatistics],
+        *,
+        insert: bool = False,
     ) -> None:
         self.alphas = dict(alphas)
         self.statistics = dict(statistics)
+        self.insert = insert
         self.scales: dict[str, npt.NDArray[np.float32]] = {}
         self.refusals: dict[str, str] = {}
 
@@ -93,33 +105,45 @@ class MigrateScales:
                 inputs.setdefault(value.args[0], []).append(var.name)
         moves = []
         for source, nodes in inputs.items():
-            found = self._move(flow, source, nodes)
-            if isinstance(found, str):
-                self.refusals |= dict.fromkeys(nodes, found)
-            else:
-                moves.append(found)
+            affine = _affine(flow, source)
+            why = affine if isinstance(affine, str) else _other_reader(flow, source)
+            if why:
+                self.refusals |= dict.fromkeys(nodes, why)
+            if isinstance(affine, dict) and not why:
+                moves += self._move(flow, [user.name for user in flow.users[source]], nodes, affine)
+            elif self.insert:
+                moves += self._move(flow, nodes, nodes, {})
         return moves
 
-    def _move(self, flow: Dataflow, source: Any, nodes: list[str]) -> _Move | str:
-        affine = _affine(flow, source)
-        if isinstance(affine, str):
-            return affine
-        products: list[Any] = [flow.values.get(user) for user in flow.users[source]]
-        others = [u for u, p in zip(flow.users[source], products, strict=True) if not _weighs(p)]
-        if others:
-            return f"the norm before is also read by {_label(others[0])}"
+    def _move(
+        self, flow: Dataflow, readers: list[str], nodes: list[str], affine: _Affine
+    ) -> list[_Move]:
+        """Return the one move between an input and its readers, or none and keep the reason."""
+        calls = {var.name: value for var, value in flow.values.items() if var.name in readers}
         missing = [node for node in nodes if node not in self.statistics]
         if missing:
-            return f"no statistics of the input of {missing[0]!r}"
-        weights = [constant_array(product.args[1]) for product in products]
+            self.refusals |= dict.fromkeys(nodes, f"no statistics of the input of {missing[0]!r}")
+            return []
+        weights = [constant_array(call.args[1], dims=2) for call in calls.values()]
+        known = [weight for weight in weights if weight is not None]
+        if len(known) < len(weights):
+            self.refusals |= dict.fromkeys(nodes, "a weight that reads the input is no constant")
+            return []
         top = self.statistics[nodes[0]].absmax
-        alpha = self.alphas[nodes[0]]
         try:
-            scales = migrate_scales(top, [w for w in weights if w is not None], alpha)
+            scales = migrate_scales(top, known, self.alphas[nodes[0]])
         except IcdError as error:
-            return str(error)
-        readers = tuple(user.name for user in flow.users[source])
-        return _Move(affine, readers, tuple(products), scales)
+            self.refusals |= dict.fromkeys(nodes, str(error))
+            return []
+        return [_Move(affine, tuple(calls), tuple(calls.values()), scales)]
+
+
+def _other_reader(flow: Dataflow, source: Any) -> str:
+    """Name a reader that a division would change, or return an empty string."""
+    for user in flow.users[source]:
+        if not _weighs(flow.values.get(user)):
+            return f"the norm before is also read by {_label(user)}"
+    return ""
 
 
 def _affine(flow: Dataflow, source: Any) -> _Affine | str:
@@ -164,7 +188,8 @@ class _Mover(PyExprMutator):
         self._divided = {
             call: (at, move.scales) for move in moves for call, at in move.affine.items()
         }
-        self._of_product = {call: move.scales for move in moves for call in move.products}
+        self._of_product = {call: move for move in moves for call in move.products}
+        self._inserted: dict[_Move, Any] = {}
 
     def visit_call_(self, call: Any) -> Any:
         if call in self._divided:
@@ -180,11 +205,21 @@ class _Mover(PyExprMutator):
         ]
         return _with_args(call, args)
 
-    def _product(self, call: Any, scales: npt.NDArray[np.float32]) -> Any:
+    def _product(self, call: Any, move: _Move) -> Any:
         weight = np.asarray(call.args[1].value.numpy())
-        moved = (weight * scales.astype(np.float64)[:, None]).astype(weight.dtype)
-        new = named_const(moved, const_name(call.args[1]))
-        return _with_args(call, [self.visit_expr(call.args[0]), new])
+        moved = (weight * move.scales.astype(np.float64)[:, None]).astype(weight.dtype)
+        data = self.visit_expr(call.args[0])
+        if not move.affine:
+            data = self._insert(data, move)
+        return _with_args(call, [data, named_const(moved, const_name(call.args[1]))])
+
+    def _insert(self, data: Any, move: _Move) -> Any:
+        if move not in self._inserted:
+            factor = (1 / move.scales.astype(np.float64)).astype(np.float32)
+            label = f"{getattr(data, 'name', '')}.smooth"
+            product = relax.op.multiply(data, named_const(factor, label))
+            self._inserted[move] = self.builder_.emit(product)
+        return self._inserted[move]
 
 
 def _divided(constant: Any, scales: npt.NDArray[np.float32]) -> Any:
