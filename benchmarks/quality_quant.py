@@ -16,7 +16,7 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ SMOLLM2 = (
     Case("int8"),
     Case("int8:w8a8:smooth0.75"),
     Case("int4:group128"),
-    Case("int4:group128:ptq-mse:asym:act-order:compensate"),
+    Case("int4:group32:ptq-mse:asym"),
     Case("fp8_e4m3"),
 )
 
@@ -195,29 +195,29 @@ def _data(*parts: str) -> Path:
     return folder.joinpath(*parts)
 
 
-def rows(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
-    """Judge the model in float and in every case; print a table."""
+def rows(task: Task, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Judge the model in float and in every case; print a table, yield the record so far."""
     target, start = host_target(), time.perf_counter()
     base, reference = task.judge(build(task.mod, target))
     print(f"\n{task.name}: {task.metric}, {task.data}")
     print(f"  {'fp32':<66} {base:9.4f}   ({time.perf_counter() - start:.0f} s)", flush=True)
-    found = []
+    found: dict[str, Any] = {
+        "metric": task.metric,
+        "agreement": task.agreement,
+        "data": task.data,
+        "fp32": base,
+        "rows": [],
+    }
     for case in cases:
         row = _row(task, case, base, reference, target)
-        found.append(row)
+        found["rows"].append(row)
         print(
             f"  {case.request:<66} {row['value']:9.4f}  {row['delta']:+8.4f}  "
             f"{row['agreement']:.5f}  {row['MiB_after']:7.2f} MiB  {row['seconds']:4.0f} s  "
             f"{row['verdict']}",
             flush=True,
         )
-    return {
-        "metric": task.metric,
-        "agreement": task.agreement,
-        "data": task.data,
-        "fp32": base,
-        "rows": found,
-    }
+        yield found
 
 
 def _row(task: Task, case: Case, base: float, reference: np.ndarray, target: Any) -> dict[str, Any]:
@@ -275,10 +275,10 @@ def main() -> None:
         if arguments.request:
             bars = {case.request: case for case in cases}
             cases = tuple(bars.get(text, Case(text)) for text in arguments.request)
-        found = rows(make(arguments.limit), cases)
-        record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-        record[name] = _with_earlier(found, record.get(name, {}))
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        for found in rows(make(arguments.limit), cases):
+            record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+            record[name] = _with_earlier(found, record.get(name, {}))
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _with_earlier(found: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
