@@ -56,8 +56,8 @@ class Case:
 
 MINILM = (
     Case("int8", 0.05),
-    Case("int8:w8a8"),
-    Case("int8:w8a8-mse"),
+    Case("int8:w8a8", 0.10),
+    Case("int8:w8a8-mse", 0.10),
     Case("int8:w8a8:smooth0.75", 0.10),
     Case("int8:w8a8:smooth0.75:compensate", 0.10),
     Case("int4:group128"),
@@ -66,8 +66,8 @@ MINILM = (
     Case("fp8_e5m2"),
 )
 TYPESEG = (
-    Case("int8"),
-    Case("int8:ptq-mse"),
+    Case("int8", 0.10, 0.995),
+    Case("int8:ptq-mse", 0.10, 0.995),
     Case("int8:compensate", 0.10, 0.995),
     Case("int8:group32:compensate", 0.10, 0.995),
     Case("int8:w8a8"),
