@@ -62,6 +62,10 @@ def wide(q: QuantizedTensor) -> np.ndarray:
             "int4:compensate:salient:0.01:act-order:group32",
             QuantSpec("int4", "ptq-minmax", "group", 32, True, True, 0.01, True),
         ),
+        ("int4:g64", QuantSpec("int4", granularity="group", group=64)),
+        ("int8:w8a8", QuantSpec("int8", activations="minmax")),
+        ("int8:w8a8-mse:asym", QuantSpec("int8", symmetric=False, activations="mse")),
+        ("int8:smooth:0.5:w8a8-dynamic", QuantSpec("int8", activations="dynamic", smooth=0.5)),
     ],
 )
 def test_parse(text: str, spec: QuantSpec) -> None:
@@ -90,6 +94,15 @@ def test_parse(text: str, spec: QuantSpec) -> None:
         ("fp8_e4m3:asym", "drop asym"),
         ("fp8_e4m3:ptq-kld", "even steps"),
         ("int8:channel:act-order", "changes nothing"),
+        ("int8:w8a9", "did you mean 'w8a8'"),
+        ("int8:w8a8:w8a8-mse", "activations twice"),
+        ("int4:w8a8", "w8a8 takes int8"),
+        ("fp8_e4m3:w8a8-dynamic", "w8a8 takes int8"),
+        ("int8:group32:w8a8", "w8a8 takes int8"),
+        ("int8:w8a8:salient0.1", "drop w8a8"),
+        ("int8:smooth0.5", "add w8a8"),
+        ("int8:w8a8:smooth1.5", "no smooth share"),
+        ("int8:w8a8-kld:smooth0.5", "smooth goes with w8a8"),
     ],
 )
 def test_bad_requests_point_at_a_valid_one(text: str, message: str) -> None:
@@ -265,6 +278,25 @@ def test_blocked_compensation_equals_row_by_row(size: int) -> None:
         error = (work[i] - codes * scale) / factor[i, i]
         work[i + 1 :] -= np.outer(factor[i, i + 1 :], error)
         np.testing.assert_allclose(wide(q)[i], codes * scale, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["int8", "int8:asym", "int4:group16:act-order", "fp8_e4m3"])
+def test_pruned_weights_stay_zero_and_the_rest_makes_up_for_them(text: str) -> None:
+    w, x = weight(96, 16), correlated(2048, 96, 1)
+    w[np.random.default_rng(7).random(w.shape) < 0.5] = 0
+    w[:, 3] = 0
+    errors = []
+    for request in (f"{text}:compensate", text):
+        q, _ = apply_quant(w, request, calibration=x)
+        assert not wide(q)[w == 0].any()
+        errors.append(np.linalg.norm(x @ (wide(q) - w)))
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_weight_alone_has_no_activations_to_quantise() -> None:
+    with pytest.raises(ConfigError, match="ApplyQuant"):
+        apply_quant(weight(), "int8:w8a8")
+    assert parse_quant("int8:w8a8:smooth0.5:asym").weights_only == parse_quant("int8:asym")
 
 
 def test_independent_inputs_of_equal_energy_need_no_compensation() -> None:

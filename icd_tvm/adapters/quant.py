@@ -114,6 +114,8 @@ def quantize(
     tensor: Array, spec: QuantSpec, calibration: Array | Calibration | None = None
 ) -> tuple[QuantizedTensor, dict[str, Any]]:
     """Quantise a weight as a parsed request says; see :func:`apply_quant`."""
+    if spec.activations != "float":
+        raise ConfigError(f"{spec} quantises activations too", "the pass ApplyQuant does that")
     weight = as_matrix(tensor)
     data = as_calibration(calibration, weight.shape[0])
     _check_calibration(spec, data)

@@ -81,14 +81,17 @@ def observe(values: Array, seen: Histogram | None = None) -> Histogram:
     flat = array.astype(np.float64).ravel()
     low, high = float(flat.min()), float(flat.max())
     limit = _power_above(max(-low, high))
-    if seen is not None:
-        limit = max(limit, seen.limit)
     counts, _ = np.histogram(flat, bins=2 * HALF, range=(-limit, limit))
-    total = counts.astype(np.float64)
-    if seen is not None:
-        total += _widened(seen.counts, seen.limit, limit)
-        low, high = min(low, seen.low), max(high, seen.high)
-    return Histogram(low, high, limit, total)
+    found = Histogram(low, high, limit, counts.astype(np.float64))
+    return found if seen is None else merge_histograms(seen, found)
+
+
+def merge_histograms(first: Histogram, second: Histogram) -> Histogram:
+    """Return the histogram of what two of them saw, in any order and exactly."""
+    limit = max(first.limit, second.limit)
+    counts = _widened(first.counts, first.limit, limit)
+    counts = counts + _widened(second.counts, second.limit, limit)
+    return Histogram(min(first.low, second.low), max(first.high, second.high), limit, counts)
 
 
 def activation_scale(

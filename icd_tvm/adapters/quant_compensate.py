@@ -105,6 +105,9 @@ class Coder:
     def round_compensated(self, gram: Float64) -> Float64:
         """Round row after row; rows to come make up for the error of each.
 
+        Weights that are zero stay zero: they were pruned, and what the compensation would put
+        there is compensated like a rounding error (Frantar and Alistarh, "SparseGPT", 2023).
+
         Parameters
         ----------
         gram : float64 array, shape [K, K]
@@ -126,6 +129,7 @@ class Coder:
         """
         factor = inverse_factor(gram[np.ix_(self.order, self.order)])
         work, out = self.weight[self.order], np.empty_like(self.weight)
+        alive = work != 0
         length, span = len(work), _span(self.size, len(work))
         for first in range(0, length, span):
             last = min(first + span, length)
@@ -133,9 +137,9 @@ class Coder:
             for i in range(first, last):
                 if i % self.size == 0:
                     end = i + self.size
-                    self.fit(i // self.size, self.order[i:end], work[i:end])
+                    self.fit(i // self.size, self.order[i:end], work[i:end] * alive[i:end])
                 row = self.order[i : i + 1]
-                out[row] = self.put(row, work[i : i + 1])
+                out[row] = self.put(row, work[i : i + 1] * alive[i : i + 1])
                 error = (work[i] - out[row[0]]) / factor[i, i]
                 work[i + 1 : last] -= np.outer(factor[i, i + 1 : last], error)
                 errors[i - first] = error

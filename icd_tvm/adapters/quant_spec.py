@@ -12,9 +12,17 @@ from icd_tvm.errors import ConfigError
 Dtype = Literal["none", "int8", "int4", "fp8_e4m3", "fp8_e5m2"]
 Method = Literal["ptq-minmax", "ptq-kld", "ptq-mse"]
 Granularity = Literal["tensor", "channel", "group"]
+Activations = Literal["float", "minmax", "kld", "mse", "dynamic"]
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 METHODS: tuple[Method, ...] = get_args(Method)
+# Text of a request -> how activations are quantised.
+ACTIVATIONS: dict[str, Activations] = {
+    "w8a8": "minmax",
+    "w8a8-kld": "kld",
+    "w8a8-mse": "mse",
+    "w8a8-dynamic": "dynamic",
+}
 
 # One valid spelling of every part, for error texts.
 EXAMPLES = (
@@ -26,11 +34,17 @@ EXAMPLES = (
     "int4:group128",
     "int4:group128:act-order:compensate",
     "int4:group128:salient0.01",
+    "int8:w8a8",
+    "int8:w8a8-dynamic:smooth0.5",
     "fp8_e4m3",
     "fp8_e5m2",
 )
-PARTS = ("tensor", "channel", "group128", *METHODS, "asym", "act-order", "compensate")
-SALIENT = "salient0.01"
+PARTS = (
+    *("tensor", "channel", "group128"),
+    *(*METHODS, "asym", "act-order", "compensate"),
+    *ACTIVATIONS,
+)
+SHARES = ("salient0.01", "smooth0.5")
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,13 @@ class QuantSpec:
         Share of the input rows kept in floating point, in [0, 1).
     compensate : bool
         Whether rounding errors are compensated on the Gram matrix of the inputs.
+    activations : {"float", "minmax", "kld", "mse", "dynamic"}
+        How the layer's input is quantised: not; to uint8 by a static scale from calibration,
+        chosen as named; or by the range that it has at run time.
+    smooth : float
+        Share of the input's range that moves into the weights (:func:`migrate_scales`), in
+        [0, 1); 0 moves nothing. The input is divided in the norm before where nothing else
+        reads that, else at run time.
     """
 
     dtype: Dtype
@@ -65,6 +86,13 @@ class QuantSpec:
     act_order: bool = False
     salient: float = 0.0
     compensate: bool = False
+    activations: Activations = "float"
+    smooth: float = 0.0
+
+    @property
+    def weights_only(self) -> QuantSpec:
+        """The same request with activations in floating point."""
+        return replace(self, activations="float", smooth=0.0)
 
     def __str__(self) -> str:
         """Canonical text; ``parse_quant(str(spec)) == spec``."""
@@ -75,7 +103,9 @@ class QuantSpec:
         flags = {"asym": not self.symmetric, "act-order": self.act_order}
         parts += [name for name, on in flags.items() if on]
         parts += [f"salient{self.salient!r}"] if self.salient else []
-        return ":".join([*parts, "compensate"] if self.compensate else parts)
+        parts += ["compensate"] if self.compensate else []
+        parts += [text for text, kind in ACTIVATIONS.items() if kind == self.activations]
+        return ":".join([*parts, f"smooth{self.smooth!r}"] if self.smooth else parts)
 
 
 def parse_quant(text: str) -> QuantSpec:
@@ -85,9 +115,10 @@ def parse_quant(text: str) -> QuantSpec:
     ----------
     text : str
         ``none``, or a number format (``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``) and, in any
-        order after colons: ``tensor``, ``channel`` or ``groupG``; ``ptq-minmax``, ``ptq-kld`` or
-        ``ptq-mse``; ``asym``; ``act-order``; ``salientR``; ``compensate``. Without a granularity
-        int4 takes ``group128`` and the others ``channel``.
+        order after colons: ``tensor``, ``channel`` or ``groupG`` (also ``gG``); ``ptq-minmax``,
+        ``ptq-kld`` or ``ptq-mse``; ``asym``; ``act-order``; ``salientR``; ``compensate``;
+        ``w8a8``, ``w8a8-kld``, ``w8a8-mse`` (static activations) or ``w8a8-dynamic``;
+        ``smoothR``. Without a granularity int4 takes ``group128`` and the others ``channel``.
 
     Returns
     -------
@@ -99,7 +130,7 @@ def parse_quant(text: str) -> QuantSpec:
         Unknown format or part, a part given twice, or parts that exclude each other.
     """
     # "group:128" and "salient:0.01" are how apply_quant's own parameters spell these parts.
-    clean = re.sub(r"\b(group|salient):(?=[\d.])", r"\1", text.strip().lower())
+    clean = re.sub(r"\b(group|salient|smooth):(?=[\d.])", r"\1", text.strip().lower())
     name, *parts = clean.split(":")
     if name not in DTYPES:
         raise _unknown(text, clean)
@@ -158,6 +189,27 @@ def checked(spec: QuantSpec) -> QuantSpec:
         raise ConfigError(
             f"act-order changes nothing in {spec}", "it orders groups or the compensation"
         )
+    return _checked_activations(spec)
+
+
+def _checked_activations(spec: QuantSpec) -> QuantSpec:
+    if spec.activations == "float":
+        if spec.smooth:
+            raise ConfigError(
+                f"smooth changes nothing in {spec}", "it eases the input: add w8a8 or w8a8-dynamic"
+            )
+        return spec
+    if spec.dtype != "int8" or spec.granularity == "group":
+        raise ConfigError(
+            f"{spec} multiplies by integers", "w8a8 takes int8 weights with one scale a column"
+        )
+    if spec.salient:
+        raise ConfigError(f"{spec} keeps rows in floating point", "drop w8a8 or the salient share")
+    if spec.smooth and spec.activations in ("kld", "mse"):
+        raise ConfigError(
+            f"{spec} needs a histogram of inputs that no calibration has seen",
+            "smooth goes with w8a8 or w8a8-dynamic",
+        )
     return spec
 
 
@@ -165,8 +217,8 @@ def _with_part(spec: QuantSpec, part: str, text: str) -> tuple[QuantSpec, str]:
     if part in ("tensor", "channel"):
         whole: Granularity = "tensor" if part == "tensor" else "channel"
         return replace(spec, granularity=whole, group=0), "granularity"
-    if re.fullmatch(r"group\d+", part):
-        return _grouped(spec, int(part[5:]), text), "granularity"
+    if re.fullmatch(r"g(roup)?\d+", part):
+        return _grouped(spec, int(part.lstrip("group")), text), "granularity"
     for method in METHODS:
         if part == method:
             return replace(spec, method=method), "method"
@@ -176,8 +228,12 @@ def _with_part(spec: QuantSpec, part: str, text: str) -> tuple[QuantSpec, str]:
         return replace(spec, act_order=True), "order"
     if part == "compensate":
         return replace(spec, compensate=True), "compensation"
+    if part in ACTIVATIONS:
+        return replace(spec, activations=ACTIVATIONS[part]), "activations"
     if part.startswith("salient"):
         return replace(spec, salient=_share(part[7:], text)), "salient share"
+    if part.startswith("smooth"):
+        return replace(spec, smooth=_share(part[6:], text, "smooth")), "smooth share"
     raise _unknown_part(part, text)
 
 
@@ -187,15 +243,15 @@ def _grouped(spec: QuantSpec, size: int, text: str) -> QuantSpec:
     return replace(spec, granularity="group", group=size)
 
 
-def _share(text: str, whole: str) -> float:
+def _share(text: str, whole: str, name: str = "salient") -> float:
     try:
         share = float(text)
     except ValueError:
         share = -1.0
     if not 0.0 < share < 1.0:
         raise ConfigError(
-            f"quantisation {whole!r} has no salient share in (0, 1)",
-            "salient0.01 keeps 1 % of the input rows in floating point",
+            f"quantisation {whole!r} has no {name} share in (0, 1)",
+            "salient0.01 keeps 1 % of the input rows in floating point; smooth0.5 is the usual",
         )
     return share
 
@@ -210,9 +266,9 @@ def _unknown(text: str, clean: str) -> ConfigError:
 
 
 def _unknown_part(part: str, text: str) -> ConfigError:
-    near = difflib.get_close_matches(part, (*PARTS, SALIENT), n=1, cutoff=0.4)
+    near = difflib.get_close_matches(part, (*PARTS, *SHARES), n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(
         f"unknown part {part!r} in quantisation {text!r}",
-        f"{hint}known: {', '.join(PARTS)}, {SALIENT}",
+        f"{hint}known: {', '.join((*PARTS, *SHARES))}",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from icd_tvm.adapters.kv_pages import break_even_steps
 from icd_tvm.adapters.kv_slots import SlotCache, SlotPlan, compact_slots, plan_slots
 from icd_tvm.adapters.kv_spec import KVSpec, parse_kv
 from icd_tvm.errors import IcdError, TransformError
-from icd_tvm.relax_passes.apply_sparsity import TRANSFORM_META
+from icd_tvm.relax_passes.transform_meta import with_transform_meta
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.kv_states import KVStates, find_kv_states
 
@@ -87,8 +86,7 @@ class ApplyKVCompress:
                 text = f"kv {self.spec} skipped: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             new = mod.clone()
-        earlier = json.loads(str((mod.attrs or {}).get(TRANSFORM_META, "{}")))
-        return new.with_attr(TRANSFORM_META, json.dumps({**earlier, "kv": self.meta}))
+        return with_transform_meta(new, {"kv": self.meta})
 
     def compact(
         self,

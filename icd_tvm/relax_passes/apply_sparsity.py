@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +20,7 @@ from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.replace_constants import replace_constants
-
-TRANSFORM_META = "icd.transform_meta"
+from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 
 def calibration_requests(mod: Any, spec: SparsitySpec) -> dict[str, Statistic]:
@@ -81,7 +79,7 @@ class ApplySparsity:
             prune = self._prune_units if self.spec.kind == "unit" else self._prune_weights
             entries += prune(group, arrays)
         self.meta = {"sparsity": {"spec": str(self.spec), "entries": entries}}
-        return replace_constants(mod, arrays).with_attr(TRANSFORM_META, json.dumps(self.meta))
+        return with_transform_meta(replace_constants(mod, arrays), self.meta)
 
     def _groups(self, mod: Any) -> list[Any]:
         return hidden_groups(mod["main"], find_axis_groups(mod["main"]))

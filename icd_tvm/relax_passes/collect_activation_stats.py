@@ -1,8 +1,9 @@
 """CollectActivationStats: make a module also return statistics of chosen matmul inputs.
 
 Second moments are summed over every token of one call, so a caller adds them up over its
-calibration batches; no activation leaves the compiled module. Where a graph of single tokens is
-wanted, a bounded sample of rows leaves it instead.
+calibration batches. Where a graph of single tokens is wanted, a bounded sample of rows is
+returned instead; and a distribution, which has no sum of fixed size, needs the input itself,
+to be reduced outside.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from icd_tvm._tvm import Call, Op, relax, tvm
 from icd_tvm.errors import ConfigError, TransformError
 
-Statistic = Literal["moment", "gram", "rows"]
+Statistic = Literal["moment", "gram", "rows", "activation", "activation+gram"]
 
 
 @tvm.transform.module_pass(opt_level=0, name="CollectActivationStats")
@@ -26,8 +27,9 @@ class CollectActivationStats:
     ----------
     requests : Mapping[str, Statistic]
         Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
-        ``"gram"`` (float32 [K, K], X^T X) or ``"rows"`` (float32 [min(M, row_cap), K], tokens
-        of X) of its left operand X [M, K].
+        ``"gram"`` (float32 [K, K], X^T X), ``"rows"`` (float32 [min(M, row_cap), K], tokens
+        of X), ``"activation"`` or ``"activation+gram"`` (float32 [M, K], X itself) of its left
+        operand X [M, K].
     row_cap : int
         The most rows of one ``"rows"`` output. Where there are more tokens, as many are drawn
         without replacement, the same ones in every call.
@@ -79,6 +81,8 @@ class CollectActivationStats:
         rows = builder.emit(relax.op.reshape(operand, (-1, width)))
         if kind == "rows":
             return self._sampled(builder, rows, int(np.prod(lead)))
+        if kind.startswith("activation"):
+            return rows
         if kind == "moment":
             return relax.op.sum(builder.emit(relax.op.multiply(rows, rows)), axis=0)
         return relax.op.matmul(builder.emit(relax.op.permute_dims(rows)), rows)

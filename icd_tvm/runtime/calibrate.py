@@ -1,4 +1,4 @@
-"""Run calibration inputs through the compiled model and add up second moments."""
+"""Run calibration inputs through the compiled model and add up statistics of its matmul inputs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import apply_pass
+from icd_tvm.adapters.activation_statistics import activation_statistics
 from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats, Statistic
 from icd_tvm.runtime.build import build
 
@@ -17,15 +18,16 @@ def calibrate(
     requests: Mapping[str, Statistic],
     batches: Sequence[Mapping[str, np.ndarray]],
     target: Any,
-) -> dict[str, np.ndarray]:
-    """Return the mean second moments of matmul inputs over all calibration tokens.
+) -> dict[str, Any]:
+    """Return statistics of matmul inputs over all calibration tokens.
 
     Parameters
     ----------
     mod : tvm.IRModule
         The model; left untouched.
     requests : Mapping[str, Statistic]
-        Matmul binding name -> ``"moment"`` or ``"gram"``.
+        Matmul binding name -> ``"moment"``, ``"gram"``, ``"activation"`` or
+        ``"activation+gram"``.
     batches : Sequence[Mapping[str, numpy.ndarray]]
         Calibration inputs by name.
     target : tvm.target.Target
@@ -33,12 +35,24 @@ def calibrate(
 
     Returns
     -------
-    dict[str, numpy.ndarray]
-        float64 [K] (moment) or [K, K] (gram) by binding name, divided by the number of calls.
+    dict
+        By binding name: float64 [K] (moment) or [K, K] (gram), divided by the number of calls;
+        or `icd_tvm.adapters.activation_statistics.ActivationStatistics` of all tokens.
     """
     runner = build(apply_pass(CollectActivationStats(requests), mod), target)
-    totals = [np.zeros(1)] * len(requests)
+    totals: dict[str, Any] = {}
     for feeds in batches:
         statistics = runner.run_all(feeds)[-len(requests) :]
-        totals = [t + s.astype(np.float64) for t, s in zip(totals, statistics, strict=True)]
-    return {n: total / len(batches) for n, total in zip(requests, totals, strict=True)}
+        for (name, kind), found in zip(requests.items(), statistics, strict=True):
+            totals[name] = _added(totals.get(name), found, kind)
+    return {
+        name: totals[name] if kind.startswith("activation") else totals[name] / len(batches)
+        for name, kind in requests.items()
+    }
+
+
+def _added(total: Any, found: np.ndarray, kind: Statistic) -> Any:
+    if not kind.startswith("activation"):
+        return found.astype(np.float64) + (0.0 if total is None else total)
+    seen = activation_statistics(found, gram=kind == "activation+gram")
+    return seen if total is None else total.merged(seen)
