@@ -15,13 +15,13 @@ from icd_tvm.tir_schedules.cpu.dense import dense_matmul
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.int8_matmul import (
     MAX_DEPTH,
-    Int8MatmulRule,
     int8_matmul,
     int8_tile,
     pack_int8,
 )
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, flat_rows
+from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
 Array = np.ndarray
@@ -36,7 +36,7 @@ def product(x: Array, w: Array, target: Any, tile: Tile | None = None) -> Array:
     n = w.shape[1]
     func = int8_matmul(m, k, n, target, lead=tuple(lead), tile=tile)
     tile = tile or int8_tile(flat_rows(tuple(lead), m)[1], k, n, target)
-    sch = Int8MatmulRule().apply(func, target, False)
+    sch = ExplicitTileRule().apply(func, target, False)
     arrays = (x, pack_int8(w, tile.columns), np.full((*lead, m, n), -7, np.int32))
     *inputs, out = [tvm.runtime.tensor(array) for array in arrays]
     compile_kernel(sch.mod["main"], target)["main"](*inputs, out)
@@ -91,7 +91,7 @@ def test_any_tile_gives_the_same_product(tile: Tile) -> None:
 
 def test_hot_loop_is_the_dot_instruction_without_spills() -> None:
     target = parse_target("icelake-server", 1)
-    sch = Int8MatmulRule().apply(int8_matmul(128, 384, 384, target), target, False)
+    sch = ExplicitTileRule().apply(int8_matmul(128, 384, 384, target), target, False)
     text = compile_kernel(sch.mod["main"], target).mod.inspect_source("asm")
     loop = max(_loops(text), key=lambda body: body.count("vpdpbusd"))
     tile = int8_tile(128, 384, 384, target)
@@ -143,8 +143,8 @@ def test_packing_puts_four_rows_of_a_column_together() -> None:
 
 def test_the_rule_leaves_other_functions_alone() -> None:
     func = dense_matmul(4, 8, 16, choose_tile(4, 8, 16, HOST))
-    assert Int8MatmulRule().apply(func, HOST, False) is None
-    assert Int8MatmulRule().apply("no function", HOST, False) is None
+    assert ExplicitTileRule().apply(func, HOST, False) is None
+    assert ExplicitTileRule().apply("no function", HOST, False) is None
 
 
 def test_bad_inputs_are_refused() -> None:

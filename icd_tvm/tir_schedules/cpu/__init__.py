@@ -6,8 +6,8 @@ from icd_tvm._tvm import ScheduleRule
 from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
 from icd_tvm.tir_schedules.cpu.dense import DenseRule
 from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
-from icd_tvm.tir_schedules.cpu.int8_matmul import Int8MatmulRule
 from icd_tvm.tir_schedules.cpu.plain_matmul import PlainMatmulRule
+from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.cpu.transposed_sparse import TransposedSparseRule
 
 __all__ = ["cpu_rules"]
@@ -19,7 +19,7 @@ def cpu_rules() -> list[ScheduleRule]:
         DenseRule(),
         BlockSparseRule(),
         TransposedSparseRule(),
-        Int8MatmulRule(),
+        ExplicitTileRule(),
         PlainMatmulRule(),
         ElementwiseRule(),
     ]
