@@ -311,7 +311,7 @@ def test_per_channel_activations_are_refused() -> None:
         "sx": np.linspace(0.01, 0.05, K).astype(np.float32),
         "zx": np.zeros(K, np.uint8),
     }
-    assert "quantise the activation" in refusal(model(QDQ, constants, (M, K)), (M, K))
+    assert "quantise the activation" in refusal(model(QDQ, constants, (12, K)), (12, K))
 
 
 def test_a_model_of_floats_is_untouched() -> None:
@@ -364,3 +364,45 @@ def test_rounding_is_half_to_even() -> None:
     steps, rounded = (part.numpy() for part in machine["main"](tvm.runtime.tensor(ties)))
     np.testing.assert_array_equal(rounded, np.rint(ties))
     np.testing.assert_array_equal(steps, np.rint(ties) + 1)
+
+
+# Only the weight
+
+
+@pytest.mark.parametrize("shape", [(1, K), (1, 8, K), (3, 1, K)])
+def test_a_few_rows_read_the_narrow_weight(shape: tuple[int, ...]) -> None:
+    nodes = [QDQ[2], node("MatMul", ["x", "dw"], ["m"]), QDQ[4]]
+    assert kernels(check(model(nodes, weights(), shape), shape)) == ["fused_narrow_matmul_add"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_matmul_nbits_of_a_few_rows(bits: int, zeros: bool) -> None:
+    rng = np.random.default_rng(0)
+    k, blocks = 64, 2
+    constants = {
+        "w": rng.integers(0, 256, (N, blocks, 32 * bits // 8)).astype(np.uint8),
+        "s": rng.random(N * blocks).astype(np.float32),
+    }
+    if zeros:
+        constants["z"] = rng.integers(0, 256, N * blocks * bits // 8).astype(np.uint8)
+    product = node(
+        "MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", K=k, N=N, bits=bits,
+        block_size=32,
+    )  # fmt: skip
+    shape = (1, 3, k)
+    assert kernels(check(model([product], constants, shape), shape)) == ["narrow_matmul"]
+
+
+def test_scattered_groups_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.integers(0, 256, (N, 2, 16)).astype(np.uint8),
+        "s": rng.random(N * 2).astype(np.float32),
+        "g": rng.permutation(np.arange(64, dtype=np.int32) // 32),
+    }
+    product = node(
+        "MatMulNBits", ["x", "w", "s", "", "g"], ["y"], domain="com.microsoft", K=64, N=N, bits=4,
+        block_size=32,
+    )  # fmt: skip
+    assert "sort its rows" in refusal(model([product], constants, (1, 64)), (1, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, mutator, named_const, relax, tvm
 from icd_tvm.errors import ConfigError
+from icd_tvm.relax_passes.narrow_weight import MIN_BLOCK, narrow_form
 from icd_tvm.relax_passes.quantized_operands import (
     Activation,
     Weight,
@@ -18,12 +20,17 @@ from icd_tvm.relax_passes.quantized_operands import (
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_call, is_float32, static_shape
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
+from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS, narrow_matmul, narrow_tile, pack_narrow
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
 from icd_tvm.tir_schedules.cpu.row_max import row_max
 from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 # Sums, compensations and zero points of bytes together stay within 31 bits.
 _MAX_DEPTH = 16384
+
+
+# The activation is None where only the weight is quantised.
+Operands = tuple[Activation | None, Weight]
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseQuantizedMatmul")
@@ -36,7 +43,13 @@ class FuseQuantizedMatmul:
     either operand: the kernel multiplies uint8 by int8, so int8 activations are quantised 128
     higher and uint8 weights 128 lower. What the zero points add is subtracted from the sums,
     then scales and all elementwise consumers run on the registers of the kernel. The integers
-    are exact. The packed constant keeps the name of the weight.
+    are exact.
+
+    A product of up to eight rows of floats with a weight of 8 or 4 bits, with scales by column
+    or by block, reads the narrow weight and widens it in registers. With more rows that costs
+    time, so the weight becomes floats when the model is built.
+
+    Packed constants keep the name of the weight; what belongs to it is named after it.
 
     Parameters
     ----------
@@ -77,8 +90,8 @@ class FuseQuantizedMatmul:
         mod = relax.transform.CanonicalizeBindings()(mod)
         return relax.transform.DeadCodeElimination()(mod)
 
-    def _find(self, flow: Dataflow) -> dict[Any, tuple[Activation, Weight]]:
-        """Return the operands of each matmul that becomes a byte product, by its call."""
+    def _find(self, flow: Dataflow) -> dict[Any, Operands]:
+        """Return the operands of each matmul that gets another kernel, by its call."""
         found = {}
         for var, call in flow.values.items():
             weight = find_weight(flow, call.args[1]) if is_call(call, "relax.matmul") else None
@@ -99,10 +112,7 @@ class FuseQuantizedMatmul:
         if shape is None or len(shape) < 2 or min(shape) < 1:
             return f"its input is {call.args[0].ty}, not static with at least two axes"
         if data is None:
-            return (
-                f"only its weight is quantised and it has {shape[-2]} rows: the weight is "
-                "dequantised once, when the model is built; quantise the activation too"
-            )
+            return _not_narrow(call, shape, weight)
         if not weight.per_column:
             return f"scales change every {weight.block()} rows of the weight; use one a column"
         if (data.scale is None) != (weight.scale is None):
@@ -118,18 +128,36 @@ class FuseQuantizedMatmul:
         return ""
 
 
+def _not_narrow(call: Any, shape: tuple[int, ...], weight: Weight) -> str:
+    """Return why a product of floats and a quantised weight stays, or an empty string."""
+    lead, rows = flat_rows(shape[:-2], shape[-2])
+    folded = "the weight is dequantised once, when the model is built"
+    if not (is_float32(call.args[0]) and is_float32(call)):
+        return f"only its weight is quantised and its input is {call.args[0].ty.dtype}; {folded}"
+    if prod(lead) * rows > MAX_ROWS:
+        return (
+            f"only its weight is quantised and it has {prod(lead) * rows} rows, more than "
+            f"{MAX_ROWS}: {folded}; quantise the activation too"
+        )
+    if weight.block() < MIN_BLOCK:
+        return (
+            f"scales change every {weight.block()} rows of the weight: {folded}; "
+            f"sort its rows so that {MIN_BLOCK} or more share a scale"
+        )
+    return ""
+
+
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(
-        self, mod: Any, flow: Dataflow, found: dict[Any, tuple[Activation, Weight]], target: Any
-    ) -> None:
+    def __init__(self, mod: Any, flow: Dataflow, found: dict[Any, Operands], target: Any) -> None:
         super().__init__(mod)
         self._flow, self._found, self._target = flow, found, target
         self._unsigned: dict[Any, Any] = {}
 
     def visit_call_(self, call: Any) -> Any:
         if call in self._found:
-            return self._matmul(call, *self._found[call])
+            data, weight = self._found[call]
+            return self._narrow(call, weight) if data is None else self._matmul(data, weight)
         if is_call(call, "relax.max") or is_call(call, "relax.min"):
             return self._extreme(call)
         return super().visit_call_(call)
@@ -147,7 +175,19 @@ class _Rewriter(PyExprMutator):
         most = self.builder_.emit(relax.op.max(rows))
         return relax.op.negative(most) if lowest else most
 
-    def _matmul(self, call: Any, data: Activation, weight: Weight) -> Any:
+    def _narrow(self, call: Any, weight: Weight) -> Any:
+        """Multiply floats by the narrow weight."""
+        x = self.visit_expr(call.args[0])
+        *lead, m, k = static_shape(x) or ()
+        form, values, tables = narrow_form(weight)
+        tile = narrow_tile(flat_rows(tuple(lead), m)[1], form, k, self._target)
+        names = (weight.name, f"{weight.name}.scale", f"{weight.name}.zero_point")
+        packed = pack_narrow(values, tables, form, tile.columns)
+        args = [named_const(array, name) for array, name in zip(packed, names, strict=False)]
+        func = narrow_matmul(m, k, values.shape[1], form, self._target, lead=tuple(lead))
+        return call_func(self.builder_, func, "narrow_matmul", [x, *args], call.ty)
+
+    def _matmul(self, data: Activation, weight: Weight) -> Any:
         values, zero = weight.signed()
         x, offset = self._bytes(data)
         total = self._product(x, values, weight.name)
@@ -176,9 +216,7 @@ class _Rewriter(PyExprMutator):
             return relax.op.astype(relax.op.add(wide, relax.const(128, "int32")), "uint8")
         point = named_const((zero.astype(np.int16) + 128).astype(np.uint8), "")
         source, scale = (self.visit_expr(arg) for arg in call.args[:2])
-        return relax.op.quantize(
-            source, scale, point, axis=int(call.attrs.axis), out_dtype="uint8"
-        )
+        return relax.op.quantize(source, scale, point, axis=int(call.attrs.axis), out_dtype="uint8")
 
     def _product(self, x: Any, values: npt.NDArray[np.int8], name: str) -> Any:
         *lead, m, k = static_shape(x) or ()

@@ -94,7 +94,9 @@ class TileBuilder:
         """Set the sums of a tile to zero."""
         zero = tirx.IntImm if self.dtype.startswith("int") else tirx.FloatImm
         vector = T.broadcast(zero(self.dtype, 0), self.tile.lanes)
-        self.each_vector(self.tile.rows, lambda r, c: T.buffer_store(sums, vector, [r, self.run(c)]))
+        self.each_vector(
+            self.tile.rows, lambda r, c: T.buffer_store(sums, vector, [r, self.run(c)])
+        )
 
     def local_sums(self) -> Any:
         """Return a buffer for the sums of one tile, which LLVM keeps in registers."""
