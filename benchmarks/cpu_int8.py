@@ -30,7 +30,7 @@ from onnxruntime.quantization import (
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import i64, relax, tirx, tvm
+from icd_tvm._tvm import relax, tirx, tvm
 from icd_tvm.models.importer import ImportedModel, import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.minilm import build_minilm

@@ -406,3 +406,25 @@ def test_scattered_groups_are_refused() -> None:
         block_size=32,
     )  # fmt: skip
     assert "sort its rows" in refusal(model([product], constants, (1, 64)), (1, 64))
+
+
+# Zeros in a weight of bytes
+
+
+@pytest.mark.parametrize("zero", [(np.int8, 0), (np.uint8, 128)])
+def test_groups_of_zeros_are_skipped(zero: tuple[Any, int]) -> None:
+    dtype, point = zero
+    rng = np.random.default_rng(0)
+    keep = np.repeat(np.repeat(rng.random((16, 6)) < 0.4, 4, 0), 16, 1)
+    w = (np.where(keep, rng.integers(-127, 128, keep.shape), 0) + point).astype(dtype)
+    constants = {
+        "w": w,
+        "sw": np.full(96, 0.01, np.float32),
+        "zw": np.full(96, point, dtype),
+        "b": rng.standard_normal(96).astype(np.float32),
+    }
+    proto = model(QDQ, {**constants, **scales()}, (40, 64))
+    mod = check(proto, (40, 64))
+    assert kernels(mod)[-1] == "fused_block_int8_matmul_subtract_cast_multiply_add"
+    rewrite = fuse(mod)[1]
+    assert "of the dense byte product" in rewrite.sparse["w"]

@@ -11,6 +11,11 @@ from hypothesis import strategies as st
 
 from icd_tvm._tvm import tvm
 from icd_tvm.errors import ConfigError, ShapeError
+from icd_tvm.tir_schedules.cpu.block_int8 import (
+    block_int8_matmul,
+    choose_block_tile,
+    pack_block_int8,
+)
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.int8_matmul import (
@@ -157,3 +162,84 @@ def test_bad_inputs_are_refused() -> None:
     arm = tvm.target.Target({"kind": "llvm", "mtriple": "aarch64-linux-gnu"})
     with pytest.raises(ConfigError, match="x86"):
         dot_product(arm)
+
+
+# Groups of columns that skip quads of rows
+
+
+def grouped(k: int, n: int, width: int, density: float, seed: int = 0) -> Array:
+    """Return a weight of which every group of columns keeps its own random quads."""
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(1, 128, (k, n)).astype(np.int8)
+    keep = rng.random((k // 4, -(-n // width))) < density
+    return weight * np.repeat(np.repeat(keep, 4, 0), width, 1)[:, :n]
+
+
+def sparse_product(x: Array, w: Array, target: Any, vectors: int) -> Array:
+    *lead, m, k = x.shape
+    n = w.shape[1]
+    tile = int8_tile(flat_rows(tuple(lead), m)[1], k, n, target, vectors)
+    constants = pack_block_int8(w, tile.columns)
+    space = constants[1].shape[1]
+    func = block_int8_matmul(m, k, n, space, tile, target, lead=tuple(lead))
+    sch = ExplicitTileRule().apply(func, target, False)
+    arrays = (x, *constants, np.full((*lead, m, n), -7, np.int32))
+    *inputs, out = [tvm.runtime.tensor(array) for array in arrays]
+    compile_kernel(sch.mod["main"], target)["main"](*inputs, out)
+    return out.numpy()
+
+
+@few
+@given(
+    m=st.integers(1, 40),
+    quads=st.integers(1, 40),
+    n=st.integers(1, 70),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    vectors=st.sampled_from([1, 2]),
+)
+@example(m=1, quads=1, n=1, density=0.0, vectors=1)
+def test_sparse_product_is_exact(m: int, quads: int, n: int, density: float, vectors: int) -> None:
+    x, _ = bytes_of(np.random.default_rng(m), (m,), 4 * quads, n)
+    w = grouped(4 * quads, n, 16, density)
+    np.testing.assert_array_equal(sparse_product(x, w, HOST, vectors), exact(x, w))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32), (3, 1, 32)])
+def test_sparse_product_keeps_batch_axes(shape: tuple[int, ...]) -> None:
+    x, _ = bytes_of(np.random.default_rng(0), shape[:-1], 32, 40)
+    w = grouped(32, 40, 16, 0.5)
+    target = parse_target("x86-64-v3", 2)
+    np.testing.assert_array_equal(sparse_product(x, w, target, 1), exact(x, w))
+
+
+def test_quads_of_a_group_are_listed_in_order() -> None:
+    w = np.zeros((16, 20), np.int8)
+    w[1, 3], w[15, 0], w[8, 19] = 5, 6, 7
+    counts, quads, values = pack_block_int8(w, 16)
+    np.testing.assert_array_equal(counts, [2, 1])
+    np.testing.assert_array_equal(quads, [[0, 3, 0, 0], [2, 0, 0, 0]])
+    assert values.shape == (2, 4, 64)
+    assert (values[0, 0, 3 * 4 + 1], values[0, 1, 3], values[1, 0, 3 * 4]) == (5, 6, 7)
+    assert np.count_nonzero(values) == 3
+
+
+@pytest.mark.parametrize(("m", "density", "sparse"), [(128, 0.5, True), (1, 0.5, True)])
+@pytest.mark.parametrize("width", [16, 32])
+def test_groups_are_chosen_where_they_pay(m: int, density: float, sparse: bool, width: int) -> None:
+    target = parse_target("icelake-server", 1)
+    tile, reason = choose_block_tile(m, grouped(384, 384, width, density), target)
+    assert tile is not None
+    assert tile.columns in (16, width)
+    assert reason.startswith("model")
+    rng = np.random.default_rng(0)
+    scattered = grouped(384, 384, 1, 0.5) * (rng.random((384, 384)) < 0.5)
+    assert choose_block_tile(m, scattered.astype(np.int8), target)[0] is None
+    assert choose_block_tile(m, grouped(384, 384, 16, 0.98), target)[0] is None
+    tile, reason = choose_block_tile(m, np.zeros((6, 16), np.int8), target)
+    assert tile is None
+    assert "multiple of 4" in reason
+
+
+def test_ragged_depths_have_no_sparse_kernel() -> None:
+    with pytest.raises(ShapeError, match="multiple of 4"):
+        block_int8_matmul(1, 6, 16, 1, Tile(1, 1, 16), HOST)

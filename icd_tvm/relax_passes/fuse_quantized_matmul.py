@@ -19,6 +19,11 @@ from icd_tvm.relax_passes.quantized_operands import (
     find_weight,
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_call, is_float32, static_shape
+from icd_tvm.tir_schedules.cpu.block_int8 import (
+    block_int8_matmul,
+    choose_block_tile,
+    pack_block_int8,
+)
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS, narrow_matmul, narrow_tile, pack_narrow
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
@@ -27,6 +32,8 @@ from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 # Sums, compensations and zero points of bytes together stay within 31 bits.
 _MAX_DEPTH = 16384
+# With more non-zeros than this there are too few groups to skip.
+_DENSE = 0.95
 
 
 # The activation is None where only the weight is quantised.
@@ -45,6 +52,9 @@ class FuseQuantizedMatmul:
     then scales and all elementwise consumers run on the registers of the kernel. The integers
     are exact.
 
+    Where the zeros of a weight leave out quads of rows for whole groups of columns, the
+    block-sparse kernel skips them if that is modelled to pay.
+
     A product of up to eight rows of floats with a weight of 8 or 4 bits, with scales by column
     or by block, reads the narrow weight and widens it in registers. With more rows that costs
     time, so the weight becomes floats when the model is built.
@@ -62,17 +72,20 @@ class FuseQuantizedMatmul:
         Names of the results that were replaced.
     refused : dict of str to str
         Name of each matmul with a quantised weight that was left alone -> the reason.
+    sparse : dict of str to str
+        Name of each weight with zeros in a byte product -> what skipping them is worth.
     """
 
     def __init__(self, target: Any) -> None:
         self.target = target
         self.fused: list[str] = []
         self.refused: dict[str, str] = {}
+        self.sparse: dict[str, str] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the matmuls replaced."""
         mod = mod.clone()
-        self.fused, self.refused = [], {}
+        self.fused, self.refused, self.sparse = [], {}, {}
         for name, func in mod.functions_items():
             if not isinstance(func, relax.Function):
                 continue
@@ -80,7 +93,7 @@ class FuseQuantizedMatmul:
             found = self._find(flow)
             if not found:
                 continue
-            rewriter = _Rewriter(mod, flow, found, self.target)
+            rewriter = _Rewriter(mod, flow, found, self)
             new = rewriter.visit_expr(func)
             mod = rewriter.builder_.get()
             mod[name] = new
@@ -149,9 +162,12 @@ def _not_narrow(call: Any, shape: tuple[int, ...], weight: Weight) -> str:
 
 @mutator
 class _Rewriter(PyExprMutator):
-    def __init__(self, mod: Any, flow: Dataflow, found: dict[Any, Operands], target: Any) -> None:
+    def __init__(
+        self, mod: Any, flow: Dataflow, found: dict[Any, Operands], owner: FuseQuantizedMatmul
+    ) -> None:
         super().__init__(mod)
-        self._flow, self._found, self._target = flow, found, target
+        self._flow, self._found = flow, found
+        self._target, self._sparse = owner.target, owner.sparse
         self._unsigned: dict[Any, Any] = {}
 
     def visit_call_(self, call: Any) -> Any:
@@ -220,12 +236,26 @@ class _Rewriter(PyExprMutator):
 
     def _product(self, x: Any, values: npt.NDArray[np.int8], name: str) -> Any:
         *lead, m, k = static_shape(x) or ()
-        n = values.shape[1]
-        tile = int8_tile(flat_rows(tuple(lead), m)[1], k, n, self._target)
+        n, rows = values.shape[1], flat_rows(tuple(lead), m)[1]
+        like = relax.TensorType((*lead, m, n), "int32")
+        tile = self._block_tile(rows, values, name)
+        if tile is not None:
+            counts, quads, data = pack_block_int8(values, tile.columns)
+            parts = {f"{name}.counts": counts, f"{name}.quads": quads, name: data}
+            shape = (m, k, n, quads.shape[1])
+            func = block_int8_matmul(*shape, tile, self._target, lead=tuple(lead))
+            args = [x, *(named_const(array, part) for part, array in parts.items())]
+            return self._call(func, "block_int8_matmul", args, like)
+        tile = int8_tile(rows, k, n, self._target)
         packed = named_const(pack_int8(values, tile.columns), name)
         func = int8_matmul(m, k, n, self._target, lead=tuple(lead), tile=tile)
-        like = relax.TensorType((*lead, m, n), "int32")
         return self._call(func, "int8_matmul", [x, packed], like)
+
+    def _block_tile(self, rows: int, values: npt.NDArray[np.int8], name: str) -> Any:
+        if np.count_nonzero(values) > _DENSE * values.size:
+            return None
+        tile, self._sparse[name] = choose_block_tile(rows, values, self._target)
+        return tile
 
     def _compensated(
         self,

@@ -21,12 +21,12 @@ from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 # 2**31 - 1 over the largest product of an unsigned and a signed byte.
 MAX_DEPTH = (2**31 - 1) // (255 * 128)
-_QUAD = 4
+QUAD = 4
 _UNROLL = 4
 _MAX_VECTORS = 8
 
 
-def int8_tile(m: int, k: int, n: int, target: Any) -> Tile:
+def int8_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -> Tile:
     """Return the register tile with the least modelled cycles for an ``m`` x ``n`` output.
 
     Parameters
@@ -34,6 +34,8 @@ def int8_tile(m: int, k: int, n: int, target: Any) -> Tile:
     m, k, n : int
         Rows of the output, length of a row of X in bytes, columns of the output.
     target : tvm.target.Target
+    vectors : int, optional
+        Fixes the width of the tile.
 
     Returns
     -------
@@ -45,14 +47,19 @@ def int8_tile(m: int, k: int, n: int, target: Any) -> Tile:
         If the target has no int8 dot product.
     """
     dot = dot_product(target)
+    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
     tiles = [
-        Tile(rows, vectors, dot.lanes)
-        for vectors in range(1, _MAX_VECTORS + 1)
+        Tile(rows, width, dot.lanes)
+        for width in widths
         for rows in range(1, min(m, dot.registers) + 1)
-        if dot.needs(rows, vectors) <= dot.registers or rows == vectors == 1
+        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
     ]
-    quads = -(-k // _QUAD)
-    return min(tiles, key=lambda t: (tile_cycles(t, m, quads, n), abs(t.vectors - 3), -t.rows))
+    return min(tiles, key=lambda t: (int8_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
+
+
+def int8_cycles(tile: Tile, m: int, k: int, n: int) -> float:
+    """Return the modelled cycles per four steps along K; rows of X are k bytes apart."""
+    return tile_cycles(tile, m, -(-k // QUAD), n)
 
 
 def int8_matmul(
@@ -113,10 +120,10 @@ def pack_int8(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.int8]:
     k, n = matrix_shape(weight)
     if weight.dtype != np.int8:
         raise ShapeError(f"a packed weight must be int8, not {weight.dtype}", "quantise it first")
-    quads, panels = -(-k // _QUAD), -(-n // columns)
-    padded = np.zeros((quads * _QUAD, panels * columns), np.int8)
+    quads, panels = -(-k // QUAD), -(-n // columns)
+    padded = np.zeros((quads * QUAD, panels * columns), np.int8)
     padded[:k, :n] = weight
-    split = padded.reshape(quads, _QUAD, panels, columns)
+    split = padded.reshape(quads, QUAD, panels, columns)
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1)).reshape(panels, quads, -1)
 
 
@@ -125,10 +132,10 @@ class _Int8Builder(TileBuilder):
 
     def __init__(self, shape: Lead, k: int, tile: Tile, dot: DotProduct) -> None:
         super().__init__(shape, k, tile, "int32")
-        self.dot, self.quads = dot, -(-k // _QUAD)
+        self.dot, self.quads = dot, -(-k // QUAD)
 
     def parameters(self) -> dict[str, tuple[Lead, str]]:
-        width = self.tile.columns * _QUAD
+        width = self.tile.columns * QUAD
         return {
             "X": ((*self.shape, self.k), "uint8"),
             "W": ((self.panels, self.quads, width), "int8"),
@@ -137,27 +144,27 @@ class _Int8Builder(TileBuilder):
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
         x, w = inputs
         panel, first = at
-        whole = self.k // _QUAD
+        whole = self.k // QUAD
 
         def step(quad: Any, count: int) -> None:
             with T.unroll(i64(self.tile.rows)) as r:
-                four = self._four_bytes(x, self.row(batch, first + r), quad * _QUAD, count)
+                four = self._four_bytes(x, self.row(batch, first + r), quad * QUAD, count)
                 with T.unroll(i64(self.tile.vectors)) as c:
                     here = (r, self.run(c * self.tile.lanes))
-                    start = c * (self.tile.lanes * _QUAD)
-                    weight = w[panel, quad, self.run(start, self.tile.lanes * _QUAD)]
+                    start = c * (self.tile.lanes * QUAD)
+                    weight = w[panel, quad, self.run(start, self.tile.lanes * QUAD)]
                     T.buffer_store(sums, self.dot.add(sums[here], four, weight), [*here])
 
         if whole >= _UNROLL:
             with T.serial(i64(whole // _UNROLL)) as outer, T.unroll(i64(_UNROLL)) as inner:
-                step(outer * _UNROLL + inner, _QUAD)
+                step(outer * _UNROLL + inner, QUAD)
         for quad in range(whole // _UNROLL * _UNROLL, self.quads):
-            step(i64(quad), min(_QUAD, self.k - quad * _QUAD))
+            step(i64(quad), min(QUAD, self.k - quad * QUAD))
 
     def _four_bytes(self, x: Any, row: Any, first: Any, count: int) -> Any:
         """Return up to four bytes of a row as one int32; none past its end is read."""
-        if count == _QUAD:
-            return T.reinterpret("int32", x[(*row, self.run(first, _QUAD))])
+        if count == QUAD:
+            return T.reinterpret("int32", x[(*row, self.run(first, QUAD))])
         value = x[(*row, first)].astype("int32")
         for byte in range(1, count):
             more = x[(*row, first + byte)].astype("int32")
