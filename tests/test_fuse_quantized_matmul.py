@@ -17,6 +17,8 @@ from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
+from icd_tvm.relax_passes.relax_graph import call_func
+from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
 from icd_tvm.tir_schedules.target import host_target
 
 Array = np.ndarray
@@ -312,6 +314,59 @@ def test_per_channel_activations_are_refused() -> None:
         "zx": np.zeros(K, np.uint8),
     }
     assert "quantise the activation" in refusal(model(QDQ, constants, (12, K)), (12, K))
+
+
+@pytest.mark.parametrize("shape", [(K, N), (1, K, N)])
+def test_other_weights_of_bytes_are_refused(shape: tuple[int, ...]) -> None:
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((2, M, K), "float32"))
+    scale = relax.Var("scale", relax.TensorType((), "float32"))
+    with builder.function("main", [x, scale]):
+        with builder.dataflow():
+            w = relax.const(np.ones(shape, np.int8))
+            factor = scale if len(shape) == 2 else relax.const(np.float32(0.5))
+            right = builder.emit(relax.op.multiply(relax.op.astype(w, "float32"), factor))
+            out = builder.emit_output(relax.op.matmul(x, right))
+        builder.emit_func_output(out)
+    before = builder.get()
+    after, rewrite = fuse(before)
+    tvm.ir.assert_structural_equal(after, before)
+    (reason,) = rewrite.refused.values()
+    assert "no matrix of bytes with constant float32 scales" in reason
+
+
+def test_the_expected_module() -> None:
+    w = weights()["w"]
+    scale, step = np.linspace(0.1, 0.2, N, dtype=np.float32), np.float32(0.25)
+    tile = int8_tile(M, K, N, TARGET)
+    op = relax.op
+
+    def before(emit: Any, q: Any) -> Any:
+        left = emit(op.dequantize(q, relax.const(step), relax.const(np.uint8(3)), axis=1))
+        zero = relax.const(np.int8(0))
+        right = emit(op.dequantize(relax.const(w), relax.const(scale), zero, axis=1))
+        return op.matmul(left, right)
+
+    def expected(emit: Any, q: Any, builder: Any) -> Any:
+        func = int8_matmul(M, K, N, TARGET, tile=tile)
+        packed = relax.const(pack_int8(w, tile.columns))
+        like = relax.TensorType((M, N), "int32")
+        total = emit(call_func(builder, func, "int8_matmul", [q, packed], like))
+        sums = relax.const(w.sum(axis=0, dtype=np.int32) * np.int32(3))
+        floats = emit(op.astype(emit(op.subtract(total, sums)), "float32"))
+        return op.multiply(floats, relax.const(scale * step))
+
+    modules = []
+    for build in (before, expected):
+        builder = relax.BlockBuilder()
+        q = relax.Var("q", relax.TensorType((M, K), "uint8"))
+        with builder.function("main", [q]):
+            with builder.dataflow():
+                more = (builder,) if build is expected else ()
+                out = builder.emit_output(build(builder.emit, q, *more))
+            builder.emit_func_output(out)
+        modules.append(builder.get())
+    tvm.ir.assert_structural_equal(fuse(modules[0])[0], modules[1])
 
 
 def test_a_model_of_floats_is_untouched() -> None:

@@ -17,6 +17,7 @@ from icd_tvm.relax_passes.quantized_operands import (
     evaluate,
     find_activation,
     find_weight,
+    reads_bytes,
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_call, is_float32, static_shape
 from icd_tvm.tir_schedules.cpu.block_int8 import (
@@ -107,20 +108,25 @@ class FuseQuantizedMatmul:
         """Return the operands of each matmul that gets another kernel, by its call."""
         found = {}
         for var, call in flow.values.items():
-            weight = find_weight(flow, call.args[1]) if is_call(call, "relax.matmul") else None
-            if weight is None:
+            if not is_call(call, "relax.matmul") or not reads_bytes(flow, call.args[1]):
                 continue
+            weight = find_weight(flow, call.args[1])
             data = find_activation(flow, call.args[0])
             reason = self._unsupported(call, data, weight)
-            if reason:
+            if weight is None or reason:
                 self.refused[str(var.name)] = reason
             else:
                 found[call] = (data, weight)
                 self.fused.append(str(var.name))
         return found
 
-    def _unsupported(self, call: Any, data: Activation | None, weight: Weight) -> str:
+    def _unsupported(self, call: Any, data: Activation | None, weight: Weight | None) -> str:
         """Return why a matmul stays as it is, or an empty string."""
+        if weight is None:
+            return (
+                "its weight is no matrix of bytes with constant float32 scales by column or "
+                "block and whole zero points"
+            )
         shape = static_shape(call.args[0])
         if shape is None or len(shape) < 2 or min(shape) < 1:
             return f"its input is {call.args[0].ty}, not static with at least two axes"
@@ -149,8 +155,9 @@ def _not_narrow(call: Any, shape: tuple[int, ...], weight: Weight) -> str:
         return f"only its weight is quantised and its input is {call.args[0].ty.dtype}; {folded}"
     if prod(lead) * rows > MAX_ROWS:
         return (
-            f"only its weight is quantised and it has {prod(lead) * rows} rows, more than "
-            f"{MAX_ROWS}: {folded}; quantise the activation too"
+            f"only its weight has scales that a byte product can use and it has "
+            f"{prod(lead) * rows} rows, more than {MAX_ROWS}: {folded}; quantise the activation "
+            "with one scale"
         )
     if weight.block() < MIN_BLOCK:
         return (

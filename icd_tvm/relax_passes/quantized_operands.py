@@ -13,6 +13,10 @@ from icd_tvm._tvm import Call, GenericConst, const_name
 from icd_tvm.relax_passes.relax_graph import Dataflow, constant_array, is_call, static_shape
 
 _BYTES = ("int8", "uint8")
+_STEPS = tuple(
+    f"relax.{op}"
+    for op in ("permute_dims", "reshape", "dequantize", "astype", "subtract", "multiply")
+)
 Array = npt.NDArray[Any]
 
 
@@ -136,6 +140,15 @@ def _shifted_or_scaled(flow: Dataflow, call: Any) -> Weight | None:
 def _along(vector: Array, axis: int) -> Array:
     """Return one element or a vector so that it broadcasts along ``axis`` of a matrix."""
     return vector.reshape((-1, 1) if axis % 2 == 0 else (1, -1))
+
+
+def reads_bytes(flow: Dataflow, expr: Any) -> bool:
+    """Tell whether ``expr`` is computed from a constant of int8 or uint8 by quantised steps."""
+    value = flow.resolve(expr)
+    while isinstance(value, Call) and any(is_call(value, op) for op in _STEPS):
+        value = flow.resolve(value.args[0])
+    array = constant_array(value)
+    return value is not flow.resolve(expr) and array is not None and str(array.dtype) in _BYTES
 
 
 def find_activation(flow: Dataflow, expr: Any) -> Activation | None:
