@@ -2,7 +2,8 @@
 
 Prints the byte products of MiniLM and BERT-base as shares of the measured peak of the byte
 product instruction, decoding steps as shares of the measured read bandwidth (weights from
-memory), and MiniLM in fp32, W8A8 (quantize and dequantize nodes) and dynamic int8:
+memory), and MiniLM in fp32, W8A8 (quantize and dequantize nodes) and dynamic int8. Times are the
+least CPU time of the one thread, which neighbours on the machine disturb less than wall time:
 
     TVM_NUM_THREADS=1 TVM_BIND_THREADS=0 python benchmarks/cpu_int8.py
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from cpu_kernels import SHAPES, best, kernel_arm, kernel_times, session
+from cpu_kernels import SHAPES, kernel_arm, kernel_times, session
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -36,6 +38,7 @@ from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.minilm import build_minilm
 from icd_tvm.relax_passes.lower_cpu import build_cpu
 from icd_tvm.tir_schedules.cpu import cpu_rules
+from icd_tvm.tir_schedules.cpu.block_int8 import block_int8_matmul, pack_block_int8
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight, narrow_matmul, narrow_tile, pack_narrow
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
@@ -54,6 +57,17 @@ READ_BYTES = COLD_BYTES = 128 * 2**20
 Shape = tuple[int, int, int]
 Arm = Callable[[], Any]
 Constants = dict[str, Any]
+
+
+def best(arms: dict[str, Arm], repeats: int) -> dict[str, float]:
+    """Return the least seconds of CPU time of each arm, run in turns."""
+    least = dict.fromkeys(arms, float("inf"))
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            start = time.thread_time()
+            arm()
+            least[name] = min(least[name], time.thread_time() - start)
+    return least
 
 
 def peak_arm(target: Any) -> tuple[Arm, float]:
@@ -120,6 +134,21 @@ def byte_arm(shape: Shape, target: Any, rng: Any, *, warm: bool = True) -> Arm:
     return lambda: main(x, *next(weights), y)
 
 
+def block_arm(shape: Shape, vectors: int, target: Any, rng: Any) -> Arm:
+    """Return a call on a weight of which every group of columns keeps half of the quads."""
+    m, k, n = shape
+    tile = int8_tile(m, k, n, target, vectors)
+    weight = rng.integers(-127, 128, (k // 4, 4, n)).astype(np.int8)
+    for start in range(0, n, tile.columns):
+        weight[rng.permutation(k // 4)[k // 8 :], :, start : start + tile.columns] = 0
+    constants = pack_block_int8(weight.reshape(k, n), tile.columns)
+    func = block_int8_matmul(m, k, n, constants[1].shape[1], tile, target)
+    main = compiled(func, target)
+    arrays = [rng.integers(0, 256, (m, k)).astype(np.uint8), *constants, np.empty((m, n), np.int32)]
+    arguments = [tvm.runtime.tensor(array) for array in arrays]
+    return lambda: main(*arguments)
+
+
 def narrow_arm(shape: Shape, bits: int, block: int, target: Any, rng: Any) -> tuple[Arm, int]:
     """Return a call of a narrow kernel on cold weights, and the bytes of its constants."""
     m, k, n = shape
@@ -180,11 +209,12 @@ def matmul_table(target: Any, repeats: int) -> None:
     rng = np.random.default_rng(0)
     others = ("MatMul", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul")
     heads = "".join(f"{name:>23s}" for name in others)
-    print(f"bytes (m k n)               us   GOP/s  of peak  / our fp32 {heads}")
+    print(f"bytes (m k n)               us   GOP/s  of peak  / our fp32  half16  half32 {heads}")
     for name, shape in SHAPES.items():
         arms = {
             "int8": byte_arm(shape, target, rng),
             "dense": kernel_arm("dense", shape, target, rng),
+            **{f"half {v}": block_arm(shape, v, target, rng) for v in (1, 2)},
         }
         times = best({**arms, **runtime_arms(shape, rng), "peak": peak}, repeats)
         ours = times["int8"]
@@ -194,9 +224,13 @@ def matmul_table(target: Any, repeats: int) -> None:
         sizes = " ".join(str(extent) for extent in shape)
         print(
             f"{name:11s}{sizes:14s}{ours * 1e6:6.0f}{rate / 1e9:8.0f}{share:9.2f}"
-            f"{ours / times['dense']:12.2f} {ratios}"
+            f"{ours / times['dense']:12.2f}"
+            f"{times['half 1'] / ours:8.2f}{times['half 2'] / ours:8.2f} {ratios}"
         )
-    print("of peak: of byte products in registers; last columns: our time over ONNX Runtime's")
+    print(
+        "of peak: of byte products in registers; half: groups of 16 and 32 columns that keep half"
+    )
+    print("of their quads, over dense bytes; last columns: our time over ONNX Runtime's")
 
 
 def nbits_arm(shape: Shape, bits: int, rng: Any) -> Arm:
@@ -241,32 +275,33 @@ def quantised(model: onnx.ModelProto, folder: Path) -> dict[str, onnx.ModelProto
     """Return the model with its constant products in W8A8, and quantised dynamically.
 
     Activations are uint8 over their full range, weights int8 with a scale for every column.
+    ``W8A8 out`` quantises the results of the products too, which ONNX Runtime needs in order to
+    multiply bytes.
     """
     source = folder / "model.onnx"
     onnx.save(model, source)
     weights = {tensor.name for tensor in model.graph.initializer}
     products = [node for node in model.graph.node if node.op_type == "MatMul"]
     others = [node.name for node in products if node.input[1] not in weights]
-    quantize_static(
-        source,
-        folder / "static.onnx",
-        _Batches(import_onnx(model)),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_exclude=others,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
-    )
+    made = {"fp32": model}
+    for name, kept in (("W8A8", ["MatMul"]), ("W8A8 out", [])):
+        quantize_static(
+            source,
+            folder / "static.onnx",
+            _Batches(import_onnx(model)),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=others,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": kept},
+        )
+        made[name] = onnx.load(folder / "static.onnx")
     quantize_dynamic(
         source, folder / "dynamic.onnx", op_types_to_quantize=["MatMul"], nodes_to_exclude=others
     )
-    return {
-        "fp32": model,
-        "W8A8": onnx.load(folder / "static.onnx"),
-        "dynamic": onnx.load(folder / "dynamic.onnx"),
-    }
+    return {**made, "dynamic": onnx.load(folder / "dynamic.onnx")}
 
 
 def model_table(target: Any, repeats: int) -> None:
