@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
 from icd_tvm._tvm import GenericConst, const_name, relax, tvm
 from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.importer import import_onnx
+from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
 from icd_tvm.relax_passes.relax_graph import call_func
@@ -84,14 +87,14 @@ def data(shape: tuple[int, ...], seed: int = 1) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * 3
 
 
-def reference(proto: onnx.ModelProto, x: Array) -> Array:
+def reference(proto: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = ort.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return session.run(None, {"x": x})[0]
+    return session.run(None, feeds)[0]
 
 
 def check(proto: onnx.ModelProto, shape: tuple[int, ...], *, step: float = 0.0) -> Any:
@@ -99,7 +102,7 @@ def check(proto: onnx.ModelProto, shape: tuple[int, ...], *, step: float = 0.0) 
     mod = import_onnx(proto).mod
     x = data(shape)
     machine = relax.VirtualMachine(build_cpu(mod, TARGET), tvm.cpu())
-    actual, expected = machine["main"](tvm.runtime.tensor(x)).numpy(), reference(proto, x)
+    actual, expected = machine["main"](tvm.runtime.tensor(x)).numpy(), reference(proto, {"x": x})
     np.testing.assert_allclose(
         actual, expected, rtol=0, atol=step + 1e-5 * np.abs(expected).max(initial=1.0)
     )
@@ -483,3 +486,46 @@ def test_groups_of_zeros_are_skipped(zero: tuple[Any, int]) -> None:
     assert kernels(mod)[-1] == "fused_block_int8_matmul_subtract_cast_multiply_add"
     rewrite = fuse(mod)[1]
     assert "of the dense byte product" in rewrite.sparse["w"]
+
+
+# A whole encoder
+
+
+class _Batches(CalibrationDataReader):
+    def __init__(self, feeds: list[dict[str, Array]]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> Any:
+        return next(self._feeds, None)
+
+
+def test_a_quantised_encoder_equals_onnx_runtime(tmp_path: Path) -> None:
+    config = BertConfig(layers=2, hidden=32, heads=2, ffn=96, vocab=20, max_position=16)
+    proto = build_bert(config, random_bert_weights(config), seq=12, batch=1)
+    imported = import_onnx(proto)
+    onnx.save(proto, tmp_path / "floats.onnx")
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    products = [n for n in proto.graph.node if n.op_type == "MatMul"]
+    quantize_static(
+        tmp_path / "floats.onnx",
+        tmp_path / "bytes.onnx",
+        _Batches([random_inputs(imported, seed) for seed in range(3)]),
+        op_types_to_quantize=["MatMul"],
+        nodes_to_exclude=[n.name for n in products if n.input[1] not in constants],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    quantised = import_onnx(onnx.load(tmp_path / "bytes.onnx"))
+    assert len(fuse(quantised.mod)[1].fused) == 6 * config.layers
+    names = kernels(quantised.mod)
+    assert sum("int8_matmul" in name for name in names) == 6 * config.layers
+    assert sum(name.startswith("attention") for name in names) == config.layers
+    feeds = random_inputs(quantised, 7)
+    machine = relax.VirtualMachine(build_cpu(quantised.mod, TARGET), tvm.cpu())
+    inputs = [tvm.runtime.tensor(feeds[spec.name]) for spec in quantised.inputs]
+    expected = reference(quantised.model, feeds)
+    # A value near the middle of two steps may be rounded the other way, and that travels on.
+    difference = np.abs(machine["main"](*inputs).numpy() - expected)
+    assert np.median(difference) <= 0.01 * np.abs(expected).max()
+    assert difference.max() <= 0.1 * np.abs(expected).max()

@@ -63,6 +63,7 @@ def exact(x: Array, w: Array) -> Array:
 @given(m=sizes, k=sizes, n=sizes, threads=st.sampled_from([1, 2]), seed=st.integers(0, 99))
 @example(m=1, k=1, n=1, threads=1, seed=0)
 @example(m=64, k=64, n=48, threads=2, seed=0)
+@example(m=512, k=37, n=50, threads=2, seed=0)
 def test_product_is_exact_on_any_shape(m: int, k: int, n: int, threads: int, seed: int) -> None:
     x, w = bytes_of(np.random.default_rng(seed), (m,), k, n)
     np.testing.assert_array_equal(product(x, w, host_target(threads)), exact(x, w))
