@@ -281,16 +281,25 @@ def test_weight_only_is_folded_to_floats() -> None:
     assert "dequantised once" in reason
 
 
-def test_scales_by_block_of_k_are_refused_for_quantised_activations() -> None:
+def blocked(size: int, shape: tuple[int, ...]) -> onnx.ModelProto:
     nodes = [
         *QDQ[:2],
-        node("DequantizeLinear", ["w", "sw"], ["dw"], axis=0, block_size=12),
+        node("DequantizeLinear", ["w", "sw"], ["dw"], axis=0, block_size=size),
         *QDQ[3:],
     ]
     constants = {**weights(), **scales()}
-    constants["sw"] = np.random.default_rng(0).random((K // 12, N)).astype(np.float32)
+    constants["sw"] = np.random.default_rng(0).random((K // size, N)).astype(np.float32)
     del constants["zw"]
-    assert "every 12 rows" in refusal(model(nodes, constants, (M, K)), (M, K))
+    return model(nodes, constants, shape)
+
+
+def test_scales_by_block_of_k_are_refused_for_quantised_activations() -> None:
+    assert "every 18 rows" in refusal(blocked(18, (12, K)), (12, K))
+    assert "every 12 rows" in refusal(blocked(12, (M, K)), (M, K))
+
+
+def test_a_few_quantised_rows_read_the_blocks_of_a_narrow_weight() -> None:
+    assert "narrow_matmul" in kernels(check(blocked(18, (M, K)), (M, K)))[-1]
 
 
 def test_long_sums_are_refused() -> None:

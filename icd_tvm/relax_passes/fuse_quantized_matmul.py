@@ -116,7 +116,7 @@ class FuseQuantizedMatmul:
             if weight is None or reason:
                 self.refused[str(var.name)] = reason
             else:
-                found[call] = (data, weight)
+                found[call] = (data if weight.per_column else None, weight)
                 self.fused.append(str(var.name))
         return found
 
@@ -133,7 +133,8 @@ class FuseQuantizedMatmul:
         if data is None:
             return _not_narrow(call, shape, weight)
         if not weight.per_column:
-            return f"scales change every {weight.block()} rows of the weight; use one a column"
+            reason = f"scales change every {weight.block()} rows of the weight; use one a column"
+            return reason if _not_narrow(call, shape, weight) else ""
         if (data.scale is None) != (weight.scale is None):
             return "only one of its operands has a scale"
         if not (is_float32(call) if weight.scale is not None else str(call.ty.dtype) == "int32"):
