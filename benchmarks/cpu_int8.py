@@ -155,7 +155,7 @@ def narrow_arm(shape: Shape, bits: int, block: int, target: Any, rng: Any) -> tu
     form = NarrowWeight(bits, block, -8 if bits == 4 else 0)
     values = rng.integers(-8, 8, (k, n))
     scale = rng.random((k // block, n))
-    constants = pack_narrow(values, [scale], form, narrow_tile(m, form, k, target).columns)
+    constants = pack_narrow(values, [scale], form, narrow_tile(m, target).columns)
     main = compiled(narrow_matmul(m, k, n, form, target), target)
     x = tvm.runtime.tensor(rng.standard_normal((m, k), dtype=np.float32))
     y = tvm.runtime.tensor(np.empty((m, n), np.float32))

@@ -204,7 +204,7 @@ class _Rewriter(PyExprMutator):
         x = self.visit_expr(call.args[0])
         *lead, m, k = static_shape(x) or ()
         form, values, tables = narrow_form(weight)
-        tile = narrow_tile(flat_rows(tuple(lead), m)[1], form, k, self._target)
+        tile = narrow_tile(flat_rows(tuple(lead), m)[1], self._target)
         names = (weight.name, f"{weight.name}.scale", f"{weight.name}.zero_point")
         packed = pack_narrow(values, tables, form, tile.columns)
         args = [named_const(array, name) for array, name in zip(packed, names, strict=False)]
