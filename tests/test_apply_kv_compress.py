@@ -22,8 +22,8 @@ from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.registry import build
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
-from icd_tvm.relax_passes.transform_meta import TRANSFORM_META
 from icd_tvm.relax_passes.kv_states import find_kv_states
+from icd_tvm.relax_passes.transform_meta import TRANSFORM_META
 from icd_tvm.runtime.build import build as compile_module
 from icd_tvm.tir_schedules.target import host_target
 

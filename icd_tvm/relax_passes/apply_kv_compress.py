@@ -13,9 +13,9 @@ from icd_tvm.adapters.kv_pages import break_even_steps
 from icd_tvm.adapters.kv_slots import SlotCache, SlotPlan, compact_slots, plan_slots
 from icd_tvm.adapters.kv_spec import KVSpec, parse_kv
 from icd_tvm.errors import IcdError, TransformError
-from icd_tvm.relax_passes.transform_meta import with_transform_meta
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.kv_states import KVStates, find_kv_states
+from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 __all__ = ["ApplyKVCompress", "parse_kv"]
 

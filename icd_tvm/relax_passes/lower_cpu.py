@@ -7,6 +7,7 @@ from typing import Any
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
+from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
@@ -39,6 +40,8 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
     rx = relax.transform
     return tvm.transform.Sequential(
         [
+            # Folding would turn quantised weights into floats.
+            FuseQuantizedMatmul(target),
             # Patterns are easiest to recognise on named operators.
             rx.FoldConstant(),
             FuseAttention(target),

@@ -33,6 +33,8 @@ def legalize_map(target: Any) -> dict[str, Legalizer]:
         "relax.tanh": vector_math.tanh,
         "relax.sigmoid": vector_math.sigmoid,
         "relax.nn.gelu": vector_math.gelu,
+        # Both round half to even; TVM's own `nearbyint` is not vectorised.
+        "relax.round": te.round,
         "relax.nn.silu": lambda x: x * vector_math.sigmoid(x),
     }
     table = {name: _unary(name, function) for name, function in unary.items()}

@@ -7,6 +7,7 @@ from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
 from icd_tvm.tir_schedules.cpu.dense import DenseRule
 from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
 from icd_tvm.tir_schedules.cpu.plain_matmul import PlainMatmulRule
+from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.cpu.transposed_sparse import TransposedSparseRule
 
 __all__ = ["cpu_rules"]
@@ -18,6 +19,7 @@ def cpu_rules() -> list[ScheduleRule]:
         DenseRule(),
         BlockSparseRule(),
         TransposedSparseRule(),
+        ExplicitTileRule(),
         PlainMatmulRule(),
         ElementwiseRule(),
     ]

@@ -133,7 +133,7 @@ def schedule_tiled(func: Any, target: Any, kernels: tuple[str, ...]) -> Any:
     inline_spatial(sch, keep=[acc, *prologue])
     threads = target_threads(target)
     tasks, rows, chunk, inner, reduce = _tile_loops(sch, acc, tile, threads)
-    _fuse_epilogue(sch, acc, chunk, tile, target)
+    fuse_epilogue(sch, acc, chunk, tile, target)
     for producer in prologue:
         schedule_spatial(sch, producer, target)
     # Annotate before the split of the reduction: its init block inherits the loop kinds.
@@ -173,7 +173,7 @@ def panel_chunk(tile: Tile, panels: int, length: int, threads: int) -> int:
     return max(c for c in range(1, panels + 1) if panels % c == 0 and c <= fits)
 
 
-def _fuse_epilogue(sch: Any, acc: Any, at: Any, tile: Tile, target: Any) -> None:
+def fuse_epilogue(sch: Any, acc: Any, at: Any, tile: Tile, target: Any) -> None:
     """Compute the consumer of the accumulator on the tile, or after it if shapes differ."""
     (consumer,) = sch.get_consumers(acc)
     try:

@@ -1,0 +1,267 @@
+"""A few rows of floats times a weight of 8 or 4 bits: the product of a decoding step.
+
+Such a product reads every weight once, so it takes the time its bytes take to arrive. The fp32
+kernel of `dense_matmul` streams at the speed of memory already; this one reads a quarter or an
+eighth of the bytes and widens them in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm.script.ir_builder import tirx as T
+
+from icd_tvm._tvm import i64, tirx
+from icd_tvm.errors import ShapeError
+from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows
+from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
+from icd_tvm.tir_schedules.target import vector_bits
+
+# With more rows the multiplications take longer than the bytes of an fp32 weight.
+MAX_ROWS = 8
+_NIBBLES = 8
+_UNROLL = 8
+# The weights are fetched this far ahead: 90 % of the speed of memory on Zen 5, against 70 %.
+_LINE, _AHEAD = 64, 8192
+
+
+@dataclass(frozen=True)
+class NarrowWeight:
+    """How a narrow weight is stored: ``(stored + low - zero) * scale``.
+
+    Attributes
+    ----------
+    bits : int
+        8, stored as int8, or 4, stored as unsigned nibbles.
+    block : int
+        Rows that share scales and zero points; divides K, and is a multiple of 8 for 4 bits.
+    low : int
+        What the stored number 0 stands for.
+    zeros : bool
+        Whether there is a table of zero points.
+    """
+
+    bits: int
+    block: int
+    low: int = 0
+    zeros: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ShapeError(f"weights of {self.bits} bits have no kernel", "use 4 or 8")
+        if self.block < 1 or (self.bits == 4 and self.block % _NIBBLES):
+            raise ShapeError(
+                f"blocks of {self.block} rows of {self.bits} bits have no kernel",
+                f"use a multiple of {_NIBBLES}",
+            )
+
+
+def narrow_tile(rows: int, target: Any) -> Tile:
+    """Return the register tile of `narrow_matmul`: all rows, and four vectors, two or one.
+
+    The sums take at most half of the registers: measured on Zen 5, with more of them eight rows
+    take twice the time.
+    """
+    lanes = vector_bits(target) // 32
+    sums = 16 if lanes == 16 else 8
+    return Tile(rows, next(v for v in (4, 2, 1) if rows * v <= sums), lanes)
+
+
+def narrow_matmul(
+    m: int, k: int, n: int, form: NarrowWeight, target: Any, *, lead: Lead = ()
+) -> Any:
+    """Return the TIR function of ``Y = X @ W`` for a weight of 8 or 4 bits.
+
+    Parameters
+    ----------
+    m, k, n : int
+        Rows of X, the reduced axis, columns of W.
+    form : NarrowWeight
+    target : tvm.target.Target
+        Its vector width gives the panel width P, from `narrow_tile`.
+    lead : tuple of int, optional
+        Leading batch axes of X and Y.
+
+    Returns
+    -------
+    PrimFunc
+        ``(X: f32[*lead, m, k], W, S: f32[p, G, P][, Z: f32[p, G, P]], Y: f32[*lead, m, n])``
+        with p panels, G blocks, and W, S, Z from `pack_narrow`; for `ExplicitTileRule`.
+
+    Raises
+    ------
+    ShapeError
+        If there are more than `MAX_ROWS` rows or the blocks do not divide k.
+    """
+    rows = flat_rows(lead, m)[1]
+    if rows > MAX_ROWS:
+        raise ShapeError(f"{rows} rows have no narrow kernel", f"use at most {MAX_ROWS}")
+    if k % form.block:
+        raise ShapeError(f"blocks of {form.block} do not divide k = {k}", "pad the weight")
+    return _NarrowBuilder((*lead, m, n), k, narrow_tile(rows, target), form).build()
+
+
+def pack_narrow(
+    values: npt.NDArray[Any], tables: list[npt.NDArray[Any]], form: NarrowWeight, columns: int
+) -> list[npt.NDArray[Any]]:
+    """Return the constants of a `narrow_matmul`.
+
+    Parameters
+    ----------
+    values : array [K, N] of integers
+        Less ``form.low`` they fit int8, or 0 to 15 for 4 bits.
+    tables : list of arrays [G, N]
+        Scales, and zero points if ``form.zeros``.
+    form : NarrowWeight
+    columns : int
+        Panel width P.
+
+    Returns
+    -------
+    list of arrays
+        W: int8[p, K, P], or int32[p, K / 8, P] with eight rows of a column in one number, the
+        first in the lowest bits. Then each table as float32[p, G, P].
+
+    Raises
+    ------
+    ShapeError
+        If ``values`` is not a matrix or does not fit the bits.
+    """
+    matrix_shape(values)
+    stored = values.astype(np.int32) - form.low
+    least, most = (0, 15) if form.bits == 4 else (-128, 127)
+    if stored.min() < least or stored.max() > most:
+        raise ShapeError(
+            f"weights from {stored.min()} to {stored.max()} do not fit {form.bits} bits",
+            "choose another low",
+        )
+    if form.bits == 4:
+        parts = stored.reshape(-1, _NIBBLES, values.shape[1]).astype(np.uint32)
+        shifts = np.arange(0, 4 * _NIBBLES, 4, dtype=np.uint32)[:, None]
+        packed = (parts << shifts).sum(axis=1, dtype=np.uint32).view(np.int32)
+    else:
+        packed = stored.astype(np.int8)
+    return [_panels(packed, columns), *(_panels(t.astype(np.float32), columns) for t in tables)]
+
+
+def _panels(table: npt.NDArray[Any], columns: int) -> npt.NDArray[Any]:
+    rows, n = table.shape
+    panels = -(-n // columns)
+    padded = np.zeros((rows, panels * columns), table.dtype)
+    padded[:, :n] = table
+    return np.ascontiguousarray(padded.reshape(rows, panels, columns).transpose(1, 0, 2))
+
+
+class _NarrowBuilder(TileBuilder):
+    name = "narrow_matmul"
+
+    def __init__(self, shape: Lead, k: int, tile: Tile, form: NarrowWeight) -> None:
+        super().__init__(shape, k, tile, "float32")
+        self.form, self.blocks = form, k // form.block
+
+    def parameters(self) -> dict[str, tuple[Lead, str]]:
+        four = self.form.bits == 4
+        depth, width = self.k // _NIBBLES if four else self.k, self.tile.columns
+        table = ((self.panels, self.blocks, width), "float32")
+        return {
+            "X": ((*self.shape, self.k), "float32"),
+            "W": ((self.panels, depth, width), "int32" if four else "int8"),
+            "S": table,
+            **({"Z": table} if self.form.zeros else {}),
+        }
+
+    def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
+        scale = inputs[2]
+        if self.blocks == 1:
+            self._emit_block(inputs, sums, batch, at, i64(0))
+            self.each_vector(
+                self.tile.rows, lambda r, c: self._scaled(sums, sums, scale, at[0], i64(0), r, c)
+            )
+            return
+        part = self.local_sums()
+        with T.serial(i64(self.blocks)) as block:
+            self.clear(part)
+            self._emit_block(inputs, part, batch, at, block)
+            self.each_vector(
+                self.tile.rows, lambda r, c: self._scaled(sums, part, scale, at[0], block, r, c)
+            )
+
+    def _scaled(
+        self, sums: Any, part: Any, scale: Any, panel: Any, block: Any, r: Any, c: Any
+    ) -> None:
+        here = (r, self.run(c))
+        value = part[here] * scale[panel, block, self.run(c)]
+        T.buffer_store(sums, value if sums is part else sums[here] + value, [*here])
+
+    def _emit_block(
+        self, inputs: list[Any], sums: Any, batch: list[Any], at: Any, block: Any
+    ) -> None:
+        """Add the products of one block of rows of W."""
+        size, start = self.form.block, block * self.form.block
+        step = _NIBBLES if self.form.bits == 4 else min(_UNROLL, size)
+        with T.serial(i64(size // step)) as outer:
+            self._emit_rows(inputs, sums, batch, at, (block, start + outer * step, step))
+        if size % step:
+            first = start + size // step * step
+            self._emit_rows(inputs, sums, batch, at, (block, first, size % step))
+
+    def _emit_rows(
+        self, inputs: list[Any], sums: Any, batch: list[Any], at: Any, rows: Any
+    ) -> None:
+        x, (panel, first_row) = inputs[0], at
+        block, first, count = rows
+        self._prefetch(inputs[1], panel, first, count)
+        for t in range(count):
+            with T.unroll(i64(self.tile.vectors)) as vector:
+                c = vector * self.tile.lanes
+                weight = self._widened(inputs, (panel, first, c), t)
+                if self.form.zeros:
+                    weight = weight - inputs[3][panel, block, self.run(c)]
+                with T.unroll(i64(self.tile.rows)) as r:
+                    factor = x[(*self.row(batch, first_row + r), first + t)]
+                    here = (r, self.run(c))
+                    product = T.broadcast(factor, self.tile.lanes) * weight
+                    T.buffer_store(sums, sums[here] + product, [*here])
+
+    def _prefetch(self, w: Any, panel: Any, first: Any, count: int) -> None:
+        """Fetch the weights that are needed `_AHEAD` bytes later.
+
+        Panels lie one behind the other, so that what is past the end of one is the next.
+        """
+        four = self.form.bits == 4
+        row = self.tile.columns * (4 if four else 1)
+        first = tirx.floordiv(first, i64(_NIBBLES)) if four else first
+        for line in range(0, row * (count // _NIBBLES if four else count), _LINE):
+            ahead = first + (_AHEAD + line) // row
+            address = T.address_of(w[panel, ahead, line % row // (4 if four else 1)])
+            # Read, keep in all caches, data: the arguments of llvm.prefetch.
+            kind = (tirx.IntImm("int32", value) for value in (0, 3, 1))
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *kind))
+
+    def _widened(self, inputs: list[Any], place: Any, t: int) -> Any:
+        """Return row ``first + t`` of a vector of columns as floats."""
+        lanes, (panel, first, c) = self.tile.lanes, place
+        if self.form.bits == 8:
+            value = inputs[1][panel, first + t, self.run(c)].astype(f"float32x{lanes}")
+            return value if self.form.low == 0 else value + _all(float(self.form.low), lanes)
+        eight = inputs[1][panel, tirx.floordiv(first, i64(_NIBBLES)), self.run(c)]
+        nibble = T.shift_right(eight, _all(4 * t, lanes)) if t else eight
+        if lanes != 16:
+            value = T.bitwise_and(nibble, _all(15, lanes)).astype(f"float32x{lanes}")
+            return value + _all(float(self.form.low), lanes)
+        # The sixteen numbers a nibble can stand for fit a register; the permutation ignores
+        # all but four bits of each index.
+        numbers = T.ramp(tirx.IntImm("int32", self.form.low), tirx.IntImm("int32", 1), lanes)
+        permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
+        table = numbers.astype(f"float32x{lanes}")
+        return T.call_llvm_pure_intrin(f"float32x{lanes}", permute, table, nibble)
+
+
+def _all(value: float, lanes: int) -> Any:
+    if isinstance(value, int):
+        return T.broadcast(tirx.IntImm("int32", value), lanes)
+    return T.broadcast(tirx.FloatImm("float32", value), lanes)
