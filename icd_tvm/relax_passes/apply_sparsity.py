@@ -17,7 +17,7 @@ from icd_tvm.adapters.sparsity import (
     zero_units,
 )
 from icd_tvm.adapters.units import refit_consumer
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.replace_constants import replace_constants
@@ -33,7 +33,7 @@ def calibration_requests(mod: Any, spec: SparsitySpec) -> dict[str, Statistic]:
     """
     if spec.kind == "none":
         return {}
-    groups = hidden_groups(mod["main"], find_axis_groups(mod["main"]))
+    groups = hidden_groups(mod["main"], tagged_groups(mod))
     sides = {"K"} if spec.kind == "unit" else {"K", "N"}
     return {use.node: "gram" for group in groups for use in group.weights if use.side in sides}
 
@@ -84,7 +84,7 @@ class ApplySparsity:
         return replace_constants(mod, arrays).with_attr(TRANSFORM_META, json.dumps(self.meta))
 
     def _groups(self, mod: Any) -> list[Any]:
-        return hidden_groups(mod["main"], find_axis_groups(mod["main"]))
+        return hidden_groups(mod["main"], tagged_groups(mod))
 
     def _prune_units(self, group: Any, arrays: dict[Any, np.ndarray]) -> list[dict[str, Any]]:
         makers = [use for use in group.weights if use.side == "N"]

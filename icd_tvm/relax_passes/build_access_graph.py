@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
@@ -55,7 +55,7 @@ class BuildAccessGraph:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
-        func, groups = mod["main"], find_axis_groups(mod["main"])
+        func, groups = mod["main"], tagged_groups(mod)
         rows = _output_rows(func)
         hidden = {group.id for group in hidden_groups(func, groups)}
         graphs: dict[str, list[TileAccess]] = {}

@@ -16,6 +16,7 @@ from icd_tvm._tvm import Call, GenericConst, Op, Var, const_name, named_const, r
 from icd_tvm.errors import PermutationError, TransformError
 from icd_tvm.relax_passes.axis_model import AxisGroup, AxisGroups
 from icd_tvm.relax_passes.axis_structure import AxisStructure, Index, axis_index, axis_size
+from icd_tvm.relax_passes.state_order import record_states
 
 
 def compact_groups(mod: Any, groups: AxisGroups, keep: Mapping[str, ArrayLike]) -> Any:
@@ -44,9 +45,9 @@ def compact_groups(mod: Any, groups: AxisGroups, keep: Mapping[str, ArrayLike]) 
     """
     kept = {group: _checked(groups.get(group), indices) for group, indices in keep.items()}
     builder = _Compactor(groups, kept)
-    mod = mod.clone()
-    mod["main"] = builder.function(mod["main"])
-    return relax.transform.Normalize()(mod)
+    func, mod = mod["main"], mod.clone()
+    mod["main"] = builder.function(func)
+    return record_states(relax.transform.Normalize()(mod), func, groups, kept)
 
 
 def _checked(group: AxisGroup, indices: ArrayLike) -> Index:

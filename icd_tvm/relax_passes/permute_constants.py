@@ -23,6 +23,7 @@ from icd_tvm.relax_passes.axis_structure import (
     split_permutation,
 )
 from icd_tvm.relax_passes.compact_groups import compact_groups
+from icd_tvm.relax_passes.state_order import record_states
 
 __all__ = [
     "PermuteConstants",
@@ -180,9 +181,9 @@ def permute_groups(mod: Any, groups: AxisGroups, perms: Mapping[str, ArrayLike])
     leaves = leaf_permutations(groups, perms)
     _refuse_params(groups, leaves)
     rewriter = _Permuter(groups, leaves)
-    mod = mod.clone()
-    mod["main"] = rewrite_constants(mod["main"], rewriter.rewrite)
-    return relax.transform.Normalize()(mod)
+    func, mod = mod["main"], mod.clone()
+    mod["main"] = rewrite_constants(func, rewriter.rewrite)
+    return record_states(relax.transform.Normalize()(mod), func, groups, leaves)
 
 
 def _refuse_params(groups: AxisGroups, leaves: Iterable[str]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.units import zero_units
-from icd_tvm.relax_passes.axis_groups import AxisGroup, find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
@@ -59,14 +60,14 @@ class RewriteLayout:
             if key.startswith(OUTPUT_ORDER)
         }
         if axes:
-            mod = permute_groups(mod, find_axis_groups(mod["main"]), axes)
+            mod = permute_groups(mod, tagged_groups(mod), axes)
         if self.compact:
             mod = self._drop_dead_units(mod, set(axes))
         return apply_pass(ReorderOutputs(outputs), mod) if outputs else mod
 
     def _drop_dead_units(self, mod: Any, ordered: set[str]) -> Any:
         mod = _zero_dead_units(mod)
-        func, groups = mod["main"], find_axis_groups(mod["main"])
+        func, groups = mod["main"], tagged_groups(mod)
         keep: dict[str, np.ndarray] = {}
         for group in hidden_groups(func, groups):
             dead = _dead_units(func, group)
@@ -85,7 +86,7 @@ def _zero_dead_units(mod: Any) -> Any:
     """Zero every constant of a dead unit: what contributes nothing need not be computed."""
     func = mod["main"]
     arrays: dict[Any, np.ndarray] = {}
-    for group in hidden_groups(func, find_axis_groups(func)):
+    for group in hidden_groups(func, tagged_groups(mod)):
         dead = _dead_units(func, group)
         for use in group.consts if dead.any() else ():
             array = arrays.get(use.const, use.const.value.numpy())
