@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 from relax_models import F, mlp, mlp_weights
 
+from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.dead_units import dead_units
 
 DROPPED = np.array([1, 5, 40, 63])
 
 
 def _dead(mod: Any) -> list[int]:
-    func = mod["main"]
-    names = {"fc1", "fc1_bias", "act"}
-    axes = {b.var: 2 for b in func.body.blocks[0].bindings if b.var.name in names}
-    return np.flatnonzero(dead_units(func, F, axes)).tolist()
+    (group,) = (g for g in find_axis_groups(mod["main"]).free if g.size == F)
+    return np.flatnonzero(dead_units(mod["main"], group)).tolist()
 
 
 def test_zero_rows_of_the_consumer() -> None:

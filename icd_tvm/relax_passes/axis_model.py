@@ -136,6 +136,9 @@ class AxisGroup:
     ops : tuple of OpUse
     bytes_touched : int
         Bytes of all constants, values and parameters that have an axis in the group.
+    blocks : tuple of int
+        Block lengths of scales that are read block-wise along the group (`axis_blocks`): other
+        orders than of whole blocks, and inside blocks, need a scale index for every row.
     pins : tuple of Pin
         Why the group cannot be permuted; empty if it can.
     counted : tuple of Pin
@@ -154,6 +157,7 @@ class AxisGroup:
     members: tuple[Member, ...] = ()
     ops: tuple[OpUse, ...] = ()
     bytes_touched: int = 0
+    blocks: tuple[int, ...] = ()
     pins: tuple[Pin, ...] = ()
     counted: tuple[Pin, ...] = ()
     weights: tuple[WeightUse, ...] = ()
@@ -186,6 +190,7 @@ class AxisGroup:
             ],
             "ops": [{"op": use.op, "node": use.node} for use in self.ops],
             "bytes_touched": self.bytes_touched,
+            "blocks": list(self.blocks),
             "pins": [_pin_json(pin) for pin in self.pins],
             "counted": [_pin_json(pin) for pin in self.counted],
         }

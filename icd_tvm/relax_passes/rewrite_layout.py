@@ -10,7 +10,6 @@ import numpy as np
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.units import zero_units
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
-from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
@@ -19,6 +18,7 @@ from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
 from icd_tvm.relax_passes.replace_constants import replace_constants
+from icd_tvm.relax_passes.unit_weights import is_float, kept_places
 
 
 @tvm.transform.module_pass(opt_level=0, name="RewriteLayout")
@@ -70,7 +70,7 @@ class RewriteLayout:
         func, groups = mod["main"], tagged_groups(mod)
         keep: dict[str, np.ndarray] = {}
         for group in hidden_groups(func, groups):
-            dead = _dead_units(func, group)
+            dead = dead_units(func, group)
             kept = (live_tiles if group.id in ordered else kept_units)(dead, self.lanes)
             if len(kept) < group.size:
                 keep[group.id] = kept
@@ -78,19 +78,15 @@ class RewriteLayout:
         return compact_groups(mod, groups, keep) if keep else mod
 
 
-def _dead_units(func: Any, group: AxisGroup) -> np.ndarray:
-    return dead_units(func, group.size, {use.var: use.axis for use in group.values})
-
-
 def _zero_dead_units(mod: Any) -> Any:
     """Zero every constant of a dead unit: what contributes nothing need not be computed."""
     func = mod["main"]
     arrays: dict[Any, np.ndarray] = {}
     for group in hidden_groups(func, tagged_groups(mod)):
-        dead = _dead_units(func, group)
-        for use in group.consts if dead.any() else ():
+        dead = dead_units(func, group)
+        for use in filter(is_float, group.consts if dead.any() else ()):
             array = arrays.get(use.const, use.const.value.numpy())
-            arrays[use.const] = zero_units(array, ~dead, use.axis)
+            arrays[use.const] = zero_units(array, kept_places(use, group, ~dead), use.axis)
     return replace_constants(mod, arrays) if arrays else mod
 
 
