@@ -417,7 +417,9 @@ def silenced(mini: MiniModel, groups: AxisGroups, dead: Perms) -> MiniModel:
         return named_const(array, const_name(const))
 
     func = rewrite_constants(mini.mod["main"], zeroed)
-    mod = relax.transform.Normalize()(tvm.IRModule({"main": func}))
+    mod = mini.mod.clone()
+    mod["main"] = func
+    mod = relax.transform.Normalize()(mod)
     return MiniModel(mod, mini.inputs, mini.expected, mini.opaque_states)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "invert_permutations",
     "leaf_permutations",
     "permute_groups",
+    "permute_leaves",
     "rewrite_constants",
     "validate_permutation",
 ]
@@ -180,6 +181,11 @@ def permute_groups(mod: Any, groups: AxisGroups, perms: Mapping[str, ArrayLike])
     """
     leaves = leaf_permutations(groups, perms)
     _refuse_params(groups, leaves)
+    return permute_leaves(mod, groups, leaves)
+
+
+def permute_leaves(mod: Any, groups: AxisGroups, leaves: Mapping[str, Index]) -> Any:
+    """Permute the constants of checked atomic groups; parameters are the caller's."""
     rewriter = _Permuter(groups, leaves)
     func, mod = mod["main"], mod.clone()
     mod["main"] = rewrite_constants(func, rewriter.rewrite)
@@ -193,7 +199,8 @@ def _refuse_params(groups: AxisGroups, leaves: Iterable[str]) -> None:
         if any(name not in inputs for name in names):
             raise PermutationError(
                 f"group {leaf!r} holds parameter {names[0]!r}, not only constants",
-                "bind the parameters first (relax.transform.BindParams)",
+                "bind the parameters (relax.transform.BindParams), or permute the arrays as well "
+                "(permute_with_parameters)",
             )
 
 
