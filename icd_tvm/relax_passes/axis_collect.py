@@ -87,7 +87,7 @@ class _Collector:
             for draft in self._drafts(structure):
                 draft.members[Member(kind, var.name, i, shape, structure.text())] = None
                 draft.values.append(use)
-                draft.bytes_of[var] = _bytes(var.ty)
+                draft.bytes_of[var] = tensor_bytes(var.ty)
 
     def _add_const(self, use: Use) -> None:
         place = (use.var, use.path)
@@ -105,7 +105,7 @@ class _Collector:
             for draft in self._drafts(structure):
                 draft.members[Member("const", label, i, shape, structure.text())] = None
                 draft.consts.append(own)
-                draft.bytes_of[use.const] = _bytes(use.const.ty)
+                draft.bytes_of[use.const] = tensor_bytes(use.const.ty)
 
     def _note_blocks(self, use: Use, axes: tuple[AxisStructure, ...]) -> None:
         """An index ``i // block`` reads one row of a table for every block of an axis."""
@@ -291,7 +291,7 @@ def _shape(ty: Any) -> tuple[int, ...]:
     return tuple(static_size(size) for size in ty.shape.values)
 
 
-def _bytes(ty: Any) -> int:
+def tensor_bytes(ty: Any) -> int:
     """Size in bytes; symbolic dimensions count as 1."""
     width = _bits(ty.dtype) // 8
     return int(np.prod([max(size, 1) for size in _shape(ty)], dtype=np.int64)) * max(width, 1)
