@@ -589,7 +589,6 @@ class Random:
         best = self.net(op.max(scores, [1], keepdims=True))
         self.x = self.net(op.where(self.net(op.greater_equal(scores, best)), self.x, scores))
 
-
     def grouped_conv(self, n: int) -> None:
         net, w = self.net, self.width
         h = net(op.expand_dims(self.linear(self.x, w, 2 * n), 2))
