@@ -73,7 +73,8 @@ class _Search:
                     continue
                 for silent in self._contracted(binding):
                     consumed, dead = True, dead & silent
-                self.zero[binding.var] = self._zero_units(binding)
+                if binding.var in self.axes or isinstance(binding.var.ty, relax.TupleType):
+                    self.zero[binding.var] = self._zero_units(binding)
         return dead if consumed else self._none()
 
     def _none(self) -> Units:
