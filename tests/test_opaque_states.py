@@ -11,7 +11,13 @@ from axis_models import MODELS, TARGET
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.arguments import refused
 from icd_tvm.compile import build_parser, options_from
-from icd_tvm.errors import ConfigError, ShapeError, TransformError, VerificationError
+from icd_tvm.errors import (
+    ConfigError,
+    PermutationError,
+    ShapeError,
+    TransformError,
+    VerificationError,
+)
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.registry import build as build_model
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags, tagged_groups
@@ -88,6 +94,16 @@ def test_without_states_the_same_groups_are_pinned() -> None:
     assert tagged_groups(kept).opaque_states == pairs
     dropped = apply_pass(AttachLayoutTags([]), tagged)
     assert tagged_groups(dropped).opaque_states == ()
+
+
+def test_channels_with_an_undeclared_state_cannot_leave() -> None:
+    imported = import_onnx(build_model("mamba-mini-random"))
+    groups = tagged_groups(imported.mod)
+    group = next(g for g in groups.pinned if g.size == 48)
+    with pytest.raises(
+        PermutationError, match=r"cannot lose indices: graph input (conv|ssm)_0 axis 1"
+    ):
+        compact_groups(imported.mod, groups, {group.id: np.arange(32)})
 
 
 def test_the_order_of_a_state_is_recorded_composes_and_survives_saving() -> None:
