@@ -112,6 +112,26 @@ def describe(groups: AxisGroups) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6))
 
 
+def row(name: str, imported: ImportedModel, mod: Any) -> str:
+    """Permute every free group of a model and compare the outputs that are no states."""
+    start = time.perf_counter()
+    groups = find_axis_groups(mod["main"], opaque_states=states(imported))
+    seconds = time.perf_counter() - start
+    rng = np.random.default_rng(1)
+    # State values are opaque: their order is the module's own, so they start at zero.
+    own = {pair[0] for pair in states(imported)}
+    feeds = {k: np.zeros_like(v) if k in own else v for k, v in random_inputs(imported).items()}
+    permuted = permute_groups(mod, groups, {g.id: rng.permutation(g.size) for g in groups.free})
+    hidden = {pair[1] for pair in states(imported)}
+    visible = [i for i, n in enumerate(imported.outputs) if n not in hidden]
+    before, after = outputs_of(mod, feeds), outputs_of(permuted, feeds)
+    found = difference([before[i] for i in visible], [after[i] for i in visible])
+    return (
+        f"| {name} | {len(groups.free)} | {len(groups.pinned)} | {seconds:.2f} "
+        f"| {found.max_rel:.1e} | {describe(groups)} |"
+    )
+
+
 def analyse_parameters(path: str) -> None:
     """Print one row: sizes, seconds and peak memory of import and analysis."""
     start = time.perf_counter()
@@ -151,23 +171,7 @@ def main() -> None:
     print("| model | free groups | pinned | analysis s | largest relative difference | groups |")
     print("|---|---|---|---|---|---|")
     for name, imported, mod in models(arguments.names):
-        start = time.perf_counter()
-        groups = find_axis_groups(mod["main"], opaque_states=states(imported))
-        seconds = time.perf_counter() - start
-        rng = np.random.default_rng(1)
-        # State values are opaque: their order is the module's own, so they start at zero.
-        own = {pair[0] for pair in states(imported)}
-        feeds = {k: np.zeros_like(v) if k in own else v for k, v in random_inputs(imported).items()}
-        permuted = permute_groups(mod, groups, {g.id: rng.permutation(g.size) for g in groups.free})
-        hidden = {pair[1] for pair in states(imported)}
-        visible = [i for i, n in enumerate(imported.outputs) if n not in hidden]
-        before, after = outputs_of(mod, feeds), outputs_of(permuted, feeds)
-        found = difference([before[i] for i in visible], [after[i] for i in visible])
-        print(
-            f"| {name} | {len(groups.free)} | {len(groups.pinned)} | {seconds:.2f} "
-            f"| {found.max_rel:.1e} | {describe(groups)} |",
-            flush=True,
-        )
+        print(row(name, imported, mod), flush=True)
 
 
 if __name__ == "__main__":
