@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test nightly lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m icd_tvm.compile minilm --sparsity unit:0.5 --peer onnxruntime --out runs/demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Thousands of random graphs and permutations; ICD_TEST_EXAMPLES=N sets how many.
+nightly: $(READY)
+	ICD_TEST_EXAMPLES=$${ICD_TEST_EXAMPLES:-4000} $(BIN)/python -m pytest \
+	  tests/test_permute_constants.py tests/test_axis_rules.py --hypothesis-show-statistics
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,11 +5,17 @@ same to rounding. Weights of the light convnets are all equal in the file, which
 permutation, so they are replaced by random ones first.
 
 Run: python benchmarks/axis_groups.py [NAME | FILE.onnx[:INPUT=SHAPE] ...]
+     python benchmarks/axis_groups.py --parameters mamba-2.8b-step-random --folder /tmp/mamba
+The second form imports with the weights as parameters (11 GB on disk), in a process of its own, and
+prints the peak resident memory of import and analysis beside the size of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -64,9 +70,9 @@ def randomised(mod: Any) -> Any:
             array = 1 + 0.2 * rng.random(array.shape)
         return named_const(array.astype(np.float32), const_name(const))
 
-    return relax.transform.Normalize()(
-        tvm.IRModule({"main": rewrite_constants(mod["main"], replace)})
-    )
+    mod = mod.clone()
+    mod["main"] = rewrite_constants(mod["main"], replace)
+    return relax.transform.Normalize()(mod)
 
 
 def models(names: list[str]) -> Iterator[tuple[str, ImportedModel, Any]]:
@@ -106,30 +112,66 @@ def describe(groups: AxisGroups) -> str:
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(6))
 
 
+def row(name: str, imported: ImportedModel, mod: Any) -> str:
+    """Permute every free group of a model and compare the outputs that are no states."""
+    start = time.perf_counter()
+    groups = find_axis_groups(mod["main"], opaque_states=states(imported))
+    seconds = time.perf_counter() - start
+    rng = np.random.default_rng(1)
+    # State values are opaque: their order is the module's own, so they start at zero.
+    own = {pair[0] for pair in states(imported)}
+    feeds = {k: np.zeros_like(v) if k in own else v for k, v in random_inputs(imported).items()}
+    permuted = permute_groups(mod, groups, {g.id: rng.permutation(g.size) for g in groups.free})
+    hidden = {pair[1] for pair in states(imported)}
+    visible = [i for i, n in enumerate(imported.outputs) if n not in hidden]
+    before, after = outputs_of(mod, feeds), outputs_of(permuted, feeds)
+    found = difference([before[i] for i in visible], [after[i] for i in visible])
+    return (
+        f"| {name} | {len(groups.free)} | {len(groups.pinned)} | {seconds:.2f} "
+        f"| {found.max_rel:.1e} | {describe(groups)} |"
+    )
+
+
+def analyse_parameters(path: str) -> None:
+    """Print one row: sizes, seconds and peak memory of import and analysis."""
+    start = time.perf_counter()
+    imported = import_onnx(path, parameters=True)
+    read = time.perf_counter()
+    groups = find_axis_groups(imported.mod["main"], opaque_states=states(imported))
+    done = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    weights = sum(array.nbytes for array in imported.parameters.values()) / 2**20
+    print("| model | weights MiB | free groups | import s | analysis s | peak MiB | groups |")
+    print("|---|---|---|---|---|---|---|")
+    print(
+        f"| {imported.name} | {weights:.0f} | {len(groups.free)} | {read - start:.2f} "
+        f"| {done - read:.2f} | {peak:.0f} | {describe(groups)} |"
+    )
+
+
+def with_parameters(name: str, folder: Path) -> None:
+    """Write a model with its weights beside it, unless it is there, and analyse it apart."""
+    path = folder / f"{name}.onnx"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(build(name, data=folder / f"{name}.bin"), path)
+    code = f"import axis_groups; axis_groups.analyse_parameters({str(path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--parameters", metavar="NAME")
+    parser.add_argument("--folder", type=Path, default=Path("runs/parameters"))
     arguments = parser.parse_args()
+    if arguments.parameters:
+        with_parameters(arguments.parameters, arguments.folder)
+        return
     print("| model | free groups | pinned | analysis s | largest relative difference | groups |")
     print("|---|---|---|---|---|---|")
     for name, imported, mod in models(arguments.names):
-        start = time.perf_counter()
-        groups = find_axis_groups(mod["main"], opaque_states=states(imported))
-        seconds = time.perf_counter() - start
-        rng = np.random.default_rng(1)
-        # State values are opaque: their order is the module's own, so they start at zero.
-        own = {pair[0] for pair in states(imported)}
-        feeds = {k: np.zeros_like(v) if k in own else v for k, v in random_inputs(imported).items()}
-        permuted = permute_groups(mod, groups, {g.id: rng.permutation(g.size) for g in groups.free})
-        hidden = {pair[1] for pair in states(imported)}
-        visible = [i for i, n in enumerate(imported.outputs) if n not in hidden]
-        before, after = outputs_of(mod, feeds), outputs_of(permuted, feeds)
-        found = difference([before[i] for i in visible], [after[i] for i in visible])
-        print(
-            f"| {name} | {len(groups.free)} | {len(groups.pinned)} | {seconds:.2f} "
-            f"| {found.max_rel:.1e} | {describe(groups)} |",
-            flush=True,
-        )
+        print(row(name, imported, mod), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from icd_tvm.arguments import Parser, refused
 from icd_tvm.commands import cache, calibrate, solve
 from icd_tvm.errors import ConfigError, IcdError
 from icd_tvm.files import write_atomically
-from icd_tvm.runtime.options import parse_shape
+from icd_tvm.runtime.options import parse_shape, parse_state
 
 _MODULES = {"calibrate": calibrate, "solve": solve, "cache": cache}
 COMMANDS = ("compile", "explain", *_MODULES)
@@ -74,7 +74,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     from icd_tvm.runtime.compile_model import load_model
 
     shapes = dict(parse_shape(text) for text in arguments.shape)
-    states = [_parse_state(text) for text in arguments.opaque_state]
+    states = [parse_state(text) for text in arguments.opaque_state]
     imported = import_onnx(load_model(arguments.model), shapes or None)
     groups = find_axis_groups(imported.mod["main"], opaque_states=states)
     print(explain_json(groups) if arguments.json else explain_text(groups))
@@ -84,13 +84,6 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _parse_state(text: str) -> tuple[str, str]:
-    name, _, output = text.partition("=")
-    if not name or not output:
-        raise ConfigError(f"bad value: --opaque-state {text}", "write --opaque-state past=present")
-    return name, output
 
 
 if __name__ == "__main__":

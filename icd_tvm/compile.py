@@ -10,7 +10,7 @@ from pathlib import Path
 
 from icd_tvm.arguments import Parser, refused
 from icd_tvm.errors import IcdError
-from icd_tvm.runtime.options import CompileOptions, parse_shape
+from icd_tvm.runtime.options import CompileOptions, parse_shape, parse_state
 
 HELP = {
     "model": "ONNX file, or the name of a built-in model (python -m icd_tvm.models --list)",
@@ -27,6 +27,7 @@ HELP = {
     "no_measure": "do not time anything; no order is accepted on speed",
     "explain": "print every axis group and why the other axes are pinned",
     "quality": "evaluate quality: stsb or stsb:PAIRS (MiniLM only, needs the data)",
+    "opaque_state": "input=output, a state that only this model reads; repeat for more states",
     "debug": "show the traceback of an error",
 }
 
@@ -61,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-measure", action="store_true", help=HELP["no_measure"])
     parser.add_argument("--explain", action="store_true", help=HELP["explain"])
     parser.add_argument("--quality", help=HELP["quality"])
+    parser.add_argument(
+        "--opaque-state", action="append", default=[], metavar="IN=OUT", help=HELP["opaque_state"]
+    )
     parser.add_argument("--debug", action="store_true", help=HELP["debug"])
     return parser
 
@@ -83,6 +87,7 @@ def options_from(args: argparse.Namespace) -> CompileOptions:
         measure=not args.no_measure,
         explain=args.explain,
         quality=args.quality,
+        opaque_states=tuple(parse_state(text) for text in args.opaque_state),
     )
 
 

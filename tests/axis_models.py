@@ -11,6 +11,8 @@ import numpy as np
 
 from icd_tvm._tvm import named_const, relax, tvm, tvm_ffi
 from icd_tvm.relax_passes.axis_groups import AxisGroups, find_axis_groups
+from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
+from icd_tvm.tir_schedules.cpu.selective_scan import selective_scan
 
 op, nn = relax.op, relax.op.nn
 
@@ -528,6 +530,48 @@ def mamba_step() -> MiniModel:
     states = (("conv", "1"), ("ssm", "2"))
     expected = [(12, "free"), (5, "free"), (3, "free")]
     return net.done((y, window, state), expected, opaque_states=states)
+
+
+def scan_kernel(net: Net, time: int, channels: int, states: int) -> Any:
+    """``h = a h + b x``, ``y = c h``: operands a (not scanned), b, x and c."""
+    a, b, x, c = (Term("operand", place=i) for i in range(4))
+    axes = ((True, True), (False, True), (True, False), (False, True))
+    program = ScanProgram(
+        (channels, states),
+        [Operand(None if i == 0 else i, own) for i, own in enumerate(axes)],
+        Term("Add", (Term("Mul", (a, Term("old"))), Term("Mul", (b, x)))),
+        [],
+        [Term("Mul", (c, Term("new")))],
+        [(Term("late"), (channels,), False)],
+    )
+    func = selective_scan(program, time, (False,) * 4, (False,))
+    return net.builder.add_func(func, "selective_scan")
+
+
+def scan_over(net: Net, x: Any, width: int, name: str, channels: int, states: int) -> Any:
+    """A selective scan along the rows of x [4, width] with a gate, back to the same width."""
+    u = net.linear(x, f"{name}.in", width, channels)
+    gate = net(nn.silu(net.linear(x, f"{name}.z", width, channels)))
+    b, c = (net.linear(x, f"{name}.{part}", width, states) for part in "bc")
+    decay = net.const(f"{name}.A", net.rng.random((1, channels, states)))
+    start = net.const(f"{name}.h", net.rng.random((1, channels, states)))
+    shaped = [net(op.reshape(t, s)) for t, s in
+              ((b, (4, 1, states)), (u, (4, channels, 1)), (c, (4, 1, states)))]  # fmt: skip
+    sizes = ((4, channels, 1), (1, channels, states))
+    types = [relax.TensorType(size, "float32") for size in sizes]
+    kernel = scan_kernel(net, 4, channels, states)
+    both = net(relax.call_tir(kernel, relax.Tuple([start, decay, *shaped]), types), f"{name}.scan")
+    y = net(op.reshape(net(relax.TupleGetItem(both, 0)), (4, channels)))
+    return net.linear(net(op.multiply(y, gate)), f"{name}.out", channels, width)
+
+
+@model
+def selective_scan_kernel() -> MiniModel:
+    """Channels and states of a scan move, and leave, together with the kernel's shape."""
+    net = Net()
+    x = net.input("x", (4, 8))
+    net.start()
+    return net.done(scan_over(net, x, 8, "scan", 6, 5), [(6, "free"), (5, "free")])
 
 
 @model

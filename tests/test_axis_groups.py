@@ -315,6 +315,29 @@ def test_text_names_groups_weights_and_pins(bert: AxisGroups) -> None:
     assert len(text.strip().split("\n\n")) == 1 + 8 + 4 + 4
 
 
+def test_the_tokens_of_an_encoder_are_free_behind_a_gather(bert: AxisGroups) -> None:
+    """Positions are constants that follow; only ids, mask and output know the order."""
+    tokens = [group for group in bert.pinned if group.size == 8 and group.gathers]
+    assert len(tokens) == 1
+    places = {(use.var.name, use.axis) for use in tokens[0].gathers}
+    assert places == {
+        ("input_ids", 1),
+        ("attention_mask", 1),
+        ("token_type_ids", 1),
+        ("last_hidden_state", 1),
+    }
+    assert any(use.name.startswith("/embeddings/position") for use in tokens[0].consts)
+    flat = " ".join(explain_text(bert).split())
+    assert "behind a gather: would be free between run-time gathers of input_ids axis 1" in flat
+    vocabulary = next(group for group in bert.pinned if group.size == 100)
+    assert not vocabulary.gathers
+
+
+def test_a_group_that_an_op_pins_is_not_free_behind_a_gather() -> None:
+    groups = MODELS["cumsum"]().groups()
+    assert all(not group.gathers for group in groups.pinned if group.size in (4, 12))
+
+
 def test_json_is_complete(bert: AxisGroups) -> None:
     content = json.loads(explain_json(bert))
     assert content == json.loads(json.dumps(bert.to_json()))

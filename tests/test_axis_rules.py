@@ -31,6 +31,11 @@ def item(call: Any, index: int = 0) -> Any:
     return lambda *args: relax.TupleGetItem(call(*args), index)
 
 
+def whole(index: Any, size: int) -> Any:
+    """Indices in [0, size) made of random floats."""
+    return op.astype(op.clip(index, 0, size - 1), "int64")
+
+
 CASES: dict[str, Any] = {
     "relu": case(nn.relu, [2, 3], (2, 3)),
     "astype": case(lambda x: op.astype(x, "int32"), [2, 3], (2, 3)),
@@ -170,6 +175,51 @@ CASES: dict[str, Any] = {
         [2, 3],
         (2, 3),
     ),
+    "gather_nd": case(lambda x, i: op.gather_nd(x, whole(i, 2)), [4, 5, 7], (2, 3, 4, 5), (7, 2)),
+    "gather_nd_batched": case(
+        lambda x, i: op.gather_nd(x, whole(i, 2), 1), [2, 5, 7], (2, 3, 4, 5), (2, 7, 2)
+    ),
+    "scatter_nd_add": case(
+        lambda x, i, u: op.scatter_nd(x, whole(i, 2), u, "add"),
+        [5, 7],
+        (3, 4, 5),
+        (7, 2),
+        (7, 5),
+    ),
+    "scatter_nd_update": case(
+        lambda x, i, u: op.scatter_nd(x, whole(i, 2), u), [4, 5], (3, 4, 5), (7, 1), (7, 4, 5)
+    ),
+    "scatter_elements_add": case(
+        lambda x, i, u: op.scatter_elements(x, whole(i, 2), u, 1, "add"),
+        [2, 5],
+        (2, 3, 4),
+        (2, 5, 3),
+        (2, 5, 3),
+    ),
+    "scatter_elements_update": case(
+        lambda x, i, u: op.scatter_elements(x, whole(i, 2), u, 1),
+        [2, 4],
+        (2, 3, 4),
+        (2, 5, 4),
+        (2, 5, 4),
+    ),
+    "slice_scatter": case(
+        lambda x, u: op.slice_scatter(x, u, 2, 6, 1, axis=1), [2, 2, 4, 3], (2, 9), (2, 4)
+    ),
+    "slice_scatter_step": case(
+        lambda x, u: op.slice_scatter(x, u, 0, 8, 2, axis=1), [], (2, 9), (2, 4)
+    ),
+    "index_tensor": case(
+        lambda x, i, j: op.index_tensor(x, [whole(i, 2), whole(j, 2)]),
+        [2, 5, 7],
+        (3, 4, 5),
+        (7,),
+        (2, 1),
+    ),
+    "index_put": case(
+        lambda x, i, v: op.index_put(x, (whole(i, 2),), v, True), [], (4,), (3,), (3,)
+    ),
+    "meshgrid": case(item(lambda a, b: op.meshgrid(relax.Tuple([a, b]), "ij")), [2, 3], (2,), (3,)),
     "zeros_like": case(op.zeros_like, [2, 3, 2, 3], (2, 3)),
     "tril": case(op.tril, [2], (2, 3, 4)),
     "conv1d": case(lambda x, w: nn.conv1d(x, w, padding=1), [2, 3, 4], (2, 3, 7), (4, 3, 3)),

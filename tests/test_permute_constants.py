@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from axis_models import EXAMPLES, MODELS, MiniModel, Net, nn, op, run
+from axis_models import EXAMPLES, MODELS, MiniModel, Net, nn, op, run, scan_over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -417,7 +417,9 @@ def silenced(mini: MiniModel, groups: AxisGroups, dead: Perms) -> MiniModel:
         return named_const(array, const_name(const))
 
     func = rewrite_constants(mini.mod["main"], zeroed)
-    mod = relax.transform.Normalize()(tvm.IRModule({"main": func}))
+    mod = mini.mod.clone()
+    mod["main"] = func
+    mod = relax.transform.Normalize()(mod)
     return MiniModel(mod, mini.inputs, mini.expected, mini.opaque_states)
 
 
@@ -587,10 +589,56 @@ class Random:
         best = self.net(op.max(scores, [1], keepdims=True))
         self.x = self.net(op.where(self.net(op.greater_equal(scores, best)), self.x, scores))
 
+    def grouped_conv(self, n: int) -> None:
+        net, w = self.net, self.width
+        h = net(op.expand_dims(self.linear(self.x, w, 2 * n), 2))
+        kernel = net.weight(f"k{self.count}", 2 * n, n, 3)
+        h = net(nn.silu(net(nn.conv1d(h, kernel, padding=1, groups=2))))
+        self.x = self.linear(net(op.squeeze(h, [2])), 2 * n, w)
+        self.must_be_free += [2, n, n]
+
+    def quantised(self, n: int) -> None:
+        """A scale and a zero point for every channel, then a scale for each of two blocks."""
+        net, w = self.net, self.width
+        codes = [net.rng.integers(-99, 99, shape) for shape in ((w, 2 * n), (2 * n, w))]
+        up, down = (net.const(f"q{self.count}.{i}", c, "int8") for i, c in enumerate(codes))
+        scale = net.const("s", 0.01 * net.rng.random(2 * n))
+        zero = net.const("z", net.rng.integers(-9, 9, 2 * n), "int8")
+        h = net(op.matmul(self.x, net(op.dequantize(up, scale, zero, axis=1))))
+        index = net.const("blocks", np.arange(2 * n) // n, "int32")
+        table = net.const("t", 0.01 * net.rng.random((2, w)))
+        scales = net(op.take(table, index, axis=0, mode="clip"))
+        dense = net(op.multiply(net(op.astype(down, "float32")), scales))
+        self.x = net(op.matmul(net(nn.relu(h)), dense))
+        self.must_be_free += [2 * n, 2]
+
+    def scan(self, n: int) -> None:
+        self.count += 1
+        self.x = scan_over(self.net, self.x, self.width, f"scan{self.count}", n, 3)
+        self.must_be_free += [n, 3]
+
+    def cumulate(self, n: int) -> None:
+        h = self.net(op.cumsum(self.linear(self.x, self.width, n), 0))
+        self.x = self.linear(h, n, self.width)
+        self.must_be_free.append(n)
+
+    def grouped_query(self, n: int) -> None:
+        """Two query heads on each of three KV heads."""
+        net, w = self.net, self.width
+        q = net(op.reshape(self.linear(self.x, w, 6 * n), (1, 4, 6, n)))
+        k, v = (net(op.reshape(self.linear(self.x, w, 3 * n), (1, 4, 3, n))) for _ in range(2))
+        q = net(op.permute_dims(q, [0, 2, 1, 3]))
+        k, v = (net(op.repeat(net(op.permute_dims(t, [0, 2, 1, 3])), 2, 1)) for t in (k, v))
+        scores = net(nn.softmax(net(op.matmul(q, net(op.permute_dims(k, [0, 1, 3, 2])))), -1))
+        mixed = net(op.permute_dims(net(op.matmul(scores, v)), [0, 2, 1, 3]))
+        self.x = self.linear(net(op.reshape(mixed, (4, 6 * n))), 6 * n, w)
+        self.must_be_free += [3, 2, n, n]
+
 
 PIECES = [
     *("widen", "residual", "gated", "norm", "branches", "fused"),
     *("heads", "shuffle", "cut", "gather", "gate_by_rank"),
+    *("grouped_conv", "quantised", "scan", "cumulate", "grouped_query"),
 ]
 
 

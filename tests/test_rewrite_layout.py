@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from axis_models import MODELS
+from axis_models import run as run_module
 from relax_models import D, F, constants, example, mlp, mlp_weights, random_mlp, run
 
-from icd_tvm._tvm import tvm
+from icd_tvm._tvm import const_name, named_const, tvm
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.permute_constants import rewrite_constants
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout, kept_units, live_tiles
 
 
@@ -75,3 +78,25 @@ def test_kept_units_fill_whole_vectors(live: int, kept: int) -> None:
     indices = kept_units(dead, 16)
     assert len(indices) == kept
     assert set(np.flatnonzero(~dead)) <= set(indices)
+
+
+def test_a_private_output_order_follows_the_axis_beneath_it() -> None:
+    """The halves of a fused projection are reordered and shortened under a decided order."""
+    mini = MODELS["swiglu_fused"]()
+    dead = np.array([1, 4, 5, 9, 10, 11, 12, 15])
+
+    def silent(const: object, var: object, path: object) -> object:
+        array = const.value.numpy()  # type: ignore[attr-defined]
+        if const_name(const) == "down.w":
+            array[dead] = 0
+        return named_const(array, const_name(const))
+
+    mod = mini.mod.clone()
+    mod["main"] = rewrite_constants(mod["main"], silent)
+    rng = np.random.default_rng(2)
+    perms = {_hidden_id(mod): rng.permutation(16), "out:gate_up": rng.permutation(32)}
+    rewrite = RewriteLayout(perms, lanes=1)
+    rewritten = rewrite(mod)
+    assert constants(rewritten)["gate_up.w"].shape == (8, 16)
+    expected, found = (run_module(m, mini.inputs)[0] for m in (mod, rewritten))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

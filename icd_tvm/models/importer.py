@@ -6,7 +6,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from icd_tvm.models.onnx_file import (
 from icd_tvm.models.onnx_fold import fold_constants
 from icd_tvm.models.onnx_functions import expand_functions
 from icd_tvm.models.onnx_ops import ONNX_DOMAINS, check_operators, model_opset
+from icd_tvm.models.onnx_parameters import detach_parameters
 from icd_tvm.models.onnx_shapes import check_outputs, fix_input_shapes
 from icd_tvm.models.onnx_unroll import UNROLLED_OPS, unroll_control_flow
 
@@ -72,6 +73,9 @@ class ImportedModel:
         ONNX names; ``main`` returns a tensor when there is one and a tuple otherwise.
     name : str
         File stem, or the graph's name when the source was a proto.
+    parameters : mapping of str to numpy.ndarray
+        Weights that are parameters of ``main``, after the inputs and in its order, by ONNX name;
+        empty unless they were asked for.
     """
 
     mod: Any
@@ -79,12 +83,15 @@ class ImportedModel:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     name: str
+    parameters: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def import_onnx(
     source: str | Path | onnx.ModelProto,
     shapes: Mapping[str, Sequence[int]] | None = None,
     constants: Mapping[str, NDArray[Any]] | None = None,
+    *,
+    parameters: bool = False,
 ) -> ImportedModel:
     """Read, check, fold and import an ONNX model.
 
@@ -98,6 +105,9 @@ def import_onnx(
         Value of an input by name. The input becomes an initializer before anything is folded
         and is no parameter of ``main``: for inputs that decide shapes (the target of a Reshape,
         the axes of a reduction, ``k`` of TopK).
+    parameters : bool
+        Keep weights of more than 1,024 elements as parameters of ``main``, memory-mapped where
+        they are external data: nothing of them is read, so they are not searched for NaN.
 
     Returns
     -------
@@ -116,12 +126,14 @@ def import_onnx(
     NonFiniteError
         NaN or infinity in a weight.
     """
-    model = load_proto(source)
+    model = load_proto(source, large_data=not parameters)
     if model.functions:
         model = _inline_functions(model)
     model = expand_functions(model)
     check_operators(model, UNROLLED_OPS)
     check_model(model)
+    folder = None if isinstance(source, onnx.ModelProto) else Path(source).parent
+    weights = detach_parameters(model, folder) if parameters else {}
     bind_constants(model, constants or {})
     fix_input_shapes(model, shapes)
     check_finite(model.graph)
@@ -132,12 +144,14 @@ def import_onnx(
     check_outputs(model)
     _name_nodes(model.graph)
     name = model.graph.name if isinstance(source, onnx.ModelProto) else Path(source).stem
+    inputs = [value for value in real_inputs(model.graph) if value.name not in weights]
     return ImportedModel(
-        mod=_to_relax(model),
+        mod=_to_relax(model, list(weights)),
         model=model,
-        inputs=tuple(_spec(value) for value in real_inputs(model.graph)),
+        inputs=tuple(_spec(value) for value in inputs),
         outputs=tuple(value.name for value in model.graph.output),
         name=name or "model",
+        parameters=weights,
     )
 
 
@@ -339,7 +353,7 @@ class _Renamer(PyExprMutator):
         return Var(self.names[var], var.ty) if var in self.names else var
 
 
-def _to_relax(model: onnx.ModelProto) -> Any:
+def _to_relax(model: onnx.ModelProto, weights: list[str]) -> Any:
     importer = _NamedImporter()
     try:
         with _quiet():
@@ -354,7 +368,11 @@ def _to_relax(model: onnx.ModelProto) -> Any:
             f"the importer cannot convert {where}: {first_line(error)}",
             "fix the input shapes with --shape or export with simpler operators",
         ) from error
-    return _rename_bindings(mod, importer.binding_names, [v.name for v in model.graph.output])
+    main = mod["main"]
+    count = len(main.params) - len(weights)
+    names = {**importer.binding_names, **dict(zip(main.params[count:], weights, strict=True))}
+    mod["main"] = main.with_attr("num_input", count) if weights else main
+    return _rename_bindings(mod, names, [v.name for v in model.graph.output])
 
 
 def _close(importer: _NamedImporter) -> None:
@@ -386,6 +404,7 @@ def _rename_bindings(mod: Any, known: dict[Any, str], outputs: list[str]) -> Any
             node = known.get(binding.var, node)
             owners[binding.var] = node
     names = _number(owners, known)
+    names |= {param: known[param] for param in main.params if param in known}
     mod.update_func(mod.get_global_var("main"), _Renamer(mod, names).visit_expr(main))
     return mod
 

@@ -32,7 +32,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def load_proto(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+def load_proto(source: str | Path | onnx.ModelProto, *, large_data: bool = True) -> onnx.ModelProto:
     """Return a model that the caller may change.
 
     Parameters
@@ -40,6 +40,8 @@ def load_proto(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     source : str, Path or onnx.ModelProto
         A path to a binary ONNX file, whose external data must lie in the same folder, or a
         proto, which is copied.
+    large_data : bool
+        False leaves external tensors of more than `SMALL_ELEMENTS` elements in their file.
 
     Returns
     -------
@@ -70,7 +72,7 @@ def load_proto(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
             "export it again or check the download",
         ) from error
     _require_graph(model, str(path))
-    _load_external_data(model, path.parent)
+    _load_external_data(model, path.parent, large_data)
     return model
 
 
@@ -129,11 +131,13 @@ def _iter_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from attribute.tensors
 
 
-def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:
+def _load_external_data(model: onnx.ModelProto, folder: Path, large: bool) -> None:
     for tensor in _iter_tensors(model.graph):
         if not external_data_helper.uses_external_data(tensor):
             continue
         _check_location(tensor)
+        if not large and element_count(tensor) > SMALL_ELEMENTS:
+            continue
         try:
             external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         except Exception as error:

@@ -16,11 +16,12 @@ from icd_tvm.adapters.sparsity import (
     zero_units,
 )
 from icd_tvm.adapters.units import refit_consumer
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
+from icd_tvm.relax_passes.unit_weights import in_floats, is_float, kept_places, unit_rows
 
 
 def calibration_requests(mod: Any, spec: SparsitySpec) -> dict[str, Statistic]:
@@ -31,7 +32,7 @@ def calibration_requests(mod: Any, spec: SparsitySpec) -> dict[str, Statistic]:
     """
     if spec.kind == "none":
         return {}
-    groups = hidden_groups(mod["main"], find_axis_groups(mod["main"]))
+    groups = in_floats(hidden_groups(mod["main"], tagged_groups(mod)))
     sides = {"K"} if spec.kind == "unit" else {"K", "N"}
     return {use.node: "gram" for group in groups for use in group.weights if use.side in sides}
 
@@ -82,16 +83,18 @@ class ApplySparsity:
         return with_transform_meta(replace_constants(mod, arrays), self.meta)
 
     def _groups(self, mod: Any) -> list[Any]:
-        return hidden_groups(mod["main"], find_axis_groups(mod["main"]))
+        return in_floats(hidden_groups(mod["main"], tagged_groups(mod)))
 
     def _prune_units(self, group: Any, arrays: dict[Any, np.ndarray]) -> list[dict[str, Any]]:
-        makers = [use for use in group.weights if use.side == "N"]
         takers = [use for use in group.weights if use.side == "K"]
-        gram = self.statistics.get(takers[0].node) if len(takers) == 1 else None
-        scores = unit_scores([_array(use) for use in makers], [_array(use) for use in takers], gram)
-        kept = select_units(scores, self.spec.rate)
-        for use in group.consts:
-            arrays[use.const] = zero_units(arrays.get(use.const, _array(use)), kept, use.axis)
+        single = len(takers) == 1 and takers[0].structure.is_leaf and takers[0].axis == 0
+        gram = self.statistics.get(takers[0].node) if single else None
+        makers = [rows.T for u in group.weights if u.side == "N" for rows in unit_rows(u, group)]
+        readers = [rows for use in takers for rows in unit_rows(use, group)]
+        kept = select_units(unit_scores(makers, readers, gram), self.spec.rate)
+        for use in filter(is_float, group.consts):
+            array = arrays.get(use.const, _array(use))
+            arrays[use.const] = zero_units(array, kept_places(use, group, kept), use.axis)
         if gram is not None:
             arrays[takers[0].const] = refit_consumer(_array(takers[0]), gram, kept)
         return [{"group": group.id, "units": group.size, "kept": int(kept.sum())}]
@@ -99,6 +102,8 @@ class ApplySparsity:
     def _prune_weights(self, group: Any, arrays: dict[Any, np.ndarray]) -> list[dict[str, Any]]:
         entries = []
         for use in group.weights:
+            if use.const in arrays:  # another group's axis of the same weight
+                continue
             gram = self.statistics.get(use.node)
             arrays[use.const], meta = apply_sparsity(
                 _array(use),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from icd_tvm.relax_passes.axis_rules.dims import Dim, Pin
 from icd_tvm.relax_passes.axis_rules.site import Tensor, Value, static_size
 from icd_tvm.relax_passes.axis_rules.trace import Step, Trace, Use
 from icd_tvm.relax_passes.axis_structure import AxisStructure
+from icd_tvm.relax_passes.axis_weights import WeightPaths, WeightView
 
 
 @dataclass
@@ -39,13 +40,7 @@ class _Draft:
     weights: list[WeightUse] = field(default_factory=list)
     values: list[ValueUse] = field(default_factory=list)
     bytes_of: dict[Any, int] = field(default_factory=dict)
-
-
-class _Weight(NamedTuple):
-    """A constant seen through transposes: axis i of the view is axis ``order[i]`` of it."""
-
-    use: Use
-    order: tuple[int, ...]
+    blocks: dict[int, None] = field(default_factory=dict)
 
 
 def collect_groups(found: Trace, opaque_states: tuple[tuple[str, str], ...]) -> AxisGroups:
@@ -66,7 +61,7 @@ class _Collector:
         self.atomic: dict[str, _Draft] = {}
         self.composite: dict[AxisStructure, _Draft] = {}
         self.taken: dict[str, int] = {}
-        self.weights: dict[Var, _Weight] = {}
+        self.weights = WeightPaths()
         self.const_axes: dict[Place, tuple[AxisStructure, ...]] = {}
         self.index_axes: dict[Place, AxisStructure] = {}
         self.value_axes: dict[Var, tuple[AxisStructure, ...]] = {}
@@ -77,7 +72,8 @@ class _Collector:
         for use in step.uses:
             self._add_const(use)
         self._add_op(step)
-        self._follow_weight(step)
+        self._add_weights(step)
+        self.weights.follow(step)
 
     def add_value(self, var: Var, kind: Literal["value", "param"], value: Value) -> None:
         """Collect a variable of known rank."""
@@ -91,7 +87,7 @@ class _Collector:
             for draft in self._drafts(structure):
                 draft.members[Member(kind, var.name, i, shape, structure.text())] = None
                 draft.values.append(use)
-                draft.bytes_of[var] = _bytes(var.ty)
+                draft.bytes_of[var] = tensor_bytes(var.ty)
 
     def _add_const(self, use: Use) -> None:
         place = (use.var, use.path)
@@ -102,13 +98,23 @@ class _Collector:
         self.const_axes[place] = axes
         if use.points_to is not None:
             self.index_axes[place] = self._structure(use.points_to, f"{label}:values")
+            self._note_blocks(use, axes)
         for i, structure in enumerate(axes):
             self._add_composite(structure, f"{label}:{i}")
             own = ConstUse(use.const, name, i, use.var.name, structure)
             for draft in self._drafts(structure):
                 draft.members[Member("const", label, i, shape, structure.text())] = None
                 draft.consts.append(own)
-                draft.bytes_of[use.const] = _bytes(use.const.ty)
+                draft.bytes_of[use.const] = tensor_bytes(use.const.ty)
+
+    def _note_blocks(self, use: Use, axes: tuple[AxisStructure, ...]) -> None:
+        """An index ``i // block`` reads one row of a table for every block of an axis."""
+        values = use.const.value.numpy()
+        if len(axes) != 1 or not axes[0].group or not axes[0].is_leaf:
+            return
+        block = int(np.count_nonzero(values == values[0]))
+        if 1 < block < values.size and np.array_equal(values, np.arange(values.size) // block):
+            self.atomic[axes[0].group].blocks[block] = None
 
     def _add_op(self, step: Step) -> None:
         if not step.op.startswith(("relax.", "call")):
@@ -124,32 +130,16 @@ class _Collector:
             for draft in self._drafts(structure):
                 draft.ops[use] = None
 
-    def _follow_weight(self, step: Step) -> None:
-        """Record 2-D constants that reach the right side of a matmul, also transposed."""
+    def _add_weights(self, step: Step) -> None:
+        """Record a 2-D constant that is the right side of a matmul, also dequantised."""
         if step.op == "relax.matmul" and len(step.args) == 2:
-            weight = self._weight_at(step, 1)
+            weight = self.weights.weight(step, 1)
             if weight is not None and len(weight.order) == 2:
                 self._add_weight(step.var.name, weight, 0, "K")
                 self._add_weight(step.var.name, weight, 1, "N")
-        elif step.op == "relax.permute_dims":
-            weight = self._weight_at(step, 0)
-            if weight is not None and isinstance(step.out, Tensor):
-                order = tuple(weight.order[i] for i in step.order)
-                self.weights[step.var] = _Weight(weight.use, order)
-        elif step.op in ("relax.astype", "relax.dequantize"):
-            weight = self._weight_at(step, 0)
-            if weight is not None:
-                self.weights[step.var] = weight
-
-    def _weight_at(self, step: Step, position: int) -> _Weight | None:
-        for use in step.uses:
-            if use.path == (position,):
-                return _Weight(use, tuple(range(len(use.axes))))
-        operand = step.operands[position]
-        return self.weights.get(operand) if isinstance(operand, Var) else None
 
     def _add_weight(
-        self, node: str, weight: _Weight, view_axis: int, side: Literal["K", "N"]
+        self, node: str, weight: WeightView, view_axis: int, side: Literal["K", "N"]
     ) -> None:
         axis, const = weight.order[view_axis], weight.use.const
         structure = self.const_axes[weight.use.var, weight.use.path][axis]
@@ -241,6 +231,7 @@ def _group(
         weights=tuple(draft.weights),
         consts=tuple(draft.consts),
         values=tuple(draft.values),
+        blocks=tuple(draft.blocks),
         **notes,
     )
 
@@ -300,7 +291,7 @@ def _shape(ty: Any) -> tuple[int, ...]:
     return tuple(static_size(size) for size in ty.shape.values)
 
 
-def _bytes(ty: Any) -> int:
+def tensor_bytes(ty: Any) -> int:
     """Size in bytes; symbolic dimensions count as 1."""
     width = _bits(ty.dtype) // 8
     return int(np.prod([max(size, 1) for size in _shape(ty)], dtype=np.int64)) * max(width, 1)

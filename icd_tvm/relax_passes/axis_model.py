@@ -136,6 +136,9 @@ class AxisGroup:
     ops : tuple of OpUse
     bytes_touched : int
         Bytes of all constants, values and parameters that have an axis in the group.
+    blocks : tuple of int
+        Block lengths of scales that are read block-wise along the group (`axis_blocks`): other
+        orders than of whole blocks, and inside blocks, need a scale index for every row.
     pins : tuple of Pin
         Why the group cannot be permuted; empty if it can.
     counted : tuple of Pin
@@ -154,6 +157,7 @@ class AxisGroup:
     members: tuple[Member, ...] = ()
     ops: tuple[OpUse, ...] = ()
     bytes_touched: int = 0
+    blocks: tuple[int, ...] = ()
     pins: tuple[Pin, ...] = ()
     counted: tuple[Pin, ...] = ()
     weights: tuple[WeightUse, ...] = ()
@@ -169,6 +173,18 @@ class AxisGroup:
     def composite(self) -> bool:
         """True for a whole axis that is made of several atomic groups."""
         return not self.structure.is_leaf
+
+    @property
+    def gathers(self) -> tuple[ValueUse, ...]:
+        """Graph inputs and outputs at which a run-time gather would free a pinned group.
+
+        Empty if the group is free, or if anything else pins it. The tokens of a pooled encoder
+        are such a group: gathering ids and mask once lets every layer run in another order.
+        """
+        if not self.pins or any(pin.op not in ("input", "output") for pin in self.pins):
+            return ()
+        names = {pin.node for pin in self.pins}
+        return tuple(use for use in self.values if use.var.name in names)
 
     def to_json(self) -> dict[str, Any]:
         """Return a description of plain JSON values, without arrays."""
@@ -186,6 +202,8 @@ class AxisGroup:
             ],
             "ops": [{"op": use.op, "node": use.node} for use in self.ops],
             "bytes_touched": self.bytes_touched,
+            "blocks": list(self.blocks),
+            "gathers": [{"name": use.var.name, "axis": use.axis} for use in self.gathers],
             "pins": [_pin_json(pin) for pin in self.pins],
             "counted": [_pin_json(pin) for pin in self.counted],
         }

@@ -16,13 +16,14 @@ import scipy.sparse as sp
 
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
     OUTPUT_ORDER,
     to_attr,
 )
+from icd_tvm.relax_passes.constant_values import ConstantValues
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
@@ -55,8 +56,9 @@ class BuildAccessGraph:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
-        func, groups = mod["main"], find_axis_groups(mod["main"])
-        rows = _output_rows(func)
+        func, groups = mod["main"], tagged_groups(mod)
+        rows, values = _output_rows(func), ConstantValues(func)
+        right = {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
         hidden = {group.id for group in hidden_groups(func, groups)}
         graphs: dict[str, list[TileAccess]] = {}
         dead: dict[str, np.ndarray] = {}
@@ -67,20 +69,20 @@ class BuildAccessGraph:
             if group.constraint != "free" or not makers:
                 continue
             graphs[group.id] = [
-                self._access(use.const, rows[use.node], use.name or use.node) for use in makers
+                self._access(values.array(right[use.node]), rows[use.node], use.name or use.node)
+                for use in makers
             ]
             if group.id in hidden:
-                axes = {use.var: use.axis for use in group.values}
-                dead[group.id] = np.flatnonzero(dead_units(func, group.size, axes))
+                dead[group.id] = np.flatnonzero(dead_units(func, group))
             owned |= {use.node for use in makers}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
-                graphs[OUTPUT_ORDER + node] = [self._access(weight, rows[node], node)]
+                graphs[OUTPUT_ORDER + node] = [self._access(values.array(weight), rows[node], node)]
         mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
         return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
 
     def _access(self, weight: Any, rows: int, label: str) -> TileAccess:
-        return weight_access(weight.value.numpy() != 0, rows, label, self.target)
+        return weight_access(weight != 0, rows, label, self.target)
 
 
 def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileAccess:

@@ -16,6 +16,9 @@ from icd_tvm._tvm import Call, GenericConst, Op, Var, const_name, named_const, r
 from icd_tvm.errors import PermutationError, TransformError
 from icd_tvm.relax_passes.axis_model import AxisGroup, AxisGroups
 from icd_tvm.relax_passes.axis_structure import AxisStructure, Index, axis_index, axis_size
+from icd_tvm.relax_passes.index_ops import op_name, operand_exprs
+from icd_tvm.relax_passes.state_order import record_states
+from icd_tvm.tir_schedules.cpu.selective_scan import SCAN_PROGRAM, resized_scan
 
 
 def compact_groups(
@@ -54,10 +57,32 @@ def compact_groups(
     kept = {
         group: _checked(groups.get(group), indices, resizable) for group, indices in keep.items()
     }
-    builder = _Compactor(groups, kept)
-    mod = mod.clone()
-    mod["main"] = builder.function(mod["main"])
-    return relax.transform.Normalize()(mod)
+    func, mod = mod["main"], mod.clone()
+    compactor = _Compactor(mod, groups, kept)
+    mod["main"] = compactor.function(func)
+    for name, kernel in compactor.kernels.items():
+        mod[name] = kernel
+    # Which indices of a resized axis stay is decided on the values of the state, outside.
+    lasting = {
+        group: index
+        for group, index in kept.items()
+        if not any(pin.op in resizable for pin in groups.get(group).counted)
+    }
+    return record_states(relax.transform.Normalize()(_used(mod)), func, groups, lasting)
+
+
+def _used(mod: Any) -> Any:
+    """Drop the kernels that ``main`` called before and calls no more."""
+    called = {
+        binding.value.args[0]
+        for block in mod["main"].body.blocks
+        for binding in block.bindings
+        if op_name(binding.value) == "relax.call_tir"
+    }
+    for var, kernel in list(mod.functions_items()):
+        if kernel.attrs is not None and SCAN_PROGRAM in kernel.attrs and var not in called:
+            del mod[var]
+    return mod
 
 
 def _checked(group: AxisGroup, indices: ArrayLike, resizable: Collection[str]) -> Index:
@@ -84,12 +109,13 @@ def _checked(group: AxisGroup, indices: ArrayLike, resizable: Collection[str]) -
 class _Compactor:
     """Rebuilds a function with smaller axes."""
 
-    def __init__(self, groups: AxisGroups, kept: Mapping[str, Index]) -> None:
-        self._groups, self._kept = groups, kept
+    def __init__(self, mod: Any, groups: AxisGroups, kept: Mapping[str, Index]) -> None:
+        self.kernels: dict[Any, Any] = {}
+        self._mod, self._groups, self._kept = mod, groups, kept
         self._sizes = {group: int(indices.size) for group, indices in kept.items()}
         self._vars: dict[Var, Any] = {}
         self._made: dict[Any, GenericConst] = {}
-        self._builder = relax.BlockBuilder()
+        self._builder = relax.BlockBuilder(mod)
 
     def function(self, func: Any) -> Any:
         """Return the function with every binding rebuilt, in order."""
@@ -208,12 +234,9 @@ class _Compactor:
         return resize(self, call, binding)
 
     def _touches(self, binding: Any) -> bool:
-        operands = [arg for arg in binding.value.args if isinstance(arg, Var)]
+        operands = [arg for arg in operand_exprs(binding.value) if isinstance(arg, Var)]
         axes = [self._groups.value_axes.get(var, ()) for var in (*operands, binding.var)]
-        places = [
-            self._groups.const_axes.get((binding.var, (i,)), ())
-            for i in range(len(binding.value.args))
-        ]
+        places = [own for place, own in self._groups.const_axes.items() if place[0] == binding.var]
         return any(self._shrinks(axis) for row in (*axes, *places) for axis in row)
 
     def _reshape(self, call: Call, binding: Any) -> Any:
@@ -262,6 +285,14 @@ class _Compactor:
             out_dtype=attrs.out_dtype,
         )
 
+    def _scan(self, call: Call, binding: Any) -> Any:
+        start = call.args[1].fields[0]
+        state = tuple(int(size) for size in start.ty.shape.values)[1:]
+        func, types = resized_scan(self._mod[call.args[0]], state)
+        kernel = self._builder.add_func(func, call.args[0].name_hint)
+        self.kernels[kernel] = func
+        return relax.call_tir(kernel, call.args[1], types if len(types) > 1 else types[0])
+
     def _operand_axes(self, binding: Any) -> Sequence[AxisStructure]:
         operand = binding.value.args[0]
         if isinstance(operand, Var):
@@ -272,6 +303,7 @@ class _Compactor:
 _RESIZE: dict[str, Callable[[_Compactor, Call, Any], Any]] = {
     "relax.reshape": _Compactor._reshape,
     "relax.broadcast_to": _Compactor._reshape,
+    "relax.call_tir": _Compactor._scan,
     "relax.split": _Compactor._split,
     "relax.strided_slice": _Compactor._slice,
     "relax.nn.conv1d": _Compactor._conv,

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from icd_tvm.relax_passes.axis_collect import tensor_bytes
 from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, Member, OpUse, Pin
 
 _WIDTH = 100
@@ -67,6 +68,9 @@ def _paragraph(group: AxisGroup) -> str:
     stored = [m for m in group.members if m.kind != "value"]
     lines.append(_item("members", _list(map(_member_text, stored or group.members))))
     lines.append(_item("ops", _op_text(group.ops)))
+    if group.gathers and len(group.values) > len(group.gathers):
+        lines.append(_item("behind a gather", _gather_text(group)))
+    lines += [_item("blocks", text) for text in map(_block_text, group.blocks)]
     if group.free and group.counted:
         lines.append(_item("size fixed by", _list(_pin_texts(group.counted))))
     return "\n".join(lines)
@@ -106,6 +110,19 @@ def _member_text(member: Member) -> str:
     size = "x".join("?" if extent < 0 else str(extent) for extent in member.shape)
     inner = "" if member.layout.isdigit() else f" as {member.layout.replace(' ', '')}"
     return f"{member.name}[{size}] axis {member.axis}{inner}"
+
+
+def _gather_text(group: AxisGroup) -> str:
+    places = _list(f"{use.var.name} axis {use.axis}" for use in group.gathers)
+    count = sum(tensor_bytes(use.var.ty) for use in group.gathers)
+    return f"would be free between run-time gathers of {places} ({_bytes(count)} a run)"
+
+
+def _block_text(block: int) -> str:
+    return (
+        f"scales are shared by blocks of {block}; moving whole blocks, and indices inside a block, "
+        "keeps them so, any other order needs a scale index for every row"
+    )
 
 
 def _op_text(ops: Sequence[OpUse]) -> str:

@@ -1,64 +1,43 @@
-"""Which axis groups are hidden units: made by matmuls, consumed by matmuls, elementwise between."""
+"""Which axis groups are hidden units: made by matmuls, consumed by matmuls, apart in between."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from icd_tvm._tvm import Call, Op
-
-# Beside matmul, everything that treats each index of the axis alone.
-_POINTWISE_PREFIXES = ("relax.nn.gelu", "relax.nn.relu", "relax.nn.silu", "relax.nn.leakyrelu")
-_POINTWISE = {
-    "relax.abs",
-    "relax.add",
-    "relax.astype",
-    "relax.clip",
-    "relax.divide",
-    "relax.erf",
-    "relax.exp",
-    "relax.matmul",
-    "relax.maximum",
-    "relax.minimum",
-    "relax.multiply",
-    "relax.negative",
-    "relax.power",
-    "relax.sigmoid",
-    "relax.sqrt",
-    "relax.subtract",
-    "relax.tanh",
-}
+from icd_tvm.relax_passes.axis_model import AxisGroup, AxisGroups
+from icd_tvm.relax_passes.constant_values import ConstantValues
+from icd_tvm.relax_passes.index_ops import is_indexwise, op_name
 
 
-def hidden_groups(func: Any, groups: Any) -> list[Any]:
-    """Return the free groups whose indices are hidden units of an MLP.
+def hidden_groups(func: Any, groups: AxisGroups) -> list[AxisGroup]:
+    """Return the free groups whose indices are hidden units: of an MLP, or channels of a scan.
 
     Such a unit may be removed: no normalisation or reduction mixes it with the others, and
-    every constant it meets is a weight or a per-unit vector.
+    every constant it meets is a weight or has a part of its own for every unit.
     """
-    ops = _producing_ops(func)
-    return [group for group in groups.free if _is_hidden(group, ops)]
+    values = ConstantValues(func)
+    bound = {
+        binding.var: getattr(binding, "value", None)
+        for block in func.body.blocks
+        for binding in block.bindings
+    }
+    return [group for group in groups.free if _is_hidden(group, bound, values)]
 
 
-def _is_hidden(group: Any, ops: dict[Any, str]) -> bool:
-    sides = {use.side for use in group.weights}
+def _is_hidden(group: AxisGroup, bound: dict[Any, Any], values: ConstantValues) -> bool:
+    uses = Counter(use.var for use in group.values if use.var not in values)
     return (
         group.constraint == "free"
-        and sides == {"K", "N"}
+        and {use.side for use in group.weights} == {"K", "N"}
         and not group.counted
-        and all(
-            use.structure.is_leaf and _is_pointwise(ops.get(use.var, "")) for use in group.values
-        )
+        # A projection that makes other things beside (dt, B and C of a scan) has a width to keep.
+        and all(use.structure.groups() == (group.id,) for use in group.weights if use.side == "N")
+        # A parameter in a free group is an opaque state: each unit has a part of it.
+        and all(var not in bound or _keeps_units_apart(bound[var]) for var in uses)
+        and all(count == 1 for count in uses.values())
     )
 
 
-def _is_pointwise(op: str) -> bool:
-    return op in _POINTWISE or op.startswith(_POINTWISE_PREFIXES)
-
-
-def _producing_ops(func: Any) -> dict[Any, str]:
-    return {
-        binding.var: binding.value.op.name
-        for block in func.body.blocks
-        for binding in block.bindings
-        if isinstance(binding.value, Call) and isinstance(binding.value.op, Op)
-    }
+def _keeps_units_apart(value: Any) -> bool:
+    return op_name(value) == "relax.matmul" or is_indexwise(value)

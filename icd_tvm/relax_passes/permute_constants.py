@@ -6,13 +6,13 @@ Activations take the new order by themselves, so nothing is added at run time. C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from icd_tvm._tvm import Call, GenericConst, Var, const_name, named_const, relax, tvm
+from icd_tvm._tvm import GenericConst, Var, const_name, named_const, relax, tvm
 from icd_tvm.core.permutation import invert
 from icd_tvm.errors import PermutationError
 from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, find_axis_groups
@@ -23,6 +23,8 @@ from icd_tvm.relax_passes.axis_structure import (
     split_permutation,
 )
 from icd_tvm.relax_passes.compact_groups import compact_groups
+from icd_tvm.relax_passes.replace_constants import rewrite_constants
+from icd_tvm.relax_passes.state_order import record_states
 
 __all__ = [
     "PermuteConstants",
@@ -31,11 +33,10 @@ __all__ = [
     "invert_permutations",
     "leaf_permutations",
     "permute_groups",
+    "permute_leaves",
     "rewrite_constants",
     "validate_permutation",
 ]
-
-Rewrite = Callable[[GenericConst, Var, tuple[int, ...]], GenericConst]
 
 
 def validate_permutation(group: AxisGroup, perm: ArrayLike) -> Index:
@@ -179,10 +180,15 @@ def permute_groups(mod: Any, groups: AxisGroups, perms: Mapping[str, ArrayLike])
     """
     leaves = leaf_permutations(groups, perms)
     _refuse_params(groups, leaves)
+    return permute_leaves(mod, groups, leaves)
+
+
+def permute_leaves(mod: Any, groups: AxisGroups, leaves: Mapping[str, Index]) -> Any:
+    """Permute the constants of checked atomic groups; parameters are the caller's."""
     rewriter = _Permuter(groups, leaves)
-    mod = mod.clone()
-    mod["main"] = rewrite_constants(mod["main"], rewriter.rewrite)
-    return relax.transform.Normalize()(mod)
+    func, mod = mod["main"], mod.clone()
+    mod["main"] = rewrite_constants(func, rewriter.rewrite)
+    return record_states(relax.transform.Normalize()(mod), func, groups, leaves)
 
 
 def _refuse_params(groups: AxisGroups, leaves: Iterable[str]) -> None:
@@ -192,7 +198,8 @@ def _refuse_params(groups: AxisGroups, leaves: Iterable[str]) -> None:
         if any(name not in inputs for name in names):
             raise PermutationError(
                 f"group {leaf!r} holds parameter {names[0]!r}, not only constants",
-                "bind the parameters first (relax.transform.BindParams)",
+                "bind the parameters (relax.transform.BindParams), or permute the arrays as well "
+                "(permute_with_parameters)",
             )
 
 
@@ -235,61 +242,6 @@ class _Permuter:
             array = invert(axis_index(points, self._leaves))[array].astype(array.dtype)
         # asarray, unlike ascontiguousarray, leaves scalars without an axis.
         return named_const(np.asarray(array, order="C"), const_name(const))
-
-
-def rewrite_constants(func: Any, rewrite: Rewrite) -> Any:
-    """Return a function whose constant operands are replaced one use at a time.
-
-    Parameters
-    ----------
-    func : relax.Function
-    rewrite : callable
-        (constant, binding that reads it, argument path) -> constant of the same shape and
-        dtype; the same object keeps it.
-
-    Returns
-    -------
-    relax.Function
-        With the same variables; `relax.transform.Normalize` fills in the body's type.
-    """
-    blocks = []
-    for block in func.body.blocks:
-        bindings = [_rewrite_binding(binding, rewrite) for binding in block.bindings]
-        blocks.append(type(block)(bindings, block.span))
-    body = relax.SeqExpr(blocks, func.body.body, func.body.span)
-    return relax.Function(func.params, body, func.ret_ty, func.is_pure, func.attrs, func.span)
-
-
-def _rewrite_binding(binding: Any, rewrite: Rewrite) -> Any:
-    old = binding.value
-    new = _rewrite_value(old, binding.var, (), rewrite)
-    if new is old or not isinstance(binding, relax.VarBinding):
-        return binding
-    return relax.VarBinding(binding.var, new, binding.span)
-
-
-def _rewrite_value(value: Any, var: Var, path: tuple[int, ...], rewrite: Rewrite) -> Any:
-    if isinstance(value, GenericConst):
-        return rewrite(value, var, path)
-    if isinstance(value, Call) and not path:
-        args = _rewrite_all(value.args, var, path, rewrite)
-        return value if args is None else _with_args(value, args)
-    if isinstance(value, relax.Tuple):
-        fields = _rewrite_all(value.fields, var, path, rewrite)
-        return value if fields is None else relax.Tuple(fields, value.span)
-    return value
-
-
-def _rewrite_all(
-    items: Iterable[Any], var: Var, path: tuple[int, ...], rewrite: Rewrite
-) -> list[Any] | None:
-    old = list(items)
-    new = [_rewrite_value(item, var, (*path, i), rewrite) for i, item in enumerate(old)]
-    return new if any(a is not b for a, b in zip(new, old, strict=True)) else None
-
-
-def _with_args(call: Call, args: Sequence[Any]) -> Call:
-    return Call(call.op, args, call.attrs, call.ty_args, call.span, ret_ty=call.ty)
 
 
 @tvm.transform.module_pass(opt_level=0, name="PermuteConstants")

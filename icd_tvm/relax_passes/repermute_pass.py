@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from icd_tvm._tvm import tvm
@@ -33,6 +34,9 @@ class RepermutePass:
         Remove hidden units that contribute nothing.
     verify : bool
         Run both modules on random inputs and compare.
+    opaque_states : Sequence[tuple[str, str]], optional
+        Pairs (input name, output name) that only this module reads; those of the module's tag if
+        omitted. `StateOrder.read` of the result converts a saved state.
 
     Attributes
     ----------
@@ -56,12 +60,14 @@ class RepermutePass:
         seed: int = 0,
         compact: bool = True,
         verify: bool = True,
+        opaque_states: Sequence[tuple[str, str]] | None = None,
     ) -> None:
         self.target = target
         self.time_budget_s = time_budget_s
         self.seed = seed
         self.compact = compact
         self.verify = verify
+        self.opaque_states = opaque_states
         self.decisions: list[Decision] = []
         self.removed: dict[str, int] = {}
         self.reason = ""
@@ -70,7 +76,12 @@ class RepermutePass:
         """Return the rewritten module, or ``mod`` with a reason on the pass."""
         decide = DecidePermutation(time_budget_s=self.time_budget_s, seed=self.seed)
         rewrite = RewriteLayout(compact=self.compact)
-        steps = [AttachLayoutTags(), BuildAccessGraph(self.target), decide, rewrite]
+        steps = [
+            AttachLayoutTags(self.opaque_states),
+            BuildAccessGraph(self.target),
+            decide,
+            rewrite,
+        ]
         if self.verify:
             steps.append(VerifyLayout(mod, seed=self.seed))
         self.reason = ""

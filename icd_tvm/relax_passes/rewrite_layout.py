@@ -9,15 +9,20 @@ import numpy as np
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.units import zero_units
-from icd_tvm.relax_passes.axis_groups import AxisGroup, find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroups
+from icd_tvm.relax_passes.axis_structure import axis_index
 from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.decide_permutation import read_permutations
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
-from icd_tvm.relax_passes.permute_constants import permute_groups
+from icd_tvm.relax_passes.permute_constants import leaf_permutations, permute_groups
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
 from icd_tvm.relax_passes.replace_constants import replace_constants
+from icd_tvm.relax_passes.unit_weights import is_float, kept_places
+
+Orders = dict[str, np.ndarray]
 
 
 @tvm.transform.module_pass(opt_level=0, name="RewriteLayout")
@@ -59,37 +64,51 @@ class RewriteLayout:
             if key.startswith(OUTPUT_ORDER)
         }
         if axes:
-            mod = permute_groups(mod, find_axis_groups(mod["main"]), axes)
+            groups = tagged_groups(mod)
+            outputs = _followed(outputs, groups, leaf_permutations(groups, axes))
+            mod = permute_groups(mod, groups, axes)
         if self.compact:
-            mod = self._drop_dead_units(mod, set(axes))
+            mod = _zero_dead_units(mod)
+            groups = tagged_groups(mod)
+            keep = self._live_units(mod["main"], groups, set(axes))
+            outputs = _followed(outputs, groups, keep)
+            mod = compact_groups(mod, groups, keep) if keep else mod
         return apply_pass(ReorderOutputs(outputs), mod) if outputs else mod
 
-    def _drop_dead_units(self, mod: Any, ordered: set[str]) -> Any:
-        mod = _zero_dead_units(mod)
-        func, groups = mod["main"], find_axis_groups(mod["main"])
-        keep: dict[str, np.ndarray] = {}
+    def _live_units(self, func: Any, groups: AxisGroups, ordered: set[str]) -> Orders:
+        keep: Orders = {}
         for group in hidden_groups(func, groups):
-            dead = _dead_units(func, group)
+            dead = dead_units(func, group)
             kept = (live_tiles if group.id in ordered else kept_units)(dead, self.lanes)
             if len(kept) < group.size:
                 keep[group.id] = kept
                 self.removed[group.id] = group.size - len(kept)
-        return compact_groups(mod, groups, keep) if keep else mod
+        return keep
 
 
-def _dead_units(func: Any, group: AxisGroup) -> np.ndarray:
-    return dead_units(func, group.size, {use.var: use.axis for use in group.values})
+def _followed(orders: Orders, groups: AxisGroups, moved: Mapping[str, np.ndarray]) -> Orders:
+    """Return output orders for axes that were permuted, or shortened, underneath them."""
+    axes = {var.name: own[-1] for var, own in groups.value_axes.items() if var.name in orders}
+    followed = dict(orders)
+    for node, structure in axes.items():
+        if set(structure.groups()) & moved.keys():
+            place = np.full(structure.size, -1)
+            index = axis_index(structure, moved)
+            place[index] = np.arange(index.size)
+            own = place[orders[node]]
+            followed[node] = own[own >= 0]
+    return followed
 
 
 def _zero_dead_units(mod: Any) -> Any:
     """Zero every constant of a dead unit: what contributes nothing need not be computed."""
     func = mod["main"]
     arrays: dict[Any, np.ndarray] = {}
-    for group in hidden_groups(func, find_axis_groups(func)):
-        dead = _dead_units(func, group)
-        for use in group.consts if dead.any() else ():
+    for group in hidden_groups(func, tagged_groups(mod)):
+        dead = dead_units(func, group)
+        for use in filter(is_float, group.consts if dead.any() else ()):
             array = arrays.get(use.const, use.const.value.numpy())
-            arrays[use.const] = zero_units(array, ~dead, use.axis)
+            arrays[use.const] = zero_units(array, kept_places(use, group, ~dead), use.axis)
     return replace_constants(mod, arrays) if arrays else mod
 
 

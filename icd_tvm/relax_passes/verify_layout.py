@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.errors import VerificationError
 from icd_tvm.relax_passes.lower_cpu import build_cpu
+from icd_tvm.relax_passes.state_order import StateOrder
 from icd_tvm.tir_schedules.target import host_target
 
 # fp32 sums in another order: MiniLM's outputs move by about 1e-6 of their largest value.
@@ -93,10 +94,11 @@ class VerifyLayout:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return the module unchanged."""
-        runners = [_runner(m) for m in (self.reference, mod)]
+        before, after = _Runner(self.reference), _Runner(mod)
         for run in range(self.runs):
-            inputs = example_inputs(self.reference["main"], self.seed + run)
-            found = difference(*(runner(inputs) for runner in runners))
+            inputs = before.examples(self.seed + run)
+            expected = after.states.outputs_to_own(before(inputs))
+            found = difference(expected, after.states.outputs_to_own(after(inputs)))
             if not found.within(self.tolerance):
                 raise VerificationError(
                     f"outputs differ by {found.max_rel:.2e} relative, more than "
@@ -124,13 +126,20 @@ def example_inputs(func: Any, seed: int) -> list[np.ndarray]:
     return inputs
 
 
-def _runner(mod: Any) -> Any:
-    executable = build_cpu(mod, host_target())
-    main = relax.VirtualMachine(executable, tvm.cpu())["main"]
+class _Runner:
+    """Runs a module on inputs by name; states enter and leave in the original order."""
 
-    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        result = main(*(tvm.runtime.tensor(array) for array in inputs))
+    def __init__(self, mod: Any) -> None:
+        self.func, self.states = mod["main"], StateOrder.read(mod)
+        self.main = relax.VirtualMachine(build_cpu(mod, host_target()), tvm.cpu())["main"]
+
+    def examples(self, seed: int) -> dict[str, np.ndarray]:
+        names = [param.name for param in self.func.params]
+        inputs = zip(names, example_inputs(self.func, seed), strict=True)
+        return self.states.inputs_to_original(dict(inputs))
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        own = self.states.inputs_to_own(inputs)
+        result = self.main(*(tvm.runtime.tensor(own[p.name]) for p in self.func.params))
         outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
-        return [output.numpy() for output in outputs]
-
-    return run
+        return self.states.outputs_to_original([output.numpy() for output in outputs])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import apply_pass
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 
@@ -81,7 +81,7 @@ def _ordered(name: str, mod: Any, perms: Mapping[str, np.ndarray], compact: bool
 
 
 def _randomly_permuted(mod: Any, seed: int) -> Any:
-    groups = find_axis_groups(mod["main"])
+    groups = tagged_groups(mod)
     rng = np.random.default_rng(seed)
     perms = {group.id: rng.permutation(group.size) for group in groups.free}
     return permute_groups(mod, groups, perms)

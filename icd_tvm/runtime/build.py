@@ -9,6 +9,7 @@ import numpy as np
 
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
+from icd_tvm.relax_passes.state_order import StateOrder
 
 
 class Built:
@@ -22,10 +23,19 @@ class Built:
         Names of the inputs of ``main``, in order.
     kernels : Mapping[str, str]
         The kernel chosen for each matmul whose weight has zeros.
+    states : StateOrder, optional
+        The order in which the module keeps its opaque states. Callers see the original one.
     """
 
-    def __init__(self, executable: Any, input_names: list[str], kernels: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        executable: Any,
+        input_names: list[str],
+        kernels: Mapping[str, str],
+        states: StateOrder | None = None,
+    ) -> None:
         self.executable = executable
+        self.states = states or StateOrder()
         self.input_names = input_names
         self.kernels = dict(kernels)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
@@ -34,7 +44,11 @@ class Built:
         """Run once and return every output as numpy."""
         result = self.vm["main"](*self._arguments(feeds))
         outputs = list(result) if not isinstance(result, tvm.runtime.Tensor) else [result]
-        return [tensor.numpy() for tensor in _flatten(outputs)]
+        return self.states.outputs_to_original([tensor.numpy() for tensor in _flatten(outputs)])
+
+    def comparable(self, outputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Return another build's outputs with zeros where this one keeps no state."""
+        return self.states.outputs_to_original(self.states.outputs_to_own(outputs))
 
     def caller(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Any]:
         """Return a function without arguments that runs the module on fixed inputs."""
@@ -47,7 +61,8 @@ class Built:
         self.executable.export_library(path)
 
     def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
-        return [tvm.runtime.tensor(np.ascontiguousarray(feeds[n])) for n in self.input_names]
+        own = self.states.inputs_to_own({name: feeds[name] for name in self.input_names})
+        return [tvm.runtime.tensor(np.asarray(own[n], order="C")) for n in self.input_names]
 
 
 def build(mod: Any, target: Any) -> Built:
@@ -55,7 +70,7 @@ def build(mod: Any, target: Any) -> Built:
     names = [parameter.name for parameter in mod["main"].params]
     executable, choices = lower_and_build(mod, target)
     kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in choices.items()}
-    return Built(executable, names, kernels)
+    return Built(executable, names, kernels, StateOrder.read(mod))
 
 
 def _flatten(outputs: list[Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.registry import MODELS
 from icd_tvm.models.registry import build as build_model
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_requests
-from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
-from icd_tvm.relax_passes.axis_groups import AxisGroups, find_axis_groups
+from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags, tagged_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, Decision, read_permutations
 from icd_tvm.relax_passes.explain import explain_text
@@ -158,7 +158,8 @@ def load_model(name_or_path: str) -> str | onnx.ModelProto:
 def _import(options: CompileOptions, progress: Progress) -> Compilation:
     with progress.stage("import") as stage:
         imported = import_onnx(load_model(options.model), options.shapes or None)
-        groups = find_axis_groups(imported.mod["main"])
+        tagged = apply_pass(AttachLayoutTags(options.opaque_states), imported.mod)
+        imported, groups = replace(imported, mod=tagged), tagged_groups(tagged)
         stage.meta = {"nodes": len(imported.model.graph.node), "free axis groups": len(groups.free)}
     if options.explain:
         print(explain_text(groups))
@@ -172,7 +173,7 @@ def _transform_and_solve(
     target: Any,
     progress: Progress,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
-    dense = apply_pass(AttachLayoutTags(), result.imported.mod)
+    dense = result.imported.mod
     before: dict[str, np.ndarray] = {}
     # Structure that arrives with the model was put there after its order had been decided:
     # then the incoming order is the one that was decided before the transform.
@@ -253,7 +254,8 @@ def _verify(result: Compilation, options: CompileOptions, progress: Progress) ->
             feeds = random_inputs(result.imported, options.seed + run)
             reference = result.built[reference_arm].run_all(feeds)
             for name in sorted(set(result.built) - {DENSE, IDENTITY}):
-                found = difference(reference, result.built[name].run_all(feeds))
+                built = result.built[name]
+                found = difference(built.comparable(reference), built.run_all(feeds))
                 if name == decisive:
                     result.equivalence = worse(result.equivalence, found)
                 elif not found.within(FP32_TOLERANCE):

@@ -43,6 +43,8 @@ class CompileOptions:
         File for the compiled library of the accepted arm.
     measure : bool
         False skips timing; then nothing is accepted on speed and the report says so.
+    opaque_states : tuple[tuple[str, str], ...]
+        Pairs (input name, output name) that only this module reads: their order is its own.
 
     Raises
     ------
@@ -65,6 +67,7 @@ class CompileOptions:
     measure: bool = True
     explain: bool = False
     quality: str | None = None
+    opaque_states: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -98,6 +101,19 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
         "write --shape name=1x128",
     )
     return name, tuple(int(p) for p in parts)
+
+
+def parse_state(text: str) -> tuple[str, str]:
+    """Parse ``past=present`` into ``("past", "present")``.
+
+    Raises
+    ------
+    ConfigError
+        If one of the names is missing.
+    """
+    name, _, output = text.partition("=")
+    _require(bool(name and output), f"--opaque-state {text}", "write --opaque-state past=present")
+    return name, output
 
 
 def _require(condition: bool, what: str, hint: str) -> None:

@@ -15,7 +15,7 @@ from icd_tvm._tvm import relax
 from icd_tvm.models.converters.heads import pieces
 from icd_tvm.models.converters.node import Converter, OnnxNode, cast, dtype_of, scalar
 from icd_tvm.models.converters.scan_call import call_scan
-from icd_tvm.models.converters.scan_program import Operand, ScanProgram, Term
+from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
 
 _Q, _K, _V, _PAST, _DECAY, _BETA = range(6)
 _RULES = ("linear", "gated", "delta", "gated_delta")

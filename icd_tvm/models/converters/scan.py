@@ -11,7 +11,8 @@ import onnx
 from icd_tvm._tvm import relax
 from icd_tvm.models.converters.node import Converter, OnnxNode, dtype_of
 from icd_tvm.models.converters.scan_call import call_scan
-from icd_tvm.models.converters.scan_program import NoRecurrence, ScanProgram, read_scan_body
+from icd_tvm.models.converters.scan_program import NoRecurrence, read_scan_body
+from icd_tvm.tir_schedules.cpu.scan_program import ScanProgram
 
 # A body of ten operators then makes a graph of several hundred.
 MAX_UNROLLED_STEPS = 64

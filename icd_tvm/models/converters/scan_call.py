@@ -7,8 +7,12 @@ from typing import Any
 
 from icd_tvm._tvm import relax
 from icd_tvm.models.converters.node import OnnxNode
-from icd_tvm.models.converters.scan_kernel import operand_shape, output_shape, selective_scan
-from icd_tvm.models.converters.scan_program import ScanProgram
+from icd_tvm.tir_schedules.cpu.scan_program import ScanProgram
+from icd_tvm.tir_schedules.cpu.selective_scan import (
+    operand_shape,
+    output_shape,
+    selective_scan,
+)
 
 
 def call_scan(

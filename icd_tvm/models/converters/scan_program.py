@@ -1,13 +1,9 @@
-"""Read the body of an ONNX Scan as a recurrence that is elementwise in its state.
-
-The selective scan of state space models (Gu and Dao, Mamba, 2023) is one: ``h = a * h + b`` for
-every channel and state, and ``y = sum over states of h * c``.
-"""
+"""Read the body of an ONNX Scan as a recurrence that is elementwise in its state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
 
@@ -18,6 +14,7 @@ from onnx import helper
 
 from icd_tvm._tvm import GenericConst, tirx
 from icd_tvm.models.onnx_file import to_array
+from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
 
 # One entry an axis of a value: which axis of the state it runs along, None where its size is 1.
 Index: TypeAlias = tuple["int | None", ...]
@@ -25,69 +22,6 @@ Index: TypeAlias = tuple["int | None", ...]
 
 class NoRecurrence(Exception):
     """The body is no elementwise recurrence; the text says why."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """A scalar expression of one step.
-
-    ``op`` is an ONNX operator on ``args``, or one of ``old`` and ``new`` (the state before and
-    after the step), ``operand``, ``early`` and ``late`` (the sum number ``place`` of that kind)
-    and ``number``.
-    """
-
-    op: str
-    args: tuple[Term, ...] = ()
-    place: int = 0
-    number: float = 0.0
-
-    def leaves(self) -> set[str]:
-        """Return the kinds of leaves in the expression."""
-        if not self.args:
-            return {self.op}
-        return set().union(*(arg.leaves() for arg in self.args))
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A value that a step reads: a scanned input or one from outside.
-
-    Attributes
-    ----------
-    source : int or relax.Expr
-        Number of the scanned input, or the expression itself.
-    axes : tuple of bool
-        For every axis of the state, whether the operand runs along it.
-    """
-
-    source: Any
-    axes: tuple[bool, ...]
-
-
-@dataclass
-class ScanProgram:
-    """What one step computes for one element of the state.
-
-    Attributes
-    ----------
-    state : tuple of int
-        Shape of the state; sums run over its last axis.
-    operands : list of Operand
-    update : Term
-        The new state.
-    early, late : list of Term
-        Summed over the last axis of the state: what the update may read, and what needs the
-        new state.
-    outputs : list of (Term, tuple of int, bool)
-        Value of each scan output, its shape a step, and whether it has one for every state.
-    """
-
-    state: tuple[int, ...]
-    operands: list[Operand] = field(default_factory=list)
-    update: Term = field(default_factory=lambda: Term("old"))
-    early: list[Term] = field(default_factory=list)
-    late: list[Term] = field(default_factory=list)
-    outputs: list[tuple[Term, tuple[int, ...], bool]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from icd_tvm.relax_passes.axis_rules import (
     quant,
     reduce,
     scan,
+    scatter,
     segments,
     shape,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "reduce",
     "rule",
     "scan",
+    "scatter",
     "segments",
     "shape",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from icd_tvm.relax_passes.axis_rules.site import Site, Unsupported, rule
 
 # fmt: off
-_UNARY = (
+UNARY = (
     "abs", "acos", "acosh", "asin", "asinh", "astype", "atan", "atanh", "bitwise_not", "ceil",
     "clip", "cos", "cosh", "erf", "exp", "floor", "isfinite", "isinf", "isnan", "log",
     "logical_not", "negative", "nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.selu",
@@ -16,7 +16,7 @@ _UNARY = (
 )
 # fmt: on
 # fmt: off
-_BROADCAST = (
+BROADCAST = (
     "add", "atan2", "bitwise_and", "bitwise_or", "bitwise_xor", "divide", "equal",
     "floor_divide", "floor_mod", "greater", "greater_equal", "left_shift", "less", "less_equal",
     "log_add_exp", "logical_and", "logical_or", "logical_xor", "maximum", "minimum", "mod",
@@ -25,7 +25,7 @@ _BROADCAST = (
 # fmt: on
 
 
-@rule(*_UNARY)
+@rule(*UNARY)
 def unary(site: Site) -> None:
     """Every axis passes; scalar arguments such as clip's bounds play no part."""
     site.tie_axes(site.tensor(0).axes, site.result().axes)
@@ -34,7 +34,7 @@ def unary(site: Site) -> None:
             raise Unsupported("a second operand that is no scalar")
 
 
-@rule(*_BROADCAST)
+@rule(*BROADCAST)
 def broadcast(site: Site) -> None:
     """Axes align from the right; an axis of size 1 ties nothing."""
     result = site.result()

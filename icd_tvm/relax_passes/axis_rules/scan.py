@@ -23,4 +23,3 @@ def call_tir(site: Site) -> None:
         site.tie_axes(tensor.axes[1:], start.axes[1:])
     site.role("channels of a scan", *start.axes[1:-1])
     site.role("states of a scan", start.axes[-1])
-    site.count("the scan kernel is built for this size", *start.axes[1:])

@@ -72,7 +72,7 @@ def trace(func: Any, opaque_states: Sequence[tuple[str, str]], keep_outputs: boo
         False leaves the outputs unpinned.
     """
     found = Trace()
-    states = _check_states(func, opaque_states)
+    states = state_places(func, opaque_states)
     _enter_params(found, func, {name for name, _ in states})
     for block in func.body.blocks:
         for binding in block.bindings:
@@ -108,7 +108,14 @@ def _definition(func: Any, expr: Any) -> Any:
     return expr
 
 
-def _check_states(func: Any, states: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+def state_places(func: Any, states: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Return the parameter's name and the number of the output of every state.
+
+    Raises
+    ------
+    TransformError
+        If a state names no input or output.
+    """
     inputs = [[param.name] for param in func.params]
     outputs = output_names(func) if states else []
     return [

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import te, tirx
-from icd_tvm.models.converters.scan_program import Operand, ScanProgram, Term
+from icd_tvm._tvm import relax, te, tirx
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
+from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
 
+# Attribute of the PrimFunc: what it was made from, as JSON.
+SCAN_PROGRAM = "icd.scan_program"
 _MAX_LANES = 16
 _MAX_UNROLLED = 32
 _STATE = -1
@@ -70,7 +74,29 @@ def selective_scan(
         scan.declare()
         with T.parallel(scan.tasks) as task, T.sblock("scan"):
             scan.emit(task)
-    return builder.get()
+    content = [program.to_json(), length, list(backwards), list(flipped)]
+    return builder.get().with_attr(SCAN_PROGRAM, json.dumps(content))
+
+
+def resized_scan(func: Any, state: tuple[int, ...]) -> tuple[Any, list[Any]]:
+    """Return the kernel of the same recurrence for a state of another shape.
+
+    Parameters
+    ----------
+    func : PrimFunc
+        Made by `selective_scan`.
+    state : tuple of int
+
+    Returns
+    -------
+    (PrimFunc, list of relax.TensorType)
+        And the types of its results, the final state last.
+    """
+    content, length, backwards, flipped = json.loads(str(func.attrs[SCAN_PROGRAM]))
+    program = replace(ScanProgram.from_json(content), state=state)
+    shapes = [output_shape(program, i, length) for i in range(len(program.outputs))]
+    types = [relax.TensorType(shape, "float32") for shape in (*shapes, (1, *state))]
+    return selective_scan(program, length, tuple(backwards), tuple(flipped)), types
 
 
 def operand_shape(program: ScanProgram, operand: Operand, length: int) -> tuple[int, ...]:
