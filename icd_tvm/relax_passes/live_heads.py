@@ -1,0 +1,31 @@
+"""Which attention heads of an axis group are read by anything."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from icd_tvm.relax_passes.axis_groups import AxisGroup
+
+
+def live_heads(group: AxisGroup) -> np.ndarray:
+    """Return the heads whose rows of the output projection are not all zero.
+
+    Parameters
+    ----------
+    group : AxisGroup
+        Any free group; one that is no head axis keeps everything.
+
+    Returns
+    -------
+    numpy.ndarray
+        Sorted int64 [live]; head 0 if none is live, so that the axis never becomes empty.
+    """
+    readers = [use for use in group.weights if use.side == "K"]
+    whole = np.arange(group.size)
+    if "heads" not in group.role or not readers or group.counted:
+        return whole
+    live = np.zeros(group.size, dtype=np.bool_)
+    for use in readers:
+        used = use.const.value.numpy().any(axis=1 - use.axis)
+        live |= used[use.positions(group.id)].any(axis=1)
+    return np.flatnonzero(live) if live.any() else whole[:1]
