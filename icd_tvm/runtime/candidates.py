@@ -30,6 +30,13 @@ class CandidateModel:
     threads : int
         Threads of the session.
 
+    Attributes
+    ----------
+    dense : dict of str to ndarray
+        The model's own values of those initialisers.
+    session : onnxruntime.InferenceSession
+        Its inputs are the model's and the initialisers.
+
     Raises
     ------
     ConfigError
@@ -56,10 +63,10 @@ class CandidateModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session = ort.InferenceSession(
+        self.session = ort.InferenceSession(
             opened.SerializeToString(), options, ["CPUExecutionProvider"]
         )
-        self._inputs = {i.name: i.type for i in self._session.get_inputs()}
+        self._inputs = {i.name: i.type for i in self.session.get_inputs()}
 
     def runner(self, arrays: Mapping[str, np.ndarray]) -> Run:
         """Return what runs the model with some of its weights replaced.
@@ -94,6 +101,6 @@ class CandidateModel:
 
         def run(feeds: Mapping[str, Any]) -> np.ndarray:
             known = {name: value for name, value in feeds.items() if name in self._inputs}
-            return np.asarray(self._session.run(None, {**known, **weights})[0])
+            return np.asarray(self.session.run(None, {**known, **weights})[0])
 
         return run

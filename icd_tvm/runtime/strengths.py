@@ -14,7 +14,7 @@ from icd_tvm.adapters.sparsity import SparsitySpec
 from icd_tvm.adapters.sparsity_spec import make_spec
 from icd_tvm.errors import ConfigError, IcdError
 from icd_tvm.relax_passes.apply_sparsity import Rules, States, as_rules
-from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.axis_groups import WeightUse, find_axis_groups
 from icd_tvm.relax_passes.layer_rules import LayerRule, LayerRules
 from icd_tvm.relax_passes.prune_target import prune_target
 from icd_tvm.relax_passes.sparsity_targets import SparsityTarget, fits, sparsity_targets
@@ -92,6 +92,11 @@ class Strengths:
     def names(self) -> list[str]:
         """ONNX names of every constant that a choice may change."""
         return [n for t in self._targets.values() for n in _constants(t)]
+
+    @property
+    def readers(self) -> list[WeightUse]:
+        """Weights that read what is pruned, and pruned weights: those that are refitted."""
+        return [use for target in self._targets.values() for use in target.takers]
 
     def rules(self, choice: Choice) -> LayerRules[SparsitySpec]:
         """Return rules that give :class:`ApplySparsity` the same rates."""
