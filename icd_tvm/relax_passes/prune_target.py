@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import Call, Op
 from icd_tvm.adapters.calibration import as_calibration
 from icd_tvm.adapters.sparsity import SparsitySpec, apply_sparsity, select_units, zero_units
 from icd_tvm.adapters.units import refit_consumer, removal_costs
 from icd_tvm.relax_passes.axis_groups import AxisGroup, ConstUse, WeightUse
+from icd_tvm.relax_passes.relax_graph import op_names
 from icd_tvm.relax_passes.sparsity_targets import SparsityTarget
 
 Arrays = dict[Any, np.ndarray]
@@ -105,7 +105,7 @@ def _prune_units(
     kept = select_units(_scores(target, group, statistics), spec.rate)
     if kept.all():
         return {}, {"why": f"{spec} removes no whole one of {group.size} {target.kind}"}
-    ops = _ops(func)
+    ops = op_names(func)
     arrays: Arrays = {}
     for use in group.consts:
         if ops.get(use.node, "") in _ZEROED_AT:
@@ -194,14 +194,3 @@ def _frobenius(arrays: Arrays) -> float:
         lost += float(((array - dense) ** 2).sum())
         total += float((dense**2).sum())
     return float(np.sqrt(lost / total)) if total else 0.0
-
-
-def _ops(func: Any) -> dict[str, str]:
-    return {
-        binding.var.name: binding.value.op.name
-        for block in func.body.blocks
-        for binding in block.bindings
-        if hasattr(binding, "value")
-        and isinstance(binding.value, Call)
-        and isinstance(binding.value.op, Op)
-    }

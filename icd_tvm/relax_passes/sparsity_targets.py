@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
-from icd_tvm._tvm import Call, GenericConst, Op, relax
 from icd_tvm.adapters.sparsity import SparsitySpec
 from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
+from icd_tvm.relax_passes.head_matmuls import head_matmuls
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.layer_rules import Choice, Layer, LayerRules, Role
+from icd_tvm.relax_passes.relax_graph import op_names
 
 Kind = Literal["hidden units", "heads", "channels", "weight"]
-
-_PASSES_ON = ("relax.add", "relax.reshape", "relax.astype", "relax.nn.softmax", "relax.squeeze")
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,7 @@ class SparsityTarget:
     @property
     def takers(self) -> tuple[WeightUse, ...]:
         """Weights whose rows read the units; of a weight, the weight itself."""
-        return self.weights if self.group is None else self._readers()
-
-    def _readers(self) -> tuple[WeightUse, ...]:
-        return tuple(use for use in self.weights if use.side == "K")
+        return tuple(use for use in self.weights if self.group is None or use.side == "K")
 
     def choose(self, rules: LayerRules[SparsitySpec]) -> Choice[SparsitySpec]:
         """Return the spec of the first rule that fits any of the weights, else the default."""
@@ -65,11 +62,7 @@ class SparsityTarget:
                     return rules.choose(layer)
         if self.named_only:
             return Choice(None, self.named_only)
-        return rules.choose(max(self.layers[: len(self.makers) or 1], key=_size))
-
-
-def _size(layer: Layer) -> int:
-    return layer.size
+        return rules.choose(max(self.layers[: len(self.makers) or 1], key=attrgetter("size")))
 
 
 def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
@@ -82,13 +75,9 @@ def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
         Of the same function.
     """
     hidden = hidden_groups(func, groups)
-    heads = _heads(func)
-    units = [
-        _units(group, kind, heads, named_only)
-        for group in groups.free
-        for kind, named_only in [_unit_kind(func, group, hidden)]
-        if kind is not None
-    ]
+    heads = head_matmuls(func)
+    kinds = [(group, _unit_kind(func, group, hidden)) for group in groups.free]
+    units = [_units(group, kind, heads) for group, kind in kinds if kind is not None]
     return units + _weights(groups, {use.node for group in hidden for use in group.weights}, heads)
 
 
@@ -97,16 +86,16 @@ def fits(target: SparsityTarget, spec: SparsitySpec) -> bool:
     return (spec.kind == "unit") == (target.group is not None)
 
 
-def _unit_kind(func: Any, group: AxisGroup, hidden: Sequence[AxisGroup]) -> tuple[Kind | None, str]:
+def _unit_kind(func: Any, group: AxisGroup, hidden: Sequence[AxisGroup]) -> Kind | None:
     if group in hidden:
-        return "hidden units", ""
+        return "hidden units"
     if group.counted or {use.side for use in group.weights} != {"K", "N"}:
-        return None, ""
+        return None
     if group.constraint in ("factored", "pairs") and "heads" in group.role:
-        return "heads", "attention heads are left out unless a rule names them"
+        return "heads"
     if group.constraint == "free" and not group.role and _has_vectors(func, group):
-        return "channels", ""
-    return None, ""
+        return "channels"
+    return None
 
 
 def _has_vectors(func: Any, group: AxisGroup) -> bool:
@@ -114,16 +103,16 @@ def _has_vectors(func: Any, group: AxisGroup) -> bool:
 
     The inner axis of a low-rank product has none, and an embedding's belongs to the whole model.
     """
-    ops = _reading_ops(func)
+    ops = op_names(func)
     products = {use.node for use in group.weights}
     others = [ops.get(use.node) for use in group.consts if use.node not in products]
     return bool(others) and "relax.take" not in others
 
 
-def _units(group: AxisGroup, kind: Kind | None, heads: set[str], named_only: str) -> SparsityTarget:
-    assert kind is not None
+def _units(group: AxisGroup, kind: Kind, heads: set[str]) -> SparsityTarget:
     ordered = sorted(group.weights, key=lambda use: use.side == "K")
     layers = tuple(_layer(use, heads) for use in ordered)
+    named_only = "attention heads are left out unless a rule names them" if kind == "heads" else ""
     return SparsityTarget(group.id, kind, tuple(ordered), group, layers, named_only)
 
 
@@ -144,45 +133,3 @@ def _weights(groups: AxisGroups, hidden: set[str], heads: set[str]) -> list[Spar
 def _layer(use: WeightUse, heads: set[str]) -> Layer:
     role: Role = "head" if use.node in heads else "inner"
     return Layer(use.name, use.node, use.shape, role)
-
-
-def _reading_ops(func: Any) -> dict[str, str]:
-    return {
-        binding.var.name: binding.value.op.name
-        for binding in _bindings(func)
-        if isinstance(binding.value, Call) and isinstance(binding.value.op, Op)
-    }
-
-
-def _heads(func: Any) -> set[str]:
-    """Matmuls whose result is an output but for a bias, a softmax or a change of shape."""
-    found = {binding.var: binding.value for binding in _bindings(func)}
-    body = func.body.body
-    heads: set[str] = set()
-    todo = list(body.fields) if isinstance(body, relax.Tuple) else [body]
-    while todo:
-        var = todo.pop()
-        value = found.get(var)
-        if isinstance(value, relax.Tuple):
-            todo += list(value.fields)
-        elif isinstance(value, relax.Var):
-            todo.append(value)
-        elif isinstance(value, Call) and isinstance(value.op, Op):
-            if value.op.name == "relax.matmul":
-                heads.add(var.name)
-            elif value.op.name in _PASSES_ON and _one_input(value):
-                todo.append(next(arg for arg in value.args if isinstance(arg, relax.Var)))
-    return heads
-
-
-def _one_input(call: Any) -> bool:
-    """True if one operand is a variable and every other one a constant or a shape."""
-    inputs = [arg for arg in call.args if isinstance(arg, relax.Var)]
-    others = [arg for arg in call.args if not isinstance(arg, relax.Var)]
-    return len(inputs) == 1 and all(
-        isinstance(arg, GenericConst | relax.ShapeExpr) for arg in others
-    )
-
-
-def _bindings(func: Any) -> list[Any]:
-    return [b for block in func.body.blocks for b in block.bindings if hasattr(b, "value")]
