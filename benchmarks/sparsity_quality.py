@@ -44,7 +44,7 @@ CALIBRATION_TEXTS, CHECK_TEXTS = 256, 400
 ATTENTION = "*attention*"
 
 # Formats of the layer comparison, at density one half.
-LAYERWISE = ("unstructured:0.5", "2:4", "vec16:0.5", "block16x16:0.5", "vec16+2:4:0.5")
+LAYERWISE = ("vec16:0.5", "block16x16:0.5", "2:4", "unstructured:0.5")
 # (format, removed shares); N:M and V:N:M have one.
 TABLE: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("unit:0.5", (0.05, 0.1, 0.2, 0.3, 0.5)),

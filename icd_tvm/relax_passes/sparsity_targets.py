@@ -14,7 +14,7 @@ from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.layer_rules import Choice, Layer, LayerRules, Role
 from icd_tvm.relax_passes.relax_graph import op_names
 
-Kind = Literal["hidden units", "heads", "channels", "weight"]
+Kind = Literal["units", "heads", "weight"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class SparsityTarget:
     ----------
     id : str
         Axis group, or matmul binding of a weight.
-    kind : {"hidden units", "heads", "channels", "weight"}
-        Units of an MLP, attention heads, channels of a scan or convolution block; or one weight.
+    kind : {"units", "heads", "weight"}
+        Hidden units of an MLP or channels of a scan block; attention heads; or one weight.
     weights : tuple of WeightUse
         The matmul weights that change.
     group : AxisGroup or None
@@ -78,7 +78,8 @@ def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
     heads = head_matmuls(func)
     kinds = [(group, _unit_kind(func, group, hidden)) for group in groups.free]
     units = [_units(group, kind, heads) for group, kind in kinds if kind is not None]
-    return units + _weights(groups, {use.node for group in hidden for use in group.weights}, heads)
+    inside = {use.node for unit in units if unit.kind == "units" for use in unit.weights}
+    return units + _weights(groups, inside, heads)
 
 
 def fits(target: SparsityTarget, spec: SparsitySpec) -> bool:
@@ -88,13 +89,13 @@ def fits(target: SparsityTarget, spec: SparsitySpec) -> bool:
 
 def _unit_kind(func: Any, group: AxisGroup, hidden: Sequence[AxisGroup]) -> Kind | None:
     if group in hidden:
-        return "hidden units"
+        return "units"
     if group.counted or {use.side for use in group.weights} != {"K", "N"}:
         return None
     if group.constraint in ("factored", "pairs") and "heads" in group.role:
         return "heads"
     if group.constraint == "free" and not group.role and _has_vectors(func, group):
-        return "channels"
+        return "units"
     return None
 
 
@@ -116,7 +117,7 @@ def _units(group: AxisGroup, kind: Kind, heads: set[str]) -> SparsityTarget:
     return SparsityTarget(group.id, kind, tuple(ordered), group, layers, named_only)
 
 
-def _weights(groups: AxisGroups, hidden: set[str], heads: set[str]) -> list[SparsityTarget]:
+def _weights(groups: AxisGroups, inside: set[str], heads: set[str]) -> list[SparsityTarget]:
     uses: dict[str, WeightUse] = {}
     for group in (*groups.atomic, *groups.composites):
         for use in group.weights:
@@ -124,7 +125,7 @@ def _weights(groups: AxisGroups, hidden: set[str], heads: set[str]) -> list[Spar
     outside = "it is no layer of hidden units: left out unless a rule names it"
     return [
         SparsityTarget(
-            node, "weight", (use,), None, (_layer(use, heads),), "" if node in hidden else outside
+            node, "weight", (use,), None, (_layer(use, heads),), "" if node in inside else outside
         )
         for node, use in uses.items()
     ]
