@@ -118,6 +118,11 @@ def test_every_candidate_is_recorded_and_gated() -> None:
         assert candidate.fits == within
 
 
+def test_a_search_repeats_exactly() -> None:
+    first, second = (search(Budget(0.2, 0.97)).to_json() for _ in range(2))
+    assert first == second
+
+
 def test_a_looser_budget_removes_more() -> None:
     removed = [search(Budget(points, 0.0)).best.removed for points in (1e-3, 0.5, 100)]
     assert removed == sorted(removed)
