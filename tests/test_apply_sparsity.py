@@ -13,8 +13,9 @@ from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_reque
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.layer_rules import LayerRules
 
-UNIT, VEC = parse_sparsity("unit:0.5"), parse_sparsity("vec16:0.5")
+UNIT, VEC = (LayerRules(parse_sparsity(text), min_size=0) for text in ("unit:0.5", "vec16:0.5"))
 
 
 def test_the_hidden_axis_is_the_only_hidden_group() -> None:

@@ -74,7 +74,7 @@ def test_better_than_many_random_orders() -> None:
     best = max(kept(w[rng.permutation(64)], 2, 4) for _ in range(300))
     assert kept(w[order], 2, 4) > best
     # The published channel swap reaches .32 on a normal matrix of this size.
-    assert meta["efficacy"] > 0.3
+    assert meta["efficacy"] > 0.35
 
 
 def test_regressions_go_beyond_the_first_optimum() -> None:

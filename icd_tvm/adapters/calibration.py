@@ -65,9 +65,7 @@ def as_calibration(data: Array | Calibration | None, length: int) -> Calibration
         NaN or infinity inside.
     """
     if data is None or isinstance(data, Calibration):
-        if data is not None and data.energy.shape != (length,):
-            raise _shape_error(data.energy, length)
-        return data
+        return data if data is None else _checked(data, length)
     array = np.asarray(data)
     if array.ndim not in (1, 2) or array.shape[-1] != length or array.shape[0] == 0:
         raise _shape_error(array, length)
@@ -80,6 +78,17 @@ def as_calibration(data: Array | Calibration | None, length: int) -> Calibration
         return Calibration(np.diagonal(values).copy(), values)
     gram = values.T @ values
     return Calibration(np.diagonal(gram).copy(), gram)
+
+
+def _checked(data: Calibration, length: int) -> Calibration:
+    if data.energy.shape != (length,):
+        raise _shape_error(data.energy, length)
+    require_finite(data.energy, "calibration")
+    if data.gram is not None:
+        if data.gram.shape != (length, length):
+            raise _shape_error(data.gram, length)
+        require_finite(data.gram, "calibration")
+    return data
 
 
 def _is_gram(values: Float64) -> bool:

@@ -13,9 +13,11 @@ from icd_tvm.errors import ConfigError
 Float32 = npt.NDArray[np.float32]
 Perm = npt.NDArray[np.int32]
 
-# Work allowed, in full tables of every row against every slot, and the regressions tried in it.
-TABLES = 8
-KICKS = 200
+# Comparisons allowed by default, some 5 s of one core, and the full tables of every row against
+# every slot that they are kept within; the regressions tried in them.
+WORK = 14e9
+LEAST_TABLES, MOST_TABLES = 3, 1000
+KICKS = 1000
 # Swaps in one regression, and how many of the least bad candidates a row offers to it.
 KICK_SWAPS = 4
 KICK_POOL = 8
@@ -35,7 +37,7 @@ def permute_channels(
     *,
     energy: Array | None = None,
     seed: int = 0,
-    tables: int = TABLES,
+    tables: int | None = None,
 ) -> tuple[Perm, dict[str, Any]]:
     """Find a row order whose N:M mask drops less magnitude.
 
@@ -54,8 +56,8 @@ def permute_channels(
         Energy of each input; magnitudes are then ``|W| * sqrt(energy)``.
     seed : int
         Seed of the losing swaps.
-    tables : int
-        Work allowed, in full tables of K x K x N comparisons.
+    tables : int, optional
+        Work allowed, in full tables of K x K x N comparisons; some 5 s of one core if omitted.
 
     Returns
     -------
@@ -87,6 +89,8 @@ def permute_channels(
     n, m = n_m
     if not 1 <= n < m:
         raise ConfigError(f"{n}:{m} sparsity keeps {n} of {m}", "needs 1 <= N < M, e.g. (2, 4)")
+    if tables is None:
+        tables = default_tables(*matrix.shape)
     if tables < 1:
         raise ConfigError(f"tables = {tables} is below 1", "pass 1 or more")
     values = _magnitudes(matrix, energy)
@@ -105,6 +109,11 @@ def permute_channels(
         "skipped": False,
         "why": "",
     }
+
+
+def default_tables(rows: int, columns: int) -> int:
+    """Return how many full tables ``WORK`` comparisons are worth."""
+    return int(np.clip(WORK / (rows * rows * columns), LEAST_TABLES, MOST_TABLES))
 
 
 def retained(values: Float64, n: int, m: int) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 from scipy import linalg
 
 from icd_tvm.adapters.arrays import Array, Bool, Float64
+from icd_tvm.errors import ConfigError
 
 # Ridge, relative to the mean diagonal of the Gram matrix.
 RIDGE = 0.01
@@ -36,6 +37,11 @@ def refit_groups(
     -------
     array, shape [K, N], dtype of ``weight``
         Without any calibration energy the survivors keep their values.
+
+    Raises
+    ------
+    ConfigError
+        ``gram`` is no Gram matrix: it is not positive semidefinite.
     """
     dense = weight.astype(np.float64)
     out = np.zeros_like(dense)
@@ -56,4 +62,10 @@ def _solve(
     matrix[np.diag_indices(rows.size)] += pull
     cells = np.ix_(rows, group)
     right = target[cells] + pull * dense[cells]
-    return np.asarray(linalg.solve(matrix, right, assume_a="pos", check_finite=False))
+    try:
+        return np.asarray(linalg.solve(matrix, right, assume_a="pos", check_finite=False))
+    except linalg.LinAlgError as error:
+        raise ConfigError(
+            "the Gram matrix of the calibration is not positive semidefinite",
+            "pass X.T @ X of real activations, or X itself",
+        ) from error

@@ -10,6 +10,7 @@ from icd_tvm.adapters.arrays import (
     Array,
     Bool,
     Float64,
+    Index,
     as_matrix,
     require_finite,
     require_length,
@@ -73,6 +74,44 @@ def unit_scores(
             f"second_moment has shape {list(moment.shape)}", f"pass [{units}] or [{units}, {units}]"
         )
     return read * _energy_after_refit(moment)
+
+
+def removal_costs(weight: Array, gram: Array, places: Index) -> Float64:
+    """Return the output energy that is lost with each unit of several rows, after a refit.
+
+    Parameters
+    ----------
+    weight : array, shape [K, N]
+        Consumer of the units.
+    gram : array, shape [K, K]
+        ``X.T @ X`` of its calibration inputs.
+    places : int array, shape [U, m]
+        Rows that belong to each unit: one for a hidden unit, the head's size for a head.
+
+    Returns
+    -------
+    float64 array, shape [U]
+        ``trace(W_B.T inv(inv(G)_BB) W_B)`` over the rows B of the unit, as a share of the output
+        energy ``trace(W.T G W)``; for m = 1 the score of :func:`unit_scores` up to that scale.
+
+    Raises
+    ------
+    ShapeError, NonFiniteError
+        Arrays that do not fit or are not finite.
+
+    Notes
+    -----
+    Frantar et al., "Optimal brain compression", NeurIPS 2022, for the block form.
+    """
+    matrix = as_matrix(weight, "consumer").astype(np.float64)
+    moments = as_matrix(gram, "gram").astype(np.float64)
+    if moments.shape != (len(matrix), len(matrix)):
+        raise ShapeError(f"gram {list(moments.shape)} does not fit {len(matrix)} rows")
+    inverse = np.linalg.inv(_ridged(moments))
+    blocks = np.linalg.inv(inverse[places[:, :, None], places[:, None, :]])
+    rows = matrix[places]
+    total = float(np.sum(matrix * (moments @ matrix)))
+    return np.asarray(np.sum(rows * (blocks @ rows), axis=(1, 2)) / (total or 1.0))
 
 
 def select_units(scores: Array, rate: float, multiple_of: int = 1) -> Bool:
@@ -197,6 +236,9 @@ def _energy(weight: Array, axis: int) -> Float64:
 
 
 def _energy_after_refit(gram: Float64) -> Float64:
+    return 1.0 / np.diagonal(np.linalg.inv(_ridged(gram)))
+
+
+def _ridged(gram: Float64) -> Float64:
     ridge = RIDGE * float(np.trace(gram)) / len(gram) or 1.0
-    inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
-    return 1.0 / np.diagonal(inverse)
+    return np.asarray(gram + ridge * np.eye(len(gram)))

@@ -1,51 +1,63 @@
-"""ApplySparsity: the S transform on every hidden group of a module."""
+"""ApplySparsity: the S transform, layer by layer as rules say."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from icd_tvm._tvm import tvm
-from icd_tvm.adapters.sparsity import (
-    SparsitySpec,
-    apply_sparsity,
-    select_units,
-    unit_scores,
-    zero_units,
-)
-from icd_tvm.adapters.units import refit_consumer
+from icd_tvm.adapters.sparsity import SparsitySpec
+from icd_tvm.errors import IcdError
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
-from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.layer_rules import LayerRules
+from icd_tvm.relax_passes.prune_target import prune_target
 from icd_tvm.relax_passes.replace_constants import replace_constants
+from icd_tvm.relax_passes.sparsity_targets import SparsityTarget, fits, sparsity_targets
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
-from icd_tvm.relax_passes.unit_weights import in_floats, is_float, kept_places, unit_rows
+
+Rules = SparsitySpec | LayerRules[SparsitySpec]
 
 
-def calibration_requests(mod: Any, spec: SparsitySpec) -> dict[str, Statistic]:
+def as_rules(spec: Rules) -> LayerRules[SparsitySpec]:
+    """Return one spec as the rules that give it to every layer by default."""
+    return LayerRules(spec) if isinstance(spec, SparsitySpec) else spec
+
+
+def calibration_requests(mod: Any, spec: Rules) -> dict[str, Statistic]:
     """Return the statistics that ``spec`` wants of ``mod``: the Gram matrix of each input.
 
-    A unit is scored and refitted on the activations of the group; a weight that keeps groups of
-    rows is refitted on its own input.
+    A unit is scored and refitted on the activations that its readers see; a weight that keeps
+    groups of rows is refitted on its own input.
     """
-    if spec.kind == "none":
-        return {}
-    groups = in_floats(hidden_groups(mod["main"], tagged_groups(mod)))
-    sides = {"K"} if spec.kind == "unit" else {"K", "N"}
-    return {use.node: "gram" for group in groups for use in group.weights if use.side in sides}
+    rules = as_rules(spec)
+    requests: dict[str, Statistic] = {}
+    for target in _targets(mod):
+        chosen = target.choose(rules).spec
+        if chosen is None or not _acts(chosen) or target.quantised:
+            continue
+        if fits(target, chosen):
+            requests |= {use.node: "gram" for use in target.takers}
+    return requests
 
 
 @tvm.transform.module_pass(opt_level=0, name="ApplySparsity")
 class ApplySparsity:
-    """Make the weights of hidden groups sparse; the order of every axis stays as it is.
+    """Make weights sparse; the order of every axis stays as it is.
+
+    ``unit`` zeroes whole units over all members of an axis group: hidden units, channels of a
+    scan block, and attention heads where a rule names them. Every other kind is applied to each
+    weight between hidden units on its own, and to any other matmul weight that a rule names. What
+    fails is left as it is, with a warning and the reason.
 
     Parameters
     ----------
-    spec : SparsitySpec
-        ``unit`` zeroes whole hidden units over all members of a group; every other kind is
-        applied to each weight of the group on its own.
+    spec : SparsitySpec or LayerRules
+        One spec for all layers, or one by name; embeddings, heads of classifiers and tiny weights
+        are left out unless a rule names them.
     statistics : Mapping[str, numpy.ndarray]
         Matmul binding -> Gram matrix [K, K] of its input (:func:`calibration_requests`). Without
         it the saliency is the magnitude and nothing is refitted.
@@ -55,73 +67,93 @@ class ApplySparsity:
     Attributes
     ----------
     meta : dict
-        JSON record: the spec, and one entry for every weight or group, skipped ones with the
-        reason. Also attached as ``icd.transform_meta``.
+        JSON record: the spec, ``entries`` of what was pruned, ``skipped`` with a reason each,
+        and the patterns in ``unmatched`` that no layer fits. Also attached as
+        ``icd.transform_meta``.
     """
 
     def __init__(
         self,
-        spec: SparsitySpec,
+        spec: Rules,
         statistics: Mapping[str, np.ndarray] | None = None,
         *,
         seed: int = 0,
     ) -> None:
-        self.spec = spec
+        self.rules = as_rules(spec)
         self.statistics = dict(statistics or {})
         self.seed = seed
         self.meta: dict[str, Any] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with sparse constants and the metadata attached."""
-        groups = [] if self.spec.kind == "none" else self._groups(mod)
         arrays: dict[Any, np.ndarray] = {}
-        entries = []
-        for group in groups:
-            prune = self._prune_units if self.spec.kind == "unit" else self._prune_weights
-            entries += prune(group, arrays)
-        self.meta = {"sparsity": {"spec": str(self.spec), "entries": entries}}
+        entries: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
+        targets = _targets(mod) if self._specs() else []
+        for target in targets:
+            why = self._prune(mod["main"], target, arrays, entries)
+            if why and any(fits(target, spec) for spec in self._specs()):
+                skipped.append({"target": target.id, "kind": target.kind, "why": why})
+        layers = [layer for target in targets for layer in target.layers]
+        self.meta = {
+            "sparsity": {
+                "spec": str(self.rules.default),
+                "rules": {r.pattern: str(r.spec or "none") for r in self.rules.rules},
+                "entries": entries,
+                "skipped": skipped,
+                "unmatched": self._unmatched(layers),
+            }
+        }
         return with_transform_meta(replace_constants(mod, arrays), self.meta)
 
-    def _groups(self, mod: Any) -> list[Any]:
-        return in_floats(hidden_groups(mod["main"], tagged_groups(mod)))
+    def _specs(self) -> list[SparsitySpec]:
+        specs = [self.rules.default, *(rule.spec for rule in self.rules.rules)]
+        return [spec for spec in specs if spec is not None and _acts(spec)]
 
-    def _prune_units(self, group: Any, arrays: dict[Any, np.ndarray]) -> list[dict[str, Any]]:
-        takers = [use for use in group.weights if use.side == "K"]
-        single = len(takers) == 1 and takers[0].structure.is_leaf and takers[0].axis == 0
-        gram = self.statistics.get(takers[0].node) if single else None
-        makers = [rows.T for u in group.weights if u.side == "N" for rows in unit_rows(u, group)]
-        readers = [rows for use in takers for rows in unit_rows(use, group)]
-        kept = select_units(unit_scores(makers, readers, gram), self.spec.rate)
-        for use in filter(is_float, group.consts):
-            array = arrays.get(use.const, _array(use))
-            arrays[use.const] = zero_units(array, kept_places(use, group, kept), use.axis)
-        if gram is not None:
-            arrays[takers[0].const] = refit_consumer(_array(takers[0]), gram, kept)
-        return [{"group": group.id, "units": group.size, "kept": int(kept.sum())}]
+    def _prune(
+        self,
+        func: Any,
+        target: SparsityTarget,
+        arrays: dict[Any, np.ndarray],
+        entries: list[dict[str, Any]],
+    ) -> str:
+        """Prune one target into ``arrays`` and ``entries``, or return why not."""
+        choice = target.choose(self.rules)
+        if choice.spec is None or not _acts(choice.spec):
+            return choice.why or f"{choice.spec} removes nothing"
+        if not fits(target, choice.spec):
+            # Not a skip: the weights of a group and the group itself are both listed.
+            return ""
+        try:
+            with warnings.catch_warnings():
+                # The adapter's own warning does not know the layer; ours below does.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                found, entry = prune_target(func, target, choice.spec, self.statistics, self.seed)
+        except (IcdError, ArithmeticError, MemoryError, ValueError) as error:
+            return _warned(target, str(error))
+        if not found:
+            return _warned(target, entry["why"])
+        if any(const in arrays for const in found):
+            return _warned(target, "a constant of it was pruned with another target")
+        arrays |= found
+        entries.append(entry)
+        return ""
 
-    def _prune_weights(self, group: Any, arrays: dict[Any, np.ndarray]) -> list[dict[str, Any]]:
-        entries = []
-        for use in group.weights:
-            if use.const in arrays:  # another group's axis of the same weight
-                continue
-            gram = self.statistics.get(use.node)
-            arrays[use.const], meta = apply_sparsity(
-                _array(use),
-                self.spec.type_name,
-                self.spec.rate,
-                saliency="magnitude" if gram is None else "wanda",
-                calibration=gram,
-                seed=self.seed,
-                refit=gram is not None,
-            )
-            entries.append({"weight": use.name, **_brief(meta)})
-        return entries
+    def _unmatched(self, layers: Sequence[Any]) -> list[str]:
+        patterns = self.rules.unmatched(layers)
+        for pattern in patterns:
+            warnings.warn(f"sparsity rule {pattern!r} fits no layer", RuntimeWarning, stacklevel=2)
+        return patterns
 
 
-def _array(use: Any) -> np.ndarray:
-    return use.const.value.numpy()
+def _targets(mod: Any) -> list[SparsityTarget]:
+    return sparsity_targets(mod["main"], tagged_groups(mod))
 
 
-def _brief(meta: dict[str, Any]) -> dict[str, Any]:
-    wanted = ("type", "rate", "density", "loss", "bytes_before", "bytes_after", "skipped", "why")
-    return {key: meta[key] for key in wanted}
+def _acts(spec: SparsitySpec) -> bool:
+    return spec.kind != "none" and spec.rate > 0
+
+
+def _warned(target: SparsityTarget, why: str) -> str:
+    warnings.warn(f"{target.id} stays dense: {why}", RuntimeWarning, stacklevel=2)
+    return why

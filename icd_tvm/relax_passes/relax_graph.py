@@ -53,6 +53,18 @@ def is_call(expr: Any, op: str) -> bool:
     return isinstance(expr, Call) and isinstance(expr.op, Op) and expr.op.name == op
 
 
+def op_names(func: Any) -> dict[str, str]:
+    """Return the operator that each binding of a function calls, by the binding's name."""
+    return {
+        binding.var.name: binding.value.op.name
+        for block in func.body.blocks
+        for binding in block.bindings
+        if isinstance(binding, relax.VarBinding)
+        and isinstance(binding.value, Call)
+        and isinstance(binding.value.op, Op)
+    }
+
+
 def static_shape(expr: Any) -> tuple[int, ...] | None:
     """Return the shape of a tensor expression, or None if it is not fully known."""
     if not isinstance(expr.ty, relax.TensorType) or expr.ty.shape is None:

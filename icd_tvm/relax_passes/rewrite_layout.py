@@ -17,6 +17,7 @@ from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.decide_permutation import read_permutations
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.live_heads import live_heads
 from icd_tvm.relax_passes.permute_constants import leaf_permutations, permute_groups
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
 from icd_tvm.relax_passes.replace_constants import replace_constants
@@ -34,7 +35,8 @@ class RewriteLayout:
     perms : Mapping[str, numpy.ndarray], optional
         Group id, or ``out:NODE``, -> permutation; read from ``icd.layout_perm`` if omitted.
     compact : bool
-        Zero dead hidden units and slice them off. ``removed`` says how many went from each group.
+        Zero dead hidden units and slice them off, as well as attention heads that nothing reads.
+        ``removed`` says how many went from each group.
     lanes : int
         The remaining length stays a multiple of this many units where the group allows it, so
         that kernels keep full vectors. In a group whose order was decided only whole tiles of
@@ -83,6 +85,11 @@ class RewriteLayout:
             if len(kept) < group.size:
                 keep[group.id] = kept
                 self.removed[group.id] = group.size - len(kept)
+        for group in groups.free:
+            heads = live_heads(group)
+            if len(heads) < group.size:
+                keep[group.id] = heads
+                self.removed[group.id] = group.size - len(heads)
         return keep
 
 

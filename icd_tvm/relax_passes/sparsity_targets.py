@@ -1,0 +1,142 @@
+"""What a sparsity spec can act on: coupled units of an axis group, or single matmul weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+from icd_tvm.adapters.sparsity import SparsitySpec
+from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
+from icd_tvm.relax_passes.head_matmuls import head_matmuls
+from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.layer_rules import Choice, Layer, LayerRules, Role
+from icd_tvm.relax_passes.relax_graph import op_names
+from icd_tvm.relax_passes.unit_weights import is_float
+
+Kind = Literal["units", "heads", "weight"]
+
+
+@dataclass(frozen=True)
+class SparsityTarget:
+    """One thing that is made sparse with one spec.
+
+    Attributes
+    ----------
+    id : str
+        Axis group, or matmul binding of a weight.
+    kind : {"units", "heads", "weight"}
+        Hidden units of an MLP or channels of a scan block; attention heads; or one weight.
+    weights : tuple of WeightUse
+        The matmul weights that change.
+    group : AxisGroup or None
+        None for a weight.
+    layers : tuple of Layer
+        What rules look at: the weights that make the units first, then those that read them.
+    named_only : str
+        Why only a rule that names the target reaches it; empty if the default does as well.
+    """
+
+    id: str
+    kind: Kind
+    weights: tuple[WeightUse, ...]
+    group: AxisGroup | None
+    layers: tuple[Layer, ...]
+    named_only: str = ""
+
+    @property
+    def makers(self) -> tuple[WeightUse, ...]:
+        """Weights whose columns are the units."""
+        return tuple(use for use in self.weights if use.side == "N")
+
+    @property
+    def takers(self) -> tuple[WeightUse, ...]:
+        """Weights whose rows read the units; of a weight, the weight itself."""
+        return tuple(use for use in self.weights if self.group is None or use.side == "K")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a weight holds codes: its zeros are not those of the product."""
+        return not all(map(is_float, self.weights))
+
+    def choose(self, rules: LayerRules[SparsitySpec]) -> Choice[SparsitySpec]:
+        """Return the spec of the first rule that fits any of the weights, else the default."""
+        for rule in rules.rules:
+            for layer in self.layers:
+                if layer.matches(rule.pattern):
+                    return rules.choose(layer)
+        if self.named_only:
+            return Choice(None, self.named_only)
+        return rules.choose(max(self.layers[: len(self.makers) or 1], key=attrgetter("size")))
+
+
+def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
+    """Return every target of a function, units first.
+
+    Parameters
+    ----------
+    func : relax.Function
+    groups : AxisGroups
+        Of the same function.
+    """
+    hidden = hidden_groups(func, groups)
+    heads = head_matmuls(func)
+    kinds = [(group, _unit_kind(func, group, hidden)) for group in groups.free]
+    units = [_units(group, kind, heads) for group, kind in kinds if kind is not None]
+    inside = {use.node for unit in units if unit.kind == "units" for use in unit.weights}
+    return units + _weights(groups, inside, heads)
+
+
+def fits(target: SparsityTarget, spec: SparsitySpec) -> bool:
+    """Tell whether a spec is of the target's sort: ``unit`` for units, all others for weights."""
+    return (spec.kind == "unit") == (target.group is not None)
+
+
+def _unit_kind(func: Any, group: AxisGroup, hidden: Sequence[AxisGroup]) -> Kind | None:
+    if group in hidden:
+        return "units"
+    if group.counted or {use.side for use in group.weights} != {"K", "N"}:
+        return None
+    if group.constraint in ("factored", "pairs") and "heads" in group.role:
+        return "heads"
+    if group.constraint == "free" and not group.role and _has_vectors(func, group):
+        return "units"
+    return None
+
+
+def _has_vectors(func: Any, group: AxisGroup) -> bool:
+    """True if channels have constants of their own, as a scan or a bias does.
+
+    The inner axis of a low-rank product has none, and an embedding's belongs to the whole model.
+    """
+    ops = op_names(func)
+    products = {use.node for use in group.weights}
+    others = [ops.get(use.node) for use in group.consts if use.node not in products]
+    return bool(others) and "relax.take" not in others
+
+
+def _units(group: AxisGroup, kind: Kind, heads: set[str]) -> SparsityTarget:
+    ordered = sorted(group.weights, key=lambda use: use.side == "K")
+    layers = tuple(_layer(use, heads) for use in ordered)
+    named_only = "attention heads are left out unless a rule names them" if kind == "heads" else ""
+    return SparsityTarget(group.id, kind, tuple(ordered), group, layers, named_only)
+
+
+def _weights(groups: AxisGroups, inside: set[str], heads: set[str]) -> list[SparsityTarget]:
+    uses: dict[str, WeightUse] = {}
+    for group in (*groups.atomic, *groups.composites):
+        for use in group.weights:
+            uses.setdefault(use.node, use)
+    outside = "it is no layer of hidden units: left out unless a rule names it"
+    return [
+        SparsityTarget(
+            node, "weight", (use,), None, (_layer(use, heads),), "" if node in inside else outside
+        )
+        for node, use in uses.items()
+    ]
+
+
+def _layer(use: WeightUse, heads: set[str]) -> Layer:
+    role: Role = "head" if use.node in heads else "inner"
+    return Layer(use.name, use.node, use.shape, role)
