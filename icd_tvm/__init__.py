@@ -10,17 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icd_tvm.config import Config
     from icd_tvm.models.importer import import_onnx
     from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
     from icd_tvm.relax_passes.repermute_pass import RepermutePass
     from icd_tvm.runtime.compile_model import compile_model
     from icd_tvm.runtime.options import CompileOptions
+    from icd_tvm.runtime.run import RunArtifacts, run
     from icd_tvm.tir_schedules.target import host_target, parse_target
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CompileOptions": "icd_tvm.runtime.options",
+    "Config": "icd_tvm.config",
+    "RunArtifacts": "icd_tvm.runtime.run",
     "RepermutePass": "icd_tvm.relax_passes.repermute_pass",
     "build_cpu": "icd_tvm.relax_passes.lower_cpu",
     "compile_model": "icd_tvm.runtime.compile_model",
@@ -28,17 +32,21 @@ _HOMES = {
     "host_target": "icd_tvm.tir_schedules.target",
     "import_onnx": "icd_tvm.models.importer",
     "parse_target": "icd_tvm.tir_schedules.target",
+    "run": "icd_tvm.runtime.run",
 }
 
 __all__ = [
     "CompileOptions",
+    "Config",
     "RepermutePass",
+    "RunArtifacts",
     "build_cpu",
     "compile_model",
     "cpu_pipeline",
     "host_target",
     "import_onnx",
     "parse_target",
+    "run",
 ]
 
 

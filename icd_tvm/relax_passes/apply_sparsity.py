@@ -96,7 +96,14 @@ class ApplySparsity:
             arrays[use.const] = zero_units(arrays.get(use.const, _array(use)), kept, use.axis)
         if gram is not None:
             arrays[takers[0].const] = refit_consumer(_array(takers[0]), gram, kept)
-        return [{"group": group.id, "units": group.size, "kept": int(kept.sum())}]
+        return [
+            {
+                "group": group.id,
+                "units": group.size,
+                "kept": int(kept.sum()),
+                "delta_layout": not kept.all(),
+            }
+        ]
 
     def _prune_weights(self, group: Any, arrays: dict[Any, np.ndarray]) -> list[dict[str, Any]]:
         entries = []
@@ -120,5 +127,5 @@ def _array(use: Any) -> np.ndarray:
 
 
 def _brief(meta: dict[str, Any]) -> dict[str, Any]:
-    wanted = ("type", "rate", "density", "loss", "bytes_before", "bytes_after", "skipped", "why")
-    return {key: meta[key] for key in wanted}
+    wanted = ("type", "rate", "density", "loss", "bytes_before", "bytes_after")
+    return {key: meta[key] for key in (*wanted, "delta_layout", "skipped", "why")}

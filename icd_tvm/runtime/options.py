@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from icd_tvm.config import Config, Mode, model_source
+from icd_tvm.config_file import make_config
 from icd_tvm.errors import ConfigError
-
-Mode = Literal["linear", "iterative"]
-PEERS = ("onnxruntime",)
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class CompileOptions:
         File for the compiled library of the accepted arm.
     measure : bool
         False skips timing; then nothing is accepted on speed and the report says so.
+    opaque_states : tuple[tuple[str, str], ...]
+        Pairs (input name, output name) that only this module reads: their order is its own.
 
     Raises
     ------
@@ -65,20 +65,36 @@ class CompileOptions:
     measure: bool = True
     explain: bool = False
     quality: str | None = None
+    opaque_states: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _require(self.repeats >= 30, f"--repeats {self.repeats}", "use at least 30")
-        _require(self.time_budget_s > 0, f"--time-budget {self.time_budget_s}", "use seconds > 0")
-        _require(
-            self.threads is None or self.threads >= 1,
-            f"--threads {self.threads}",
-            "use 1 or more",
-        )
-        _require(
-            self.peer is None or self.peer in PEERS,
-            f"--peer {self.peer}",
-            f"known peers: {', '.join(PEERS)}",
+        self.to_config()
+
+    def to_config(self) -> Config:
+        """Return the configuration that asks for the same; its keys name what is refused."""
+        repeats = self.repeats if isinstance(self.repeats, int) else 0
+        return make_config(
+            {
+                "model": {
+                    **model_source(str(self.model)),
+                    "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                    "opaque_states": dict(self.opaque_states),
+                },
+                "pipeline": {
+                    "mode": self.mode,
+                    "repeats": self.repeats,
+                    "warmup_iter": max(3, min(50, repeats // 4)),
+                },
+                "solver": {"time_budget_s": self.time_budget_s, "k_blocks": None},
+                "transform": {"sparsity": self.sparsity},
+                "measure": {"enabled": self.measure, "peer": self.peer},
+                "quality": {"metric": self.quality},
+                "target": self.target,
+                "threads": self.threads,
+                "seed": self.seed,
+            },
+            label="options",
         )
 
 
@@ -98,6 +114,19 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
         "write --shape name=1x128",
     )
     return name, tuple(int(p) for p in parts)
+
+
+def parse_state(text: str) -> tuple[str, str]:
+    """Parse ``past=present`` into ``("past", "present")``.
+
+    Raises
+    ------
+    ConfigError
+        If one of the names is missing.
+    """
+    name, _, output = text.partition("=")
+    _require(bool(name and output), f"--opaque-state {text}", "write --opaque-state past=present")
+    return name, output
 
 
 def _require(condition: bool, what: str, hint: str) -> None:
