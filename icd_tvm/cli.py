@@ -30,6 +30,8 @@ COMMANDS = {
     "compile": ("icd_tvm.commands.compile", "one model, one result, no directory needed"),
     "explain": ("icd_tvm.commands.explain", "which axes may move, and what pins the others"),
     "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
+    "solve": ("icd_tvm.commands.solve", "an order of one axis, from a file of W"),
+    "cache": ("icd_tvm.commands.cache", "look after the orders that earlier runs decided"),
     "schema": ("icd_tvm.commands.schema", "every configuration key"),
     "completion": ("icd_tvm.commands.completion", "completion script for bash or zsh"),
 }

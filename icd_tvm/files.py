@@ -1,13 +1,39 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the folder that caches live in."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from icd_tvm.errors import OutputError
+
+CACHE_VARIABLE = "ICD_CACHE_DIR"
+
+
+def default_cache() -> Path:
+    """Return the folder of everything that may be deleted and made again.
+
+    The environment variable ``ICD_CACHE_DIR`` wins; otherwise it is ``icd_tvm`` in the user's cache
+    folder (``XDG_CACHE_HOME`` if that is absolute, else ``~/.cache``).
+
+    Raises
+    ------
+    OutputError
+        If no variable is set and the user has no home folder.
+    """
+    if chosen := os.environ.get(CACHE_VARIABLE, ""):
+        return Path(chosen).absolute()
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The specification tells readers to ignore relative paths.
+    if base.is_absolute():
+        return base / "icd_tvm"
+    try:
+        return Path.home() / ".cache" / "icd_tvm"
+    except RuntimeError as error:
+        raise OutputError("the user has no home folder", f"set {CACHE_VARIABLE}") from error
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -41,6 +67,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         # A temporary file is private; the final one is an ordinary file.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(final)
+        _flush_folder(final.parent)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(
@@ -63,6 +90,16 @@ def make_folder(path: Path) -> None:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Make a rename survive a power loss, where the system can flush folders at all."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import tracemalloc
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,11 +210,80 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     meta = {"shape": [320, 320], "format": "csr", "nnz": 1, "source": "mock", "seed": 2}
     arrays = {"data": graph.data, "indices": graph.indices, "indptr": graph.indptr}
     np.savez(path, **arrays, meta=np.array(json.dumps(meta)))
-    with pytest.raises(ConfigError, match="do not match"):
+    with pytest.raises(ConfigError, match="at most 1028 expected"):
         load_w(path)
     np.savez(path, data=np.array([object()]), meta=np.array("{}"))
     with pytest.raises(ConfigError, match="cannot read"):
         load_w(path)
+
+
+def saved_w(path: Path, **changes: Any) -> Path:
+    """A file of W whose arrays or meta data are changed."""
+    graph = symmetric(1.0)
+    meta = {"shape": list(graph.shape), "format": "csr", "nnz": graph.nnz, "source": "mock"}
+    meta |= {"seed": 0, **changes.pop("meta", {})}
+    arrays = {"data": graph.data, "indices": graph.indices, "indptr": graph.indptr}
+    np.savez(path, **{**arrays, "meta": np.array(json.dumps(meta)), **changes})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data": np.array([object()] * 2)}, "bytes|dtype object"),
+        ({"data": np.ones(1, np.float32)}, "dtype float32 and shape"),
+        ({"data": np.ones((1, 2), np.float32)}, "dtype float32 and shape"),
+        ({"indices": np.zeros(2, np.float32)}, "dtype float32"),
+        ({"indices": np.array([0, 77], np.int32)}, "indices"),
+        ({"meta": {"source": "x" * (1 << 15)}}, "bytes, at most 65536"),
+        ({"meta": {"nnz": 1 << 40, "shape": [1 << 20, 1 << 20]}}, "at most"),
+        ({"meta": {"nnz": 7}}, "non-zeros"),
+        ({"meta": {"nnz": True}}, "meta data"),
+        ({"meta": {"shape": [3]}}, "meta data"),
+        ({"meta": {"more": 1}}, "meta data"),
+        ({"other": np.zeros(1)}, "it holds"),
+    ],
+)
+def test_hostile_files_are_refused(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    path = saved_w(tmp_path / "W.npz", **changes)
+    with pytest.raises(ConfigError, match=reason):
+        load_w(path)
+
+
+def test_a_zip_bomb_is_refused_unread(tmp_path: Path) -> None:
+    path = saved_w(tmp_path / "W.npz")
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    members["data.npy"] += bytes(64 << 20)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="bytes, at most"):
+        load_w(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_files_never_give_another_w(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved_w(Path(folder) / "W.npz")
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content) - 1))
+        if data.draw(st.booleans()):
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+        else:
+            del content[place:]
+        path.write_bytes(content)
+        try:
+            graph, meta = load_w(path)
+        except IcdError:
+            return
+    assert (graph != symmetric(1.0)).nnz == 0
+    assert meta["nnz"] == graph.nnz
 
 
 def test_correlations_find_what_moves_together() -> None:

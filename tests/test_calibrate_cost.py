@@ -23,7 +23,6 @@ from icd_tvm.measure.calibrate_cost import (
     calibrate,
     calibration_path,
     case_record,
-    default_cache,
     fit_weights,
     load_calibration,
     machine_hash,
@@ -241,15 +240,6 @@ def test_broken_and_foreign_files_are_refused(tmp_path: Path) -> None:
         load_calibration(path)
     with pytest.raises(OutputError):
         save_calibration(record_of(), tmp_path / "c.json" / "below.json")
-
-
-def test_the_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "icd_tvm"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert default_cache() == Path.home() / ".cache" / "icd_tvm"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "icd_tvm"
 
 
 def test_threads_do_not_change_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from icd_tvm.errors import ConfigError
 
 HELP = {
     "config": "YAML or JSON file; --resume finds the one it needs in the run directory",
-    "override": "replace one value, key.of.it=value; may repeat",
+    "override": "replace values, key.of.it=value",
     "out": "the run directory (report.out_dir)",
     "resume": "continue after the last stage that was finished",
     "dry_run": "check the inputs, print the plan, write nothing",
@@ -42,7 +42,12 @@ def add_config(result: Parser) -> None:
     """Add the flags that make a configuration."""
     result.add_argument("-c", "--config", type=Path, metavar="FILE", help=HELP["config"])
     result.add_argument(
-        "--override", action="append", default=[], metavar="KEY=VALUE", help=HELP["override"]
+        "--override",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=HELP["override"],
     )
     result.add_argument("--out", type=Path, metavar="DIR", help=HELP["out"])
 

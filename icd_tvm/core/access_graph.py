@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,16 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
 from icd_tvm.core.cost import Csr, TileAccess, check_accesses
-from icd_tvm.errors import ConfigError, NonFiniteError, OutputError, ShapeError
+from icd_tvm.core.npz_file import open_archive, read_row, read_text
+from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
+from icd_tvm.files import write_atomically
 
 Source = Literal["tir", "trace", "mock"]
 NORMALIZE = ("none", "row", "sym")
 _META_KEYS = {"shape", "format", "nnz", "source", "seed"}
+_META_BYTES = 1 << 16
+# Non-zeros of the largest W read from a file: a dense one of 16,384 indices, 2 GB.
+MAX_NNZ = 1 << 28
 # Bytes of one dense block of rows of W while it is being built.
 _BLOCK_BYTES = 1 << 28
 # A multiply-add of a dense product costs about a 500th of one of a sparse product.
@@ -321,8 +325,9 @@ def save_w(path: str | Path, graph: Csr, source: str, seed: int | None = None) -
         "source": source,
         "seed": seed,
     }
-    try:
-        with Path(path).open("wb") as file:
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 data=graph.data,
@@ -330,29 +335,50 @@ def save_w(path: str | Path, graph: Csr, source: str, seed: int | None = None) -
                 indptr=graph.indptr,
                 meta=np.array(json.dumps(meta)),
             )
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+    write_atomically(path, write)
 
 
 def load_w(path: str | Path) -> tuple[Csr, dict[str, Any]]:
     """Read a file of :func:`save_w`: W and its meta data.
 
+    The file is untrusted: nothing in it is executed, and no array is read before its size is
+    known to fit the number of non-zeros, at most ``MAX_NNZ``.
+
     Raises
     ------
     ConfigError
-        If the file is missing, truncated, or its meta data do not match its arrays.
+        If the file is missing, truncated, too large, or its meta data do not match its arrays.
     ShapeError, NonFiniteError
         If the matrix is no valid W.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            arrays = tuple(file[name] for name in ("data", "indices", "indptr"))
-        graph = sp.csr_matrix(arrays, shape=tuple(meta["shape"]))
-        graph.check_format()
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"cannot read W from {path}: {error}") from error
-    if set(meta) != _META_KEYS or meta["nnz"] != graph.nnz:
-        raise ConfigError(f"W in {path}: meta data {meta} do not match the arrays")
+    with open_archive(path, {"data", "indices", "indptr", "meta"}) as archive:
+        try:
+            meta = json.loads(read_text(archive, "meta", _META_BYTES))
+            n, nnz = _sizes(meta)
+            parts = (
+                read_row(archive, "data", nnz, "f", (4,)),
+                read_row(archive, "indices", nnz, "i", (4, 8)),
+                read_row(archive, "indptr", n + 1, "i", (4, 8)),
+            )
+            graph = sp.csr_matrix(parts, shape=(n, n))
+            graph.check_format()
+        except (ConfigError, ValueError, RecursionError) as error:
+            raise ConfigError(f"cannot read W from {path}: {error}") from error
     validate_w(graph)
     return graph, meta
+
+
+def _sizes(meta: Any) -> tuple[int, int]:
+    """Return n and the number of non-zeros that the meta data promise."""
+    if not isinstance(meta, dict) or set(meta) != _META_KEYS:
+        raise ConfigError("the meta data are no record of shape, format, nnz, source and seed")
+    shape, nnz = meta["shape"], meta["nnz"]
+    sizes = [*shape, nnz] if isinstance(shape, list) else []
+    if len(sizes) != 3 or any(type(size) is not int or size < 0 for size in sizes):
+        raise ConfigError(f"meta data: shape {shape}, nnz {nnz}")
+    if shape[0] != shape[1]:
+        raise ShapeError(f"W {tuple(shape)} is not square")
+    if not nnz <= min(shape[0] ** 2, MAX_NNZ) or shape[0] > MAX_NNZ:
+        raise ConfigError(f"meta data: {nnz} non-zeros of {shape}, at most {MAX_NNZ} are read")
+    return shape[0], nnz

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from icd_tvm.errors import ConfigError, OutputError, PermutationError
+from icd_tvm.errors import ConfigError, PermutationError
+from icd_tvm.files import write_atomically
 
 Perm = NDArray[np.int32]
 Inside = Literal["fixed", "equal", "separate"]
@@ -217,10 +218,8 @@ def save_permutation(path: str | Path, perm: ArrayLike, meta: dict[str, Any]) ->
     """
     order = as_permutation(perm)
     record = {"format": _FORMAT, "n": order.size, "perm": order.tolist(), "meta": meta}
-    try:
-        Path(path).write_text(json.dumps(record), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    text = json.dumps(record)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def load_permutation(path: str | Path) -> tuple[Perm, dict[str, Any]]:
@@ -233,10 +232,13 @@ def load_permutation(path: str | Path) -> tuple[Perm, dict[str, Any]]:
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PermutationError(f"cannot read a permutation from {path}: {error}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise PermutationError(f"{path} is no {_FORMAT} record")
     if not isinstance(record.get("meta"), dict) or not isinstance(record.get("n"), int):
         raise PermutationError(f"{path} lacks a valid n or meta")
-    return as_permutation(record.get("perm", []), record["n"]), record["meta"]
+    try:
+        return as_permutation(record.get("perm", []), record["n"]), record["meta"]
+    except ValueError as error:  # numpy's, of rows of unequal length
+        raise PermutationError(f"{path} holds no row of integers") from error

@@ -101,6 +101,8 @@ def fit_permutation(
         raise ConfigError(f"time_budget_s={time_budget_s} must be positive")
     if refine_steps < 0 or tile < 1:
         raise ConfigError(f"refine_steps={refine_steps}, tile={tile} out of range")
+    if not 0 <= rng_seed < 1 << 32:
+        raise ConfigError(f"rng_seed={rng_seed} is outside 0..2^32 - 1")
     n = _axis_length(W, accesses)
     rule = constraint or Constraint.free()
     first = identity(n) if start is None else rule.check(as_permutation(start, n))

@@ -7,7 +7,6 @@ the combined cost J from it.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from icd_tvm.core.cost import Weights, combined_cost
 from icd_tvm.errors import ConfigError, MeasurementError, OutputError
-from icd_tvm.files import write_atomically
+from icd_tvm.files import default_cache, write_atomically
 from icd_tvm.measure.environment import environment_hash, fingerprint
 from icd_tvm.measure.layout_pilot import PilotCase, PilotTimes, run_case
 from icd_tvm.measure.rank_correlation import (
@@ -217,13 +216,6 @@ def machine_hash() -> str:
 
 def _hash_of(machine: dict[str, Any]) -> str:
     return environment_hash({**machine, "threads": None})
-
-
-def default_cache() -> Path:
-    """Return ``icd_tvm`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification tells readers to ignore relative paths.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "icd_tvm"
 
 
 def calibration_path(cache: Path | None = None) -> Path:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from icd_tvm._tvm import Call, GenericConst, Var, relax
-from icd_tvm.errors import OutputError, PermutationError
+from icd_tvm.errors import PermutationError
+from icd_tvm.files import write_atomically
 from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.axis_structure import Index
 from icd_tvm.relax_passes.permute_constants import leaf_permutations, validate_permutation
@@ -72,10 +73,8 @@ def save_permutations(path: str | Path, perms: Mapping[str, ArrayLike], model_ha
         "model_hash": model_hash,
         "perms": {group: np.asarray(perm).tolist() for group, perm in perms.items()},
     }
-    try:
-        Path(path).write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    text = json.dumps(content)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def load_permutations(path: str | Path, groups: AxisGroups, model_hash: str) -> dict[str, Index]:
@@ -116,7 +115,7 @@ def _read_json(path: str | Path) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PermutationError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PermutationError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise PermutationError(f"{str(path)!r} is no permutation file")

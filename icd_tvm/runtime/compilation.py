@@ -25,6 +25,8 @@ class Compilation:
         The model as it came in.
     groups : AxisGroups
         Its axis groups, free and pinned.
+    widths : dict[str, int]
+        ``out:NODE`` -> columns of that matmul, whose output may have an order of its own.
     arms : dict[str, Arm]
         The modules that were compared.
     built : dict[str, Built]
@@ -51,6 +53,7 @@ class Compilation:
 
     imported: ImportedModel
     groups: AxisGroups
+    widths: dict[str, int] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
     built: dict[str, Built] = field(default_factory=dict)
     before: list[Decision] = field(default_factory=list)

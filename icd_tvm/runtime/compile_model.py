@@ -60,5 +60,9 @@ def summary(record: Mapping[str, Any]) -> str:
     if record["arms"]:
         lines += [arms_table(record), ""]
     lines += [f"{g['name']:8s} {g['status']}: {g['reason']}" for g in record["gates"]]
+    if "mock" in record["graph_source"]:
+        lines.append(
+            "W is a mock: the orders follow planted communities, not this model's accesses"
+        )
     verdict = {True: "accepted", False: "not accepted", None: "undecided"}[decision["accepted"]]
     return "\n".join([*lines, f"{verdict}, {decision['arm']} is kept: {decision['reason']}"])

@@ -16,12 +16,14 @@ from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.relax_passes.permute_constants import leaf_permutations, validate_permutation
+from icd_tvm.relax_passes.relax_graph import is_call
 
 FORMAT = "icd/run_orders/v1"
 MAX_BYTES = 256 << 20
 BEFORE, AFTER = "before", "after"
 
 Orders = dict[str, list[Decision]]
+Record = dict[str, Any]
 
 
 def version_tag(made_from: Mapping[str, Any]) -> str:
@@ -44,13 +46,25 @@ def orders_text(orders: Mapping[str, Sequence[Decision]], made_from: Mapping[str
         "format": FORMAT,
         "version": version_tag(made_from),
         "made_from": dict(made_from),
-        "orders": {when: [_record(item) for item in items] for when, items in orders.items()},
+        "orders": {when: as_records(items) for when, items in orders.items()},
     }
     return json.dumps(content, default=float) + "\n"
 
 
-def read_orders(path: Path, groups: AxisGroups, model_hash: str) -> tuple[Orders, str]:
+def read_orders(
+    path: Path, groups: AxisGroups, widths: Mapping[str, int], model_hash: str
+) -> tuple[Orders, str]:
     """Read a file of :func:`orders_text` and check it against a model.
+
+    Parameters
+    ----------
+    path : Path
+    groups : AxisGroups
+        Of the model.
+    widths : Mapping[str, int]
+        Sizes of the axes that are no group; see :func:`output_widths`.
+    model_hash : str
+        Of the model.
 
     Returns
     -------
@@ -73,12 +87,10 @@ def read_orders(path: Path, groups: AxisGroups, model_hash: str) -> tuple[Orders
         )
     try:
         orders = {
-            when: [_decision(item, groups) for item in items]
+            when: as_decisions(items, groups, widths)
             for when, items in content["orders"].items()
             if when in (BEFORE, AFTER)
         }
-        for items in orders.values():
-            leaf_permutations(groups, {d.group: d.perm for d in items if d.group in groups.by_id})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PermutationError(f"{str(path)!r} is malformed: {error!r}") from error
     except IcdError as error:
@@ -86,19 +98,43 @@ def read_orders(path: Path, groups: AxisGroups, model_hash: str) -> tuple[Orders
     return orders, str(content["version"])
 
 
-def _record(decision: Decision) -> dict[str, Any]:
+def as_records(decisions: Sequence[Decision]) -> list[Record]:
+    """Return decisions as JSON knows them; ``stats`` may still hold numpy scalars."""
+    return [
+        {"group": d.group, "perm": d.perm.tolist(), "stats": d.stats, "w_nnz": d.w_nnz}
+        for d in decisions
+    ]
+
+
+def as_decisions(
+    records: Sequence[Mapping[str, Any]], groups: AxisGroups, widths: Mapping[str, int]
+) -> list[Decision]:
+    """Return the decisions in records of a stranger.
+
+    Raises
+    ------
+    IcdError, KeyError, TypeError, ValueError
+        If one is malformed, or its order is not allowed by the model.
+    """
+    decisions = [_decision(record, groups, widths) for record in records]
+    leaf_permutations(groups, {d.group: d.perm for d in decisions if d.group not in widths})
+    return decisions
+
+
+def output_widths(func: Any) -> dict[str, int]:
+    """Return the size of every private output order: ``out:NODE`` -> columns of that matmul."""
+    bindings = (binding for block in func.body.blocks for binding in block.bindings)
     return {
-        "group": decision.group,
-        "perm": decision.perm.tolist(),
-        "stats": decision.stats,
-        "w_nnz": decision.w_nnz,
+        OUTPUT_ORDER + binding.var.name: int(binding.var.ty.shape.values[-1])
+        for binding in bindings
+        if is_call(binding.value, "relax.matmul")
     }
 
 
-def _decision(item: Mapping[str, Any], groups: AxisGroups) -> Decision:
+def _decision(item: Mapping[str, Any], groups: AxisGroups, widths: Mapping[str, int]) -> Decision:
     group, stats = str(item["group"]), dict(item["stats"])
-    perm = as_permutation(item["perm"])
-    if not group.startswith(OUTPUT_ORDER):
+    perm = as_permutation(item["perm"], widths.get(group))
+    if group not in widths:
         validate_permutation(groups.get(group), perm)
     if not isinstance(stats.get("improved"), bool):
         raise TypeError(f"group {group!r} does not say whether it improved")

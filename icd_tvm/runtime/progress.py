@@ -78,6 +78,11 @@ class Progress:
             if current is not None:
                 self._report(current)
 
+    @staticmethod
+    def now() -> float:
+        """Return the clock that stages are timed by, for ``began``."""
+        return time.perf_counter()
+
     def warn(self, text: str) -> None:
         """Show a warning; also when quiet."""
         self._console.print(f"warning: {text}", soft_wrap=True, markup=False)

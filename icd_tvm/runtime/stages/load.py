@@ -17,7 +17,7 @@ from icd_tvm.relax_passes.explain import explain_text
 from icd_tvm.relax_passes.permutation_file import model_hash
 from icd_tvm.runtime.compilation import Compilation
 from icd_tvm.runtime.job import Job
-from icd_tvm.runtime.order_file import read_orders, version_tag
+from icd_tvm.runtime.order_file import output_widths, read_orders, version_tag
 from icd_tvm.runtime.orders import made_from
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.run_folder import PERM
@@ -33,7 +33,8 @@ def load(job: Job, event: Stage) -> None:
         mod = apply_pass(AttachLayoutTags(states), imported.mod)
         groups = find_axis_groups(mod["main"], opaque_states=states)
         stage.meta = {"nodes": len(imported.model.graph.node), "free axis groups": len(groups.free)}
-    job.compilation = Compilation(replace(imported, mod=mod), groups)
+    widths = output_widths(mod["main"])
+    job.compilation = Compilation(replace(imported, mod=mod), groups, widths)
     if job.explain:
         print(explain_text(groups))
     job.model_hash = model_hash(mod["main"])
@@ -64,7 +65,7 @@ def _read_orders(job: Job) -> None:
     path = stored if job.continued else job.reuse
     if path is None:
         return
-    job.orders, version = read_orders(path, job.result.groups, job.model_hash)
+    job.orders, version = read_orders(path, job.result.groups, job.result.widths, job.model_hash)
     if version == version_tag(made_from(job)):
         return
     if job.continued:

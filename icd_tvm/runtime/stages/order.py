@@ -57,6 +57,9 @@ def keep_graph(job: Job, when: str, mod: Any, event: Stage) -> None:
 def keep_order(job: Job, when: str, decisions: list[Decision], event: Stage, how: str) -> None:
     """Store the orders decided so far in the run directory."""
     event.meta |= {**counts(decisions), "from": how}
+    late = sum(decision.stats.get("stopped_by") == "time" for decision in decisions)
+    if late:
+        job.warn("order", f"the time budget ended the search of {late} axes {when} the transform")
     job.decided[when] = decisions
     if job.folder is not None:
         known = job.orders if job.continued else {}
