@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Result = TypeVar("Result")
-PAUSES_S = (0.5, 2.0)
 
 
 def retried(
     action: Callable[[], Result],
     on: type[Exception] | tuple[type[Exception], ...],
     tell: Callable[[str], object],
-    pauses_s: tuple[float, ...] = PAUSES_S,
+    pauses_s: tuple[float, ...],
 ) -> Result:
     """Return what ``action`` returns; after each failure wait, longer every time.
 

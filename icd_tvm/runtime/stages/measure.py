@@ -18,6 +18,9 @@ from icd_tvm.runtime.retry import retried
 from icd_tvm.runtime.run_folder import MEASURED
 from icd_tvm.runtime.states import State
 
+# Seconds before the second and the third try.
+PAUSES_S = (0.5, 2.0)
+
 
 def measure(job: Job, event: Stage) -> None:
     """Measure once; an earlier process's finished measurement is read back."""
@@ -56,6 +59,7 @@ def _time_arms(job: Job) -> None:
                     partial(_timed, job, beside),
                     MeasurementError,
                     lambda text: job.progress.warn(f"measure: {text}"),
+                    PAUSES_S,
                 )
                 stage.meta = {"rounds": job.result.measured.rounds}
                 return
