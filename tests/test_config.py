@@ -78,6 +78,7 @@ def test_overrides_are_typed(override: str, found: Any) -> None:
         ("measure.enabled=1", ["measure.enabled", "boolean"]),
         ("model.name=true", ["model.name", "True", "string"]),
         ("model.path=x.onnx", ["exactly one"]),
+        ('report.out_dir="a\\0b"', ["report.out_dir", "NUL"]),
         ("model.shapes={x: [0]}", ["positive"]),
         ("graph.source=trace", ["graph.trace"]),
         ("gates.l2_gain_points=.inf", ["finite"]),
