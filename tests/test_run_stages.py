@@ -12,6 +12,7 @@ import pytest
 from tiny_model import F, tiny_onnx
 
 from icd_tvm._tvm import tvm
+from icd_tvm.config import Config
 from icd_tvm.config_file import make_config
 from icd_tvm.core.access_graph import build_w, load_w
 from icd_tvm.errors import ConfigError, IcdError, OutputError, PermutationError
@@ -185,7 +186,7 @@ def test_a_transform_is_one_entry_of_a_table(model: Path, monkeypatch: pytest.Mo
             order.append(self.text)
             return mod
 
-    def noted(text: str) -> Transform:
+    def noted(text: str, config: Config) -> Transform:
         return Transform("quant", text, lambda mod: {}, lambda statistics, seed: Noted(text))
 
     monkeypatch.setitem(KINDS, "quant", noted)
