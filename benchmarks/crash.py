@@ -158,7 +158,7 @@ def full_disk(place: Workplace, megabytes: float) -> dict[str, Any]:
         wrong = wrong or place.check(disk / "run")
         print(f"{name:24s} {(lines or ['no refusal'])[0][:100]}: {wrong or 'ok'}", flush=True)
     finally:
-        subprocess.run(["umount", str(disk)], check=False)
+        subprocess.run(["umount", "-l", str(disk)], check=False)
     return {"name": name, "killed": None, "wrong": wrong}
 
 
