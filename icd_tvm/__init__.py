@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icd_tvm.config import Config
     from icd_tvm.core.access_graph import build_w
     from icd_tvm.core.communities import cluster_graph
     from icd_tvm.core.solver import fit_permutation
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
     from icd_tvm.runtime.compile_model import compile_model
     from icd_tvm.runtime.correlations import collect_activations, collect_correlations
     from icd_tvm.runtime.options import CompileOptions
+    from icd_tvm.runtime.run import RunArtifacts, run
     from icd_tvm.tir_schedules.target import host_target, parse_target
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CompileOptions": "icd_tvm.runtime.options",
+    "Config": "icd_tvm.config",
+    "RunArtifacts": "icd_tvm.runtime.run",
     "RepermutePass": "icd_tvm.relax_passes.repermute_pass",
     "build_cpu": "icd_tvm.relax_passes.lower_cpu",
     "build_w": "icd_tvm.core.access_graph",
@@ -37,11 +41,14 @@ _HOMES = {
     "host_target": "icd_tvm.tir_schedules.target",
     "import_onnx": "icd_tvm.models.importer",
     "parse_target": "icd_tvm.tir_schedules.target",
+    "run": "icd_tvm.runtime.run",
 }
 
 __all__ = [
     "CompileOptions",
+    "Config",
     "RepermutePass",
+    "RunArtifacts",
     "build_cpu",
     "build_w",
     "cluster_graph",
@@ -53,6 +60,7 @@ __all__ = [
     "host_target",
     "import_onnx",
     "parse_target",
+    "run",
 ]
 
 

@@ -6,13 +6,33 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from icd_tvm.errors import ConfigError, IcdError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that one place prints errors."""
+    """Raises instead of exiting, so that one place prints errors; has the common flags.
+
+    Parameters
+    ----------
+    examples : str
+        Lines shown below the help, each a command.
+    **keywords
+        Those of argparse.
+    """
+
+    def __init__(self, *, examples: str = "", **keywords: Any) -> None:
+        if examples:
+            keywords["epilog"] = f"examples:\n{examples}"
+            keywords["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(**keywords)
+
+    def add_common(self, json_help: str = "print JSON instead of text") -> None:
+        """Add ``--json``, ``--quiet`` and ``--debug``."""
+        self.add_argument("--json", action="store_true", help=json_help)
+        self.add_argument("--quiet", action="store_true", help="show no progress")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's message."""

@@ -1,89 +1,80 @@
-"""``icd``: compile models, see which axes may be permuted, solve, and look after the cache.
+"""``icd``: re-decide the layout of compressed models, measure it, keep it only if it pays.
 
-Examples
---------
+examples:
   icd compile minilm --sparsity unit:0.5 --peer onnxruntime
-  icd explain model.onnx --shape input_ids=1x128
+  icd run -c configs/mock.json --override pipeline.mode=iterative --out runs/iter
+  icd run --resume --out runs/iter
+  icd pair -c configs/minilm-unit.yaml --out runs/pair
   icd explain model.onnx --dot groups.dot
-  icd calibrate --quick
-  icd solve W.npz -o perm.json --time-budget 10
-  icd cache ls
+
+icd COMMAND --help says more; icd completion bash prints a completion script.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from importlib import import_module
+from typing import Any
 
-from icd_tvm import compile as compile_command
-from icd_tvm.arguments import Parser, refused
-from icd_tvm.commands import cache, calibrate, solve
+from icd_tvm import __version__
+from icd_tvm.arguments import refused
 from icd_tvm.errors import ConfigError, IcdError
-from icd_tvm.files import write_atomically
-from icd_tvm.runtime.options import parse_shape, parse_state
 
-_MODULES = {"calibrate": calibrate, "solve": solve, "cache": cache}
-COMMANDS = ("compile", "explain", *_MODULES)
+# Command -> module with parser() and run(arguments), and what it does. Loaded on use.
+COMMANDS = {
+    "run": ("icd_tvm.commands.run", "everything in a run directory that can be resumed"),
+    "pair": ("icd_tvm.commands.pair", "linear and iterative, compared"),
+    "compile": ("icd_tvm.commands.compile", "one model, one result, no directory needed"),
+    "explain": ("icd_tvm.commands.explain", "which axes may move, and what pins the others"),
+    "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
+    "solve": ("icd_tvm.commands.solve", "an order of one axis, from a file of W"),
+    "cache": ("icd_tvm.commands.cache", "look after the orders that earlier runs decided"),
+    "schema": ("icd_tvm.commands.schema", "every configuration key"),
+    "completion": ("icd_tvm.commands.completion", "completion script for bash or zsh"),
+}
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for a refused input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["compile"]:
-        return compile_command.main(arguments[1:])
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_help())
+        return 0
+    if arguments[:1] == ["--version"]:
+        print(f"icd {__version__}")
+        return 0
     try:
-        if arguments[:1] == ["explain"]:
-            _explain(_explain_parser().parse_args(arguments[1:]))
-        elif arguments and arguments[0] in _MODULES:
-            command = _MODULES[arguments[0]]
-            command.run(command.parser().parse_args(arguments[1:]))
-        elif arguments[:1] in (["-h"], ["--help"]):
-            print(f"usage: icd {{{','.join(COMMANDS)}}} ...\n\n{__doc__}")
-        else:
-            raise ConfigError(
-                f"unknown command {' '.join(arguments[:1])!r}", f"commands: {', '.join(COMMANDS)}"
-            )
+        command = load_command(" ".join(arguments[:1]))
+        return int(command.run(_parsed(command, arguments[1:])) or 0)
     except IcdError as error:
         return refused(error, arguments)
-    return 0
+    except KeyboardInterrupt:
+        print("stopped; icd run --resume continues a run", file=sys.stderr)
+        return INTERRUPTED
 
 
-def _explain_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="icd explain", description="Print every axis group of a model.")
-    parser.add_argument("model", help="ONNX file, or the name of a built-in model")
-    parser.add_argument("--shape", action="append", default=[], help="name=1x128; may repeat")
-    parser.add_argument(
-        "--opaque-state",
-        action="append",
-        default=[],
-        metavar="INPUT=OUTPUT",
-        help="a state that the same module feeds back to itself; may repeat",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("--dot", type=Path, metavar="FILE", help="write a Graphviz picture")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
+def load_command(name: str) -> Any:
+    """Return the module of a command; ConfigError names the nearest one."""
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {name!r}", hint)
+    return import_module(COMMANDS[name][0])
 
 
-def _explain(arguments: argparse.Namespace) -> None:
-    from icd_tvm.models.importer import import_onnx
-    from icd_tvm.relax_passes.axis_groups import find_axis_groups
-    from icd_tvm.relax_passes.explain import explain_dot, explain_json, explain_text
-    from icd_tvm.runtime.compile_model import load_model
-
-    shapes = dict(parse_shape(text) for text in arguments.shape)
-    states = [parse_state(text) for text in arguments.opaque_state]
-    imported = import_onnx(load_model(arguments.model), shapes or None)
-    groups = find_axis_groups(imported.mod["main"], opaque_states=states)
-    print(explain_json(groups) if arguments.json else explain_text(groups))
-    if arguments.dot:
-        write_atomically(arguments.dot, lambda path: _write(path, explain_dot(groups)))
+def _parsed(command: Any, arguments: list[str]) -> argparse.Namespace:
+    parsed: argparse.Namespace = command.parser().parse_args(arguments)
+    return parsed
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: icd COMMAND ...", "", "commands:", *lines, "", str(__doc__).strip()])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """``icd``: commands, and one clear line for what is refused."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from icd_tvm.cli import main
+from icd_tvm.cli import COMMANDS, load_command, main
+from icd_tvm.commands import completion
 
 
 def test_explain_names_tensors_and_pins(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,8 +37,16 @@ def test_compile_is_the_compile_command(capsys: pytest.CaptureFixture[str]) -> N
     [
         ([], "ICD-E201"),
         (["solvee"], "ICD-E201"),
+        (["run"], "ICD-E201"),
+        (["run", "-c", "absent.yaml", "--out", "x"], "ICD-E201"),
+        (["run", "-c", "configs/mock.json"], "ICD-E201"),
+        (["run", "--resume", "--out", "absent"], "ICD-E201"),
+        (["run", "-c", "configs/mock.json", "--out", "x", "--override", "a"], "ICD-E201"),
+        (["pair", "-c", "configs/mock.json"], "ICD-E201"),
+        (["completion", "tcsh"], "ICD-E201"),
         (["explain"], "ICD-E201"),
         (["explain", "absent.onnx"], "ICD-E101"),
+        (["explain", "long" * 2000], "ICD-E101"),
         (["explain", "bert-mini-random", "--opaque-state", "past"], "ICD-E201"),
         (["explain", "bert-mini-random", "--opaque-state", "past=present"], "ICD-E402"),
     ],
@@ -48,3 +59,68 @@ def test_refusals(arguments: list[str], code: str, capsys: pytest.CaptureFixture
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "icd explain model.onnx" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["solvee"]) == 2
+    assert "did you mean solve?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    text = load_command(command).parser().format_help()
+    assert f"icd {command}" in text.partition("example")[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("icd ")
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert "pipeline" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_an_interrupt_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(completion, "run", stop)
+    assert main(["completion", "bash"]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def _completed(*words: str) -> list[str]:
+    line = " ".join(f"'{word}'" for word in words)
+    text = f"{completion.script()}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _icd"
+    bash = shutil.which("bash")
+    assert bash is not None
+    shell = [bash, "-c", text + '; printf "%s\\n" "${COMPREPLY[@]}"']
+    return subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("icd", "ca"), ["calibrate", "cache"]),
+        (("icd", "run", "--re"), ["--resume", "--reuse-perm"]),
+        (("icd", "compile", "--mode", "l"), ["linear"]),
+        (("icd", "completion", ""), ["bash", "zsh"]),
+        (("icd", "cache", "ex"), ["export"]),
+        (("icd", "run", "-c", "pypro"), ["pyproject.toml"]),
+    ],
+)
+def test_completion(words: tuple[str, ...], expected: list[str]) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+    assert _completed(*words) == expected
+
+
+def test_zsh_completion_loads_bash_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "zsh"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("autoload")
+    assert text.endswith(completion.script())

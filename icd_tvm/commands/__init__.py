@@ -1,1 +1,1 @@
-"""Subcommands of ``icd`` that need more than a few lines."""
+"""The commands of ``icd``, a module each: ``parser()`` and ``run(arguments)``."""

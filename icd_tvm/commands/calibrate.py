@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from icd_tvm.arguments import Parser
+from icd_tvm.commands.threads import set_threads
 
 _COLUMNS = ("U", "U_sum", "U_wrong", "-Q", "C", "J")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the argument parser of the command."""
     result = Parser(
         prog="icd calibrate",
         description="Rank the cost terms against measured time on this machine.",
+        examples="  icd calibrate --quick\n",
     )
     result.add_argument("--quick", action="store_true", help="three cases, some seconds")
-    result.add_argument("--json", action="store_true", help="print the record instead of a table")
     result.add_argument(
         "--out", type=Path, metavar="FILE", help="where to write the record (default: the cache)"
     )
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result.add_common("print the record instead of a table")
     return result
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the pilot, keep its record, and print it."""
     # TVM reads its thread settings when it is first imported.
-    os.environ["TVM_NUM_THREADS"] = "1"
+    set_threads(1)
     from icd_tvm.measure import calibrate_cost
     from icd_tvm.runtime.output import check_writable_file
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         calibrate_cost.QUICK if arguments.quick else calibrate_cost.FULL,
         rounds=20 if arguments.quick else 60,
         solve_s=2.0 if arguments.quick else 5.0,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=lambda line: arguments.quiet or print(line, file=sys.stderr, flush=True),
     )
     path = calibrate_cost.save_calibration(record, arguments.out)
     print(json.dumps(record, indent=1) if arguments.json else table(record))

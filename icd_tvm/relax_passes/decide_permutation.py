@@ -66,11 +66,22 @@ class DecidePermutation:
         Seconds for all axes together.
     seed : int
         Seed of the solver.
+    refine_steps, k_blocks : int, int or None
+        As of :func:`icd_tvm.core.solver.fit_permutation`.
     """
 
-    def __init__(self, *, time_budget_s: float = 30.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        time_budget_s: float = 30.0,
+        seed: int = 0,
+        refine_steps: int = 2_000,
+        k_blocks: int | None = None,
+    ) -> None:
         self.time_budget_s = time_budget_s
         self.seed = seed
+        self.refine_steps = refine_steps
+        self.k_blocks = k_blocks
         self.decisions: list[Decision] = []
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
@@ -97,12 +108,10 @@ class DecidePermutation:
         better gathered, so that whole tiles go. What counts is the cost without them.
         """
         live = [without(access, dead) for access in accesses]
-        perm, stats = fit_permutation(accesses=live, time_budget_s=budget_s, rng_seed=self.seed)
+        perm, stats = self._fit(live, budget_s)
         if not dead.size or stats.stopped_by == "bound":
             return perm, stats
-        filled, other = fit_permutation(
-            accesses=accesses, time_budget_s=budget_s, rng_seed=self.seed
-        )
+        filled, other = self._fit(accesses, budget_s)
         cost = tile_cost(live, filled)
         if stats.U is None or cost >= stats.U:
             return perm, stats
@@ -111,6 +120,15 @@ class DecidePermutation:
         winner = f"{other.winner}, dead units left in place"
         return filled, replace(
             other, U=cost, U_before=stats.U_before, improved=improved, winner=winner
+        )
+
+    def _fit(self, accesses: Sequence[TileAccess], budget_s: float) -> tuple[np.ndarray, FitStats]:
+        return fit_permutation(
+            accesses=accesses,
+            time_budget_s=budget_s,
+            refine_steps=self.refine_steps,
+            k_blocks=self.k_blocks,
+            rng_seed=self.seed,
         )
 
 

@@ -59,17 +59,25 @@ def ordered_arms(
     before : Mapping[str, numpy.ndarray]
         The permutations decided before the transform.
     after : Mapping[str, numpy.ndarray] or None
-        The permutations decided after it; None leaves the iterative arm out.
+        The permutations decided after it; None leaves the iterative arm out. ``before`` itself
+        where the order was kept.
     seed : int
         Seed of the random arm.
     """
     arms = [
         Arm(RANDOM, _randomly_permuted(transformed, seed)),
-        _ordered(LINEAR, transformed, before, compact=False),
+        linear_arm(transformed, before),
     ]
     if after is not None:
         arms.append(_ordered(ITERATIVE, transformed, after, compact=True))
+        if after is before and arms[-1].changed and not arms[-1].removed:
+            arms[-1] = Arm(ITERATIVE, arms[-2].mod, same_as=LINEAR)
     return {arm.name: arm for arm in arms}
+
+
+def linear_arm(transformed: Any, before: Mapping[str, np.ndarray]) -> Arm:
+    """Return the transformed function in the order decided before the transform."""
+    return _ordered(LINEAR, transformed, before, compact=False)
 
 
 def _ordered(name: str, mod: Any, perms: Mapping[str, np.ndarray], compact: bool) -> Arm:

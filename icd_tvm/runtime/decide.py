@@ -15,12 +15,13 @@ class Verdict:
     """Which arm is kept, whether the new order was accepted, and why.
 
     ``accepted`` is None where nothing was measured: a new order is never accepted on the cost
-    model alone.
+    model alone. ``rolled_back`` says that an order was tried and given up.
     """
 
     arm: str
     accepted: bool | None
     reason: str
+    rolled_back: bool = False
 
 
 def decide(
@@ -47,6 +48,7 @@ def decide(
             False,
             f"rolled back: outputs differ by {equivalence.max_rel:.1e} relative, more than "
             f"{FP32_TOLERANCE:.0e}",
+            rolled_back=True,
         )
     if opportunity:
         return Verdict(LINEAR, False, f"no opportunity: {opportunity}")
@@ -55,4 +57,5 @@ def decide(
     interval = f"{ratio['median']:.3f} [{ratio['lo']:.3f}, {ratio['hi']:.3f}]"
     if ratio["hi"] < 1.0:
         return Verdict(ITERATIVE, True, f"measured iterative/linear {interval}")
-    return Verdict(LINEAR, False, f"rolled back: iterative/linear {interval} is not below 1")
+    reason = f"rolled back: iterative/linear {interval} is not below 1"
+    return Verdict(LINEAR, False, reason, rolled_back=True)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from icd_tvm.config import Config
 from icd_tvm.measure.latency import Samples, interleave
 from icd_tvm.measure.peers import OrtPeer, compare_with_peer
 from icd_tvm.measure.statistics import Ratio, Summary, ratio, summarise
-from icd_tvm.runtime.options import CompileOptions
 
 # Calls of each side in one turn; a turn must be long against the time that threads take to settle.
 BLOCK_REPEATS = 20
@@ -45,12 +45,15 @@ class Measured:
         Name and version of each peer.
     peer_outputs : dict[str, dict[str, numpy.ndarray]]
         Outputs of each peer on the timed inputs, by ONNX name.
+    peer_differences : dict[str, float]
+        Largest relative difference of each peer's outputs from those of the dense arm.
     """
 
     samples: dict[str, Samples]
     feeds: Mapping[str, np.ndarray]
     peer_info: dict[str, dict[str, str]] = field(default_factory=dict)
     peer_outputs: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    peer_differences: dict[str, float] = field(default_factory=dict)
 
     @property
     def rounds(self) -> int:
@@ -77,9 +80,10 @@ def measure_arms(
     callers: Mapping[str, Callable[[], Any]],
     model: onnx.ModelProto,
     feeds: Mapping[str, np.ndarray],
-    options: CompileOptions,
+    config: Config,
+    peer: str | None = None,
 ) -> Measured:
-    """Time all arms, and the peer that the options name.
+    """Time all arms, and a peer.
 
     Parameters
     ----------
@@ -89,29 +93,33 @@ def measure_arms(
         What the peer runs.
     feeds : Mapping[str, numpy.ndarray]
         The peer's inputs.
-    options : CompileOptions
-        Repeats, threads, seed and peer.
+    config : Config
+        Repeats, warm-up, threads and seed.
+    peer : str, optional
+        ``onnxruntime``.
 
     Raises
     ------
     MeasurementError
         If an arm or the peer fails.
     """
-    if options.peer is None:
-        warmup = max(3, min(50, options.repeats // 4))
-        samples = interleave(callers, repeats=options.repeats, warmup=warmup, seed=options.seed)
+    keys = config.pipeline
+    if peer is None:
+        samples = interleave(
+            callers, repeats=keys.repeats, warmup=keys.warmup_iter, seed=config.seed
+        )
         return Measured(samples, feeds)
-    blocks = -(-options.repeats // BLOCK_REPEATS)
-    threads = options.threads or os.cpu_count() or 1
+    blocks = -(-keys.repeats // BLOCK_REPEATS)
+    threads = config.threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="icd-model-") as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
-        with OrtPeer(path, feeds, threads) as peer:
+        with OrtPeer(path, feeds, threads) as running:
             samples = compare_with_peer(
                 callers,
-                {options.peer: peer},
+                {peer: running},
                 blocks=blocks,
                 block_repeats=BLOCK_REPEATS,
-                seed=options.seed,
+                seed=config.seed,
             )
-            return Measured(samples, feeds, {options.peer: peer.info}, {options.peer: peer.outputs})
+            return Measured(samples, feeds, {peer: running.info}, {peer: running.outputs})

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from icd_tvm.config import Config, Mode, model_source
+from icd_tvm.config_file import make_config
 from icd_tvm.errors import ConfigError
-
-Mode = Literal["linear", "iterative"]
-PEERS = ("onnxruntime",)
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,8 @@ class CompileOptions:
         Sizes of symbolic inputs.
     sparsity : str
         ``none`` (use what the model already has), ``unit:RATE`` or ``vecV:RATE``.
+    quant, kv : str
+        What is done to the weights' type and to the KV cache; ``none`` by default.
     mode : {"iterative", "linear"}
         ``linear`` keeps the order that was decided before the transform.
     target : str
@@ -55,6 +55,8 @@ class CompileOptions:
     model: str
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sparsity: str = "none"
+    quant: str = "none"
+    kv: str = "none"
     mode: Mode = "iterative"
     target: str = "host"
     threads: int | None = None
@@ -71,17 +73,32 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _require(self.repeats >= 30, f"--repeats {self.repeats}", "use at least 30")
-        _require(self.time_budget_s > 0, f"--time-budget {self.time_budget_s}", "use seconds > 0")
-        _require(
-            self.threads is None or self.threads >= 1,
-            f"--threads {self.threads}",
-            "use 1 or more",
-        )
-        _require(
-            self.peer is None or self.peer in PEERS,
-            f"--peer {self.peer}",
-            f"known peers: {', '.join(PEERS)}",
+        self.to_config()
+
+    def to_config(self) -> Config:
+        """Return the configuration that asks for the same; its keys name what is refused."""
+        repeats = self.repeats if isinstance(self.repeats, int) else 0
+        return make_config(
+            {
+                "model": {
+                    **model_source(str(self.model)),
+                    "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                    "opaque_states": dict(self.opaque_states),
+                },
+                "pipeline": {
+                    "mode": self.mode,
+                    "repeats": self.repeats,
+                    "warmup_iter": max(3, min(50, repeats // 4)),
+                },
+                "solver": {"time_budget_s": self.time_budget_s, "k_blocks": None},
+                "transform": {"sparsity": self.sparsity, "quant": self.quant, "kv": self.kv},
+                "measure": {"enabled": self.measure, "peer": self.peer},
+                "quality": {"metric": self.quality},
+                "target": self.target,
+                "threads": self.threads,
+                "seed": self.seed,
+            },
+            label="options",
         )
 
 

@@ -14,7 +14,11 @@ from rich.console import Console
 
 @dataclass
 class Stage:
-    """One finished stage: its name, start and end in seconds since the epoch, and a remark."""
+    """One stage: its name, start and end in seconds since the epoch, and a remark.
+
+    The end is the start plus what a monotonic clock counted: a clock that is set meanwhile
+    changes no duration.
+    """
 
     stage: str
     t_start: float
@@ -24,12 +28,24 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds that the stage took."""
+        """Seconds that the stage took."""
         return self.t_end - self.t_start
 
     def remark(self) -> str:
         """Return the stage's metadata as one short phrase."""
         return ", ".join(f"{key} {value}" for key, value in self.meta.items())
+
+
+@contextmanager
+def timed(name: str, began: float | None = None) -> Iterator[Stage]:
+    """Time the body; ``began`` is an earlier ``time.perf_counter()`` to count from."""
+    clock = time.perf_counter() if began is None else began
+    current = Stage(name, time.time() - (time.perf_counter() - clock))
+    try:
+        yield current
+        current.ok = True
+    finally:
+        current.t_end = current.t_start + time.perf_counter() - clock
 
 
 class Progress:
@@ -38,7 +54,7 @@ class Progress:
     Parameters
     ----------
     quiet : bool
-        Show nothing; the times are kept all the same.
+        Show nothing but warnings; the times are kept all the same.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -47,20 +63,29 @@ class Progress:
         self._console = Console(file=sys.stderr, highlight=False)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str, began: float | None = None) -> Iterator[Stage]:
         """Time a stage; what is put into its ``meta`` is shown when it ends."""
-        current = Stage(name, time.time())
-        self.stages.append(current)
+        current: Stage | None = None
         try:
-            if self._quiet or not self._console.is_terminal:
-                yield current
-            else:
-                with self._console.status(f"{len(self.stages)} {name}"):
+            with timed(name, began) as current:
+                self.stages.append(current)
+                if self._quiet or not self._console.is_terminal:
                     yield current
-            current.ok = True
+                else:
+                    with self._console.status(f"{len(self.stages)} {name}"):
+                        yield current
         finally:
-            current.t_end = time.time()
-            self._report(current)
+            if current is not None:
+                self._report(current)
+
+    @staticmethod
+    def now() -> float:
+        """Return the clock that stages are timed by, for ``began``."""
+        return time.perf_counter()
+
+    def warn(self, text: str) -> None:
+        """Show a warning; also when quiet."""
+        self._console.print(f"warning: {text}", soft_wrap=True, markup=False)
 
     def _report(self, stage: Stage) -> None:
         if self._quiet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,57 +12,86 @@ from icd_tvm.measure.gates import evaluate_gates
 from icd_tvm.measure.metrics import SCHEMA, arm_record
 from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.decide_permutation import Decision
-from icd_tvm.relax_passes.verify_layout import difference
-from icd_tvm.runtime.options import CompileOptions
-from icd_tvm.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from icd_tvm.runtime.compile_model import Compilation
+from icd_tvm.runtime.compilation import Compilation
+from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.run_folder import TRACEBACK
 
 NO_COUNTER = "no hardware counter was read on this target"
 
 
-def make_record(
-    result: Compilation, options: CompileOptions, target: Any, progress: Progress
-) -> dict[str, Any]:
-    """Return the metrics record (schema ``icd/metrics/v1``)."""
-    measured = result.measured
+def make_record(job: Job) -> dict[str, Any]:
+    """Return the metrics record (schema ``icd/metrics/v1``) of whatever was reached."""
+    result, seed = job.compilation, job.config.seed
+    measured = result.measured if result else None
     record = {
         "schema": SCHEMA,
-        "model": _model(result, options),
-        "target": str(target),
+        "model": _model(result, job.config.source),
+        "target": str(job.target),
         "env": fingerprint(),
-        "arms": _arms(result),
-        "ratios": measured.ratios(options.seed) if measured else {},
-        "equivalence": {
-            "max_abs": result.equivalence.max_abs,
-            "max_rel": result.equivalence.max_rel,
-            "dense_vs_peer": _peer_differences(result),
-        },
-        "quality": result.quality,
-        "groups": _groups(result),
-        "decision": {
-            "accepted": result.verdict.accepted,
-            "arm": result.verdict.arm,
-            "reason": result.verdict.reason,
-        },
-        "transform": result.transform,
+        "arms": _arms(result) if result else {},
+        "ratios": measured.ratios(seed) if measured else {},
+        "equivalence": _equivalence(result),
+        "quality": result.quality if result else None,
+        "groups": _groups(result) if result else [],
+        "decision": _decision(job),
+        "transform": result.transform if result else {},
+        "graph_source": _source(job),
         "peers": measured.peer_info if measured else {},
         "stages": [
             {"stage": s.stage, "seconds": s.seconds, "ok": s.ok, "meta": s.meta}
-            for s in progress.stages
+            for s in job.progress.stages
         ],
+        "flags": [{"stage": flag.stage, "reason": flag.reason} for flag in job.flags],
+        "failure": _failure(job),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "seed": options.seed,
-        "not_measured": _not_measured(result),
+        "seed": seed,
+        "not_measured": _not_measured(job),
     }
-    return {**record, "gates": evaluate_gates(record, quality_reference="identity")}
+    gates = evaluate_gates(record, quality_reference="identity", **job.config.gates.model_dump())
+    return {**record, "gates": gates}
 
 
-def _model(result: Compilation, options: CompileOptions) -> dict[str, Any]:
+def _failure(job: Job) -> dict[str, str] | None:
+    if job.failure is None:
+        return None
+    return {
+        "stage": job.failure.stage,
+        "code": job.failure.code,
+        "message": job.failure.message,
+        "traceback": TRACEBACK,
+    }
+
+
+def _decision(job: Job) -> dict[str, Any]:
+    if job.compilation is None:
+        reason = job.failure.message if job.failure else "no model is loaded"
+        return {"accepted": None, "arm": None, "reason": reason}
+    verdict = job.compilation.verdict
+    return {"accepted": verdict.accepted, "arm": verdict.arm, "reason": verdict.reason}
+
+
+def _source(job: Job) -> str:
+    sources = {graphs.source for graphs in job.graphs.values()}
+    sources |= {str(d.stats["W"]) for items in job.decided.values() for d in items}
+    return " + ".join(sorted(sources)) or job.config.graph.source
+
+
+def _equivalence(result: Compilation | None) -> dict[str, Any] | None:
+    if result is None or not result.verified:
+        return None
+    return {
+        "max_abs": result.equivalence.max_abs,
+        "max_rel": result.equivalence.max_rel,
+        "dense_vs_peer": result.measured.peer_differences if result.measured else {},
+    }
+
+
+def _model(result: Compilation | None, source: str) -> dict[str, Any]:
+    if result is None:
+        return {"name": None, "source": source}
     return {
         "name": result.imported.name,
-        "source": options.model,
+        "source": source,
         "inputs": [
             {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
             for spec in result.imported.inputs
@@ -80,7 +109,7 @@ def _arms(result: Compilation) -> dict[str, Any]:
         arms[name] = {**arm_record(samples, tokens_per_call=tokens)}
         if name in result.arms:
             arm = result.arms[name]
-            kernels = result.built[name].kernels
+            kernels = result.built[name].kernels if name in result.built else {}
             more = {"same_module_as": arm.same_as, "removed_units": arm.removed, "kernels": kernels}
             arms[name] |= more
     return arms
@@ -90,16 +119,6 @@ def _tokens(result: Compilation) -> int | None:
     """Return the tokens of one call: the elements of the first integer input, if there is one."""
     ids = [s for s in result.imported.inputs if np.issubdtype(np.dtype(s.dtype), np.integer)]
     return int(np.prod(ids[0].shape)) if ids else None
-
-
-def _peer_differences(result: Compilation) -> dict[str, float]:
-    if result.measured is None or not result.measured.peer_outputs:
-        return {}
-    dense = result.built["dense"].run_all(result.measured.feeds)
-    return {
-        peer: difference([outputs[name] for name in result.imported.outputs], dense).max_rel
-        for peer, outputs in result.measured.peer_outputs.items()
-    }
 
 
 def _groups(result: Compilation) -> list[dict[str, Any]]:
@@ -138,6 +157,7 @@ def _solved(before: Decision | None, after: Decision | None) -> dict[str, Any]:
         "U_bound": stats.get("U_bound"),
         "gather_flop": stats.get("gather_flop"),
         "winner": stats.get("winner"),
+        "W": stats.get("W"),
         "improved": last.improved,
         "elapsed_s": stats.get("elapsed_s"),
         "reason": stats.get("reason", ""),
@@ -153,14 +173,23 @@ def _pinned(group: AxisGroup) -> dict[str, Any]:
     }
 
 
-def _not_measured(result: Compilation) -> dict[str, str]:
+def _not_measured(job: Job) -> dict[str, str]:
+    result, keys = job.compilation, job.config
     missing: dict[str, str] = dict.fromkeys(
         ("l2_hit_pct", "dram_bytes", "ept_j_per_tok"), NO_COUNTER
     )
-    if _tokens(result) is None:
+    flags = {flag.stage: flag.reason for flag in job.flags}
+    stopped = f"{job.failure.stage} failed: {job.failure.message}" if job.failure else ""
+    if result is not None and _tokens(result) is None:
         missing["toks_per_s"] = "no integer input, so a call has no tokens"
-    if result.quality is None:
-        missing["quality"] = "no evaluation was asked for"
-    if result.measured is None:
-        missing["lat_ms"] = "--no-measure"
+    if result is None or result.quality is None:
+        asked = flags.get("quality") or stopped
+        missing["quality"] = (
+            asked if keys.quality.metric and asked else "no evaluation was asked for"
+        )
+    if result is None or not result.verified:
+        missing["equivalence"] = stopped or "the arms were not found equal"
+    if result is None or result.measured is None:
+        reason = flags.get("measure") or stopped
+        missing["lat_ms"] = reason if keys.measure.enabled else "--no-measure"
     return missing

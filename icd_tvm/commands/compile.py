@@ -1,0 +1,97 @@
+"""``icd compile``: compile, re-permute, measure, accept or roll back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from icd_tvm.arguments import Parser
+from icd_tvm.commands.threads import set_threads
+from icd_tvm.runtime.options import CompileOptions, parse_shape, parse_state
+
+HELP = {
+    "model": "ONNX file, or the name of a built-in model (python -m icd_tvm.models --list)",
+    "shape": "size of a symbolic input, name=1x128; repeat for more inputs",
+    "sparsity": "none (exploit what the model already has), unit:RATE or vec16:RATE",
+    "quant": "quantisation of the weights, or none",
+    "kv": "compression of the KV cache, or none",
+    "mode": "iterative re-decides the order after the transform; linear keeps the first one",
+    "target": "host, x86-64-v3 or x86-64-v4",
+    "threads": "worker threads (default: every core)",
+    "repeats": "timed calls per arm, at least 30",
+    "time_budget": "seconds the solver may spend",
+    "seed": "of the inputs, the solver and the random arm",
+    "peer": "measure this peer beside our arms: onnxruntime",
+    "out": "folder for metrics.json",
+    "library": "write the accepted arm's compiled library here",
+    "no_measure": "do not time anything; no order is accepted on speed",
+    "explain": "print every axis group and why the other axes are pinned",
+    "quality": "evaluate quality: stsb or stsb:PAIRS (MiniLM only, needs the data)",
+    "opaque_state": "input=output, a state that only this model reads; repeat for more states",
+}
+
+EXAMPLES = """  icd compile minilm --sparsity unit:0.5 --peer onnxruntime
+  icd compile model.onnx --shape input_ids=1x128 --out runs/a -o model.so
+"""
+
+
+def parser() -> Parser:
+    """Return the argument parser of the command."""
+    result = Parser(prog="icd compile", description=__doc__, examples=EXAMPLES)
+    add = result.add_argument
+    add("model", help=HELP["model"])
+    add("--shape", action="append", default=[], help=HELP["shape"])
+    add("--sparsity", default="none", help=HELP["sparsity"])
+    add("--quant", default="none", help=HELP["quant"])
+    add("--kv", default="none", help=HELP["kv"])
+    add("--mode", choices=("iterative", "linear"), default="iterative", help=HELP["mode"])
+    add("--target", default="host", help=HELP["target"])
+    add("--threads", type=int, help=HELP["threads"])
+    add("--repeats", type=int, default=200, help=HELP["repeats"])
+    add("--time-budget", type=float, default=30.0, help=HELP["time_budget"])
+    add("--seed", type=int, default=0, help=HELP["seed"])
+    add("--peer", help=HELP["peer"])
+    add("--out", type=Path, help=HELP["out"])
+    add("-o", "--library", type=Path, help=HELP["library"])
+    add("--no-measure", action="store_true", help=HELP["no_measure"])
+    add("--explain", action="store_true", help=HELP["explain"])
+    add("--quality", help=HELP["quality"])
+    add("--opaque-state", action="append", default=[], metavar="IN=OUT", help=HELP["opaque_state"])
+    result.add_common("print the metrics record instead of a table")
+    return result
+
+
+def options_from(arguments: argparse.Namespace) -> CompileOptions:
+    """Turn parsed arguments into checked options."""
+    return CompileOptions(
+        model=arguments.model,
+        shapes=dict(parse_shape(text) for text in arguments.shape),
+        sparsity=arguments.sparsity,
+        quant=arguments.quant,
+        kv=arguments.kv,
+        mode=arguments.mode,
+        target=arguments.target,
+        threads=arguments.threads,
+        repeats=arguments.repeats,
+        time_budget_s=arguments.time_budget,
+        seed=arguments.seed,
+        peer=arguments.peer,
+        out=arguments.out,
+        library=arguments.library,
+        measure=not arguments.no_measure,
+        explain=arguments.explain,
+        quality=arguments.quality,
+        opaque_states=tuple(parse_state(text) for text in arguments.opaque_state),
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Compile, and print what was measured and decided."""
+    options = options_from(arguments)
+    set_threads(options.threads)
+    from icd_tvm.runtime.compile_model import compile_model, summary
+    from icd_tvm.runtime.progress import Progress
+
+    result = compile_model(options, Progress(arguments.quiet))
+    print(json.dumps(result.record, default=str) if arguments.json else summary(result.record))

@@ -1,0 +1,97 @@
+"""``icd run``: the whole loop in a run directory that survives being killed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from icd_tvm.arguments import Parser
+from icd_tvm.commands.threads import set_threads
+from icd_tvm.config import Config
+from icd_tvm.config_file import load_config
+from icd_tvm.errors import ConfigError
+
+HELP = {
+    "config": "YAML or JSON file; --resume finds the one it needs in the run directory",
+    "override": "replace values, key.of.it=value",
+    "out": "the run directory (report.out_dir)",
+    "resume": "continue after the last stage that was finished",
+    "dry_run": "check the inputs, print the plan, write nothing",
+    "reuse_perm": "take the orders of this perm.json instead of solving",
+}
+EXAMPLES = """  icd run -c configs/mock.json --override pipeline.mode=iterative --out runs/iter
+  icd run -c configs/minilm-unit.yaml --out runs/unit --dry-run
+  icd run --resume --out runs/unit
+"""
+
+
+def parser() -> Parser:
+    """Return the argument parser of the command."""
+    result = Parser(prog="icd run", description=__doc__, examples=EXAMPLES)
+    add_config(result)
+    result.add_argument("--resume", action="store_true", help=HELP["resume"])
+    result.add_argument("--dry-run", action="store_true", help=HELP["dry_run"])
+    result.add_argument("--reuse-perm", type=Path, metavar="FILE", help=HELP["reuse_perm"])
+    result.add_common("print the metrics record instead of a table")
+    return result
+
+
+def add_config(result: Parser) -> None:
+    """Add the flags that make a configuration."""
+    result.add_argument("-c", "--config", type=Path, metavar="FILE", help=HELP["config"])
+    result.add_argument(
+        "--override",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=HELP["override"],
+    )
+    result.add_argument("--out", type=Path, metavar="DIR", help=HELP["out"])
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """Return the checked configuration that the arguments ask for."""
+    path = arguments.config
+    if path is None and getattr(arguments, "resume", False) and arguments.out is not None:
+        path = arguments.out / "config.resolved.yaml"
+    if path is None:
+        raise ConfigError("no configuration is given", "icd run -c FILE --out DIR")
+    return load_config(path, arguments.override)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run, resume or plan; the exit status is 2 where the run failed."""
+    config = config_from(arguments)
+    set_threads(config.threads)
+    from icd_tvm.runtime.compile_model import summary
+    from icd_tvm.runtime.progress import Progress
+    from icd_tvm.runtime.run import plan
+    from icd_tvm.runtime.run import run as run_config
+
+    if arguments.dry_run:
+        print(plan(config, out=arguments.out, reuse_perm=arguments.reuse_perm))
+        return 0
+    artifacts = run_config(
+        config,
+        out=arguments.out,
+        resume=arguments.resume,
+        reuse_perm=arguments.reuse_perm,
+        progress=Progress(arguments.quiet),
+    )
+    print(json.dumps(artifacts.metrics) if arguments.json else summary(artifacts.metrics))
+    return _told(artifacts.folder, artifacts.failure)
+
+
+def _told(folder: Path, failure: dict[str, str] | None) -> int:
+    """Print what stopped a run; return the exit status."""
+    if failure is None:
+        return 0
+    where = folder / failure["traceback"]
+    print(
+        f"error {failure['code']}: {failure['message']} ({failure['stage']}; {where})",
+        file=sys.stderr,
+    )
+    return 2

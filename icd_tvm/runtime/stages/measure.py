@@ -1,0 +1,104 @@
+"""MEASURED: latency of every arm, a peer beside them, task quality; what fails is flagged."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from icd_tvm.errors import IcdError, MeasurementError
+from icd_tvm.measure.environment import fingerprint
+from icd_tvm.models.inputs import random_inputs
+from icd_tvm.relax_passes.verify_layout import difference
+from icd_tvm.runtime.arms import DENSE
+from icd_tvm.runtime.evaluate import evaluate
+from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.measure_arms import Measured, measure_arms
+from icd_tvm.runtime.measured_file import read_measured, save_measured
+from icd_tvm.runtime.progress import Stage
+from icd_tvm.runtime.retry import retried
+from icd_tvm.runtime.run_folder import MEASURED
+from icd_tvm.runtime.states import State
+
+# Seconds before the second and the third try.
+PAUSES_S = (0.5, 2.0)
+
+
+def measure(job: Job, event: Stage) -> None:
+    """Measure once; an earlier process's finished measurement is read back."""
+    if _finished_before(job) and job.folder is not None:
+        job.result.measured, job.result.quality, flags = read_measured(job.folder.path(MEASURED))
+        for reason in flags:
+            job.warn("measure", reason)
+        event.meta["from"] = "file"
+        return
+    before = len(job.flags)
+    _time_arms(job)
+    _evaluate(job)
+    if job.config.pipeline.fixed_clock:
+        _check_clock(job)
+    if job.folder is not None:
+        flags = [flag.reason for flag in job.flags[before:]]
+        save_measured(job.folder.path(MEASURED), job.result.measured, job.result.quality, flags)
+    event.meta["rounds"] = job.result.measured.rounds if job.result.measured else 0
+
+
+def _finished_before(job: Job) -> bool:
+    if job.folder is None or not job.folder.path(MEASURED).exists():
+        return False
+    return any(e["stage"] == State.MEASURED and e.get("ok") for e in job.folder.events())
+
+
+def _time_arms(job: Job) -> None:
+    """Time all arms beside the peer; without it where it fails; not at all where that fails."""
+    if not job.config.measure.enabled:
+        return
+    peer = job.config.measure.peer
+    for beside in dict.fromkeys((peer, None)):
+        with job.progress.stage("measure") as stage:
+            try:
+                job.result.measured = retried(
+                    partial(_timed, job, beside),
+                    MeasurementError,
+                    lambda text: job.progress.warn(f"measure: {text}"),
+                    PAUSES_S,
+                )
+                stage.meta = {"rounds": job.result.measured.rounds}
+                return
+            except (IcdError, OSError) as error:
+                who = "our arms" if beside is None else f"peer {beside}"
+                job.warn("measure", f"{who} could not be timed: {error}")
+
+
+def _timed(job: Job, peer: str | None) -> Measured:
+    result = job.result
+    feeds = random_inputs(result.imported, job.config.seed)
+    callers = {name: built.caller(feeds) for name, built in result.built.items()}
+    measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
+    if measured.peer_outputs:
+        dense = result.built[DENSE].run_all(feeds)
+        measured.peer_differences = {
+            name: difference([outputs[n] for n in result.imported.outputs], dense).max_rel
+            for name, outputs in measured.peer_outputs.items()
+        }
+    return measured
+
+
+def _evaluate(job: Job) -> None:
+    metric = job.config.quality.metric
+    if metric is None:
+        return
+    with job.progress.stage("quality") as stage:
+        try:
+            found = evaluate(metric, job.result.imported, job.result.built)
+        except IcdError as error:
+            job.warn("quality", str(error))
+            return
+        job.result.quality = found
+        stage.meta = {"metric": found["metric"], "n": found["n"]}
+
+
+def _check_clock(job: Job) -> None:
+    found = fingerprint()
+    governor = found["cpu"]["governor"]
+    if governor != "performance":
+        reason = found["reasons"].get("cpu.governor", f"the governor is {governor!r}")
+        job.warn("measure", f"the clock is not known to be fixed: {reason}")

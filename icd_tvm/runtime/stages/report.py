@@ -1,0 +1,61 @@
+"""REPORTED: the kept arm's library, the metrics record, and the reports made from it."""
+
+from __future__ import annotations
+
+from icd_tvm.errors import OutputError
+from icd_tvm.files import write_atomically
+from icd_tvm.measure.metrics import write_metrics
+from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.progress import Stage
+from icd_tvm.runtime.record import make_record
+from icd_tvm.runtime.reports import REPORTS
+from icd_tvm.runtime.run_folder import TRACEBACK
+
+
+def report(job: Job, event: Stage) -> None:
+    """Write everything a user reads; the record is in memory where there is no folder."""
+    _export(job)
+    record = make_record(job)
+    record["events_overhead_s"] = job.log.overhead_s
+    if job.metrics is not None:
+        write_metrics(job.metrics, record)
+    if job.folder is not None:
+        for name, text in REPORTS.items():
+            job.folder.write_text(name, text(record))
+        if job.failure is not None:
+            job.folder.write_text(TRACEBACK, job.failure.trace)
+        else:
+            job.folder.path(TRACEBACK).unlink(missing_ok=True)
+    if job.compilation is not None:
+        job.compilation.record = record
+    event.meta |= {
+        "failure": job.failure.code if job.failure else None,
+        "decision": record["decision"],
+        "events_overhead_s": job.log.overhead_s,
+    }
+
+
+def _export(job: Job) -> None:
+    if job.library is None or job.compilation is None:
+        return
+    built = job.result.built.get(job.result.verdict.arm)
+    if built is None:
+        return
+    with job.progress.stage("export") as stage:
+        stage.meta = {"arm": job.result.verdict.arm}
+        try:
+            write_atomically(job.library, lambda path: built.export(str(path)))
+        except OutputError:
+            raise
+        except Exception as error:
+            # The linker runs in a process of its own; a full disk is its error, not the system's.
+            raise OutputError(
+                f"cannot write {str(job.library)!r}: {_reason(error)}", "is the disk full?"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a linker's output that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = (line for line in lines if "No space left" in line or "error:" in line)
+    return next(telling, lines[0] if lines else type(error).__name__)[:300]
