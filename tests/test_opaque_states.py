@@ -10,7 +10,7 @@ from axis_models import MODELS, TARGET
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.arguments import refused
-from icd_tvm.compile import build_parser, options_from
+from icd_tvm.commands.compile import options_from, parser
 from icd_tvm.errors import (
     ConfigError,
     PermutationError,
@@ -72,7 +72,12 @@ def test_a_decode_step_compiles_with_its_states_and_keeps_every_step(name: str) 
     pairs = states_of(imported.inputs, imported.outputs)
     assert pairs
     options = CompileOptions(
-        name, sparsity="unit:0.5", measure=False, repeats=30, opaque_states=pairs, seed=1
+        name,
+        sparsity="unit:0.5; min-size=0",
+        measure=False,
+        repeats=30,
+        opaque_states=pairs,
+        seed=1,
     )
     result = compile_model(options)
     moved = StateOrder.read(result.arms["random"].mod)
@@ -170,10 +175,10 @@ def test_the_pass_takes_states() -> None:
 
 def test_the_command_line_takes_states(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["m.onnx", "--opaque-state", "a=b", "--opaque-state", "c=d"]
-    options = options_from(build_parser().parse_args(arguments))
+    options = options_from(parser().parse_args(arguments))
     assert options.opaque_states == (("a", "b"), ("c", "d"))
     with pytest.raises(ConfigError, match="--opaque-state a="):
-        options_from(build_parser().parse_args(["m.onnx", "--opaque-state", "a="]))
+        options_from(parser().parse_args(["m.onnx", "--opaque-state", "a="]))
     with pytest.raises(TransformError, match="no input named 'nothing'") as caught:
         compile_model(
             CompileOptions("mamba-mini-random", measure=False, opaque_states=(("nothing", "x"),))

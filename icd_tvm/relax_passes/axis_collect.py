@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,9 +48,25 @@ def collect_groups(found: Trace, opaque_states: tuple[tuple[str, str], ...]) -> 
     collector = _Collector()
     for param, kind, value in found.params:
         collector.add_value(param, kind, value)
+    for var, value in _computed(found):
+        collector.name_axes(var, value)
     for step in found.steps:
         collector.add_step(step)
     return collector.groups(opaque_states)
+
+
+def _computed(found: Trace) -> Iterator[tuple[Var, Value]]:
+    """Yield the results that depend on an input.
+
+    They name their groups before constants do: quantising a weight puts operations on constants
+    into a graph, and the groups keep their names.
+    """
+    computed = {param for param, _, _ in found.params}
+    for step in found.steps:
+        read = {operand for operand in step.operands if isinstance(operand, Var)}
+        if read & computed or not step.op.startswith("relax."):
+            computed.add(step.var)
+            yield step.var, step.out
 
 
 class _Collector:
@@ -88,6 +104,12 @@ class _Collector:
                 draft.members[Member(kind, var.name, i, shape, structure.text())] = None
                 draft.values.append(use)
                 draft.bytes_of[var] = tensor_bytes(var.ty)
+
+    def name_axes(self, var: Var, value: Value) -> None:
+        """Give the axes of a variable their groups, named after it if they are new."""
+        if isinstance(value, Tensor):
+            for i, dim in enumerate(value.axes):
+                self._structure(dim, f"{var.name}:{i}")
 
     def _add_const(self, use: Use) -> None:
         place = (use.var, use.path)

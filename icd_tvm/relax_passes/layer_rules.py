@@ -18,6 +18,7 @@ MIN_SIZE = 4096
 HEADS = ("*lm_head*", "*classifier*", "*score.weight", "*embed_out*")
 EMBEDDINGS = ("*embeddings*", "*embed_tokens*", "*embedding.weight")
 _LEAVE = "none"
+_MIN_SIZE = "min-size="
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,34 @@ class LayerRules(Generic[Spec]):
         if layer.size < self.min_size:
             return f"{layer.size} elements are below the least size of {self.min_size}"
         return ""
+
+
+def parse_request(text: str, parse: Callable[[str], Spec]) -> LayerRules[Spec]:
+    """Read a default and its rules from one text: ``DEFAULT; PATTERN=REQUEST; min-size=N``.
+
+    Parameters
+    ----------
+    text : str
+        For example ``unit:0.5; *attention*=unit:0.25; min-size=0``; all but the default may be
+        left out.
+    parse : callable
+        Reads a request; raises ConfigError for one it does not know.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`parse_layer_rules`, or a least size that is no number.
+    """
+    default, *parts = (part.strip() for part in text.split(";"))
+    sizes = [part for part in parts if part.replace(" ", "").startswith(_MIN_SIZE)]
+    rules = [part for part in parts if part and part not in sizes]
+    least = MIN_SIZE
+    for part in sizes:
+        number = part.partition("=")[2].strip()
+        if not number.isdecimal():
+            raise ConfigError(f"{part!r} is no least size", "e.g. min-size=0")
+        least = int(number)
+    return parse_layer_rules(rules, parse(default), parse, min_size=least)
 
 
 def parse_layer_rules(

@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.adapters.sparsity import parse_sparsity
 from icd_tvm.config import Config
 from icd_tvm.errors import ConfigError
+from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_requests
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
+from icd_tvm.relax_passes.layer_rules import parse_request
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,27 @@ class Transform:
 
 
 def _sparsity(text: str, config: Config) -> Transform:
-    spec = parse_sparsity(text)
+    rules = parse_request(text, parse_sparsity)
     return Transform(
         "sparsity",
-        str(spec),
-        lambda mod: calibration_requests(mod, spec),
-        lambda statistics, seed: ApplySparsity(spec, statistics, seed=seed),
+        text.strip(),
+        lambda mod: calibration_requests(mod, rules),
+        lambda statistics, seed: ApplySparsity(rules, statistics, seed=seed),
+    )
+
+
+def _quant(text: str, config: Config) -> Transform:
+    rules = parse_request(text, parse_quant)
+    return Transform(
+        "quant",
+        text.strip(),
+        lambda mod: quant_requests(mod, rules),
+        lambda statistics, seed: ApplyQuant(rules, statistics, seed=seed),
     )
 
 
 # In the order in which they are applied: key of ``transform`` -> (its text, all keys) -> Transform.
-KINDS: dict[str, Callable[[str, Config], Transform]] = {"sparsity": _sparsity}
+KINDS: dict[str, Callable[[str, Config], Transform]] = {"sparsity": _sparsity, "quant": _quant}
 NONE = "none"
 
 
