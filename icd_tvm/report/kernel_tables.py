@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from icd_tvm.report.table import Cell, Table, numeric, scaled
-from icd_tvm.report.values import ABSENT, as_list, as_mapping, as_number, dig, text
+from icd_tvm.report.values import ABSENT, as_list, as_mapping, as_number, binary, dig, text
 
 
 def kernels(record: Mapping[str, Any]) -> Table:
@@ -60,15 +60,22 @@ def removed_units(record: Mapping[str, Any]) -> Table:
 
 def cache_totals(record: Mapping[str, Any]) -> Table:
     """Lay out the modelled caches of every arm that has such a model."""
-    table = Table(
-        "Caches of one run (model)", ["arm", "level", "size", "requests", "misses", "hit %"]
-    )
+    found = {
+        name: {text(dig(level, "name")): level for level in as_list(model.get("levels"))}
+        for name, model in cache_models(record)
+    }
+    sizes = {
+        name: dig(lv, "size_bytes") for levels in found.values() for name, lv in levels.items()
+    }
+    heads = [
+        f"{name} {what}"
+        for name, size in sizes.items()
+        for what in (f"({binary(size)}) requests", "misses", "hit %")
+    ]
+    table = Table("Caches of one run (model)", ["arm", *heads, "from memory"])
     for name, model in cache_models(record):
-        for level in as_list(model.get("levels")):
-            counts = [scaled(dig(level, key)) for key in ("requests", "misses")]
-            size = scaled(dig(level, "size_bytes"), "B")
-            table.add(name, dig(level, "name"), size, *counts, numeric(dig(level, "hit_pct"), 2))
-        table.add(name, "DRAM", "", "", scaled(model.get("dram_bytes"), "B"), "")
+        cells = [cell for level in sizes for cell in _level_cells(found[name].get(level))]
+        table.add(name, *cells, scaled(model.get("dram_bytes"), "B"))
     return table
 
 

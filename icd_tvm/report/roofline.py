@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from icd_tvm.report.svg import ACCENT, INK, MUTED, RULE, chart
-from icd_tvm.report.values import as_list, as_mapping, as_number, clip, dig, text
+from icd_tvm.report.values import as_list, as_mapping, as_number, clip, dig, si, text
+
+# Least distance of two names, as a share of the axes' height.
+_LINE = 0.07
 
 
 @dataclass(frozen=True)
@@ -82,53 +86,57 @@ def draw_roofline(found: list[Point], limits: Roof | None) -> Markup:
 
     def draw(figure: Figure) -> None:
         width, height = figure.get_size_inches() * 72
-        axes = figure.add_axes((60 / width, 48 / height, 1 - 80 / width, 1 - 60 / height))
+        axes = figure.add_axes((66 / width, 48 / height, 1 - 186 / width, 1 - 60 / height))
         axes.set(xscale="log", yscale="log", xlabel="flop / byte", ylabel="flop / s")
-        for point in found:
-            fill = "none" if point.source == "model" else ACCENT
-            axes.plot([point.intensity], [point.rate], "o", mfc=fill, mec=ACCENT, color=ACCENT)
-        axes.margins(0.35)
-        if limits is not None:
-            _draw_roof(axes, limits)
-        _name(axes, found)
+        _limit(axes, found, limits)
         axes.grid(True, color=RULE, linewidth=0.5)
-        axes.set_axisbelow(True)
         axes.tick_params(axis="y", labelcolor=MUTED, labelsize=11)
         for scale in (axes.xaxis, axes.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            scale.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
             scale.set_minor_formatter(NullFormatter())
-            scale.set_major_formatter(_Power())
+        if limits is not None:
+            _draw_roof(axes, limits)
+        _draw_points(axes, found)
 
     names = ", ".join(f"{p.name} {p.intensity:.3g} flop/byte {p.rate:.3g} flop/s" for p in found)
     return chart(draw, "roofline", f"Roofline: {names}", 320)
 
 
-class _Power(LogFormatterSciNotation):
-    """Powers of ten as plain text; no formula is typeset here."""
+def _limit(axes: Axes, found: list[Point], limits: Roof | None) -> None:
+    xs, ys = [p.intensity for p in found], [p.rate for p in found]
+    if limits is not None:
+        xs.append(limits.peak_flops / limits.dram_bandwidth)
+        ys.append(limits.peak_flops)
+    axes.set_xlim(min(xs) / 3, max(xs) * 3)
+    axes.set_ylim(min(ys) / 3, max(ys) * 3)
 
-    def __call__(self, x: float, pos: Any = None) -> str:
-        return f"{x:.0e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
 
-
-def _draw_roof(axes: Any, limits: Roof) -> None:
+def _draw_roof(axes: Axes, limits: Roof) -> None:
     low, high = axes.get_xlim()
-    ridge = limits.peak_flops / limits.dram_bandwidth
-    low, high = min(low, ridge / 4), max(high, ridge * 4)
-    xs = [low, ridge, high]
+    xs = [low, limits.peak_flops / limits.dram_bandwidth, high]
     ys = [min(limits.peak_flops, limits.dram_bandwidth * x) for x in xs]
     axes.plot(xs, ys, color=INK, linewidth=1.5)
-    axes.set_xlim(low, high)
 
 
-def _name(axes: Any, found: list[Point]) -> None:
-    """Write names beside points from the top down, never closer than one line."""
+def _draw_points(axes: Axes, found: list[Point]) -> None:
+    """Draw points, and their names in a column at the right, never closer than one line."""
     last = float("inf")
     for point in sorted(found, key=lambda p: -p.rate):
-        _, y = axes.transData.transform((point.intensity, point.rate))
-        last = min(y, last - 14)
+        fill = "none" if point.source == "model" else ACCENT
+        axes.plot([point.intensity], [point.rate], "o", mfc=fill, mec=ACCENT)
+        _, y = axes.transAxes.inverted().transform(
+            axes.transData.transform((point.intensity, point.rate))
+        )
+        last = min(y, last - _LINE)
         axes.annotate(
-            clip(point.name, 18), (point.intensity, point.rate), (8, last - y),
-            textcoords="offset points", va="center",
-        )  # fmt: skip
+            clip(point.name, 16),
+            (point.intensity, point.rate),
+            (1.03, last),
+            textcoords=axes.transAxes,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": RULE, "shrinkB": 4},
+        )
 
 
 def _given(record: Mapping[str, Any]) -> Iterator[Point]:

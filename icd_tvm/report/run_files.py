@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,10 +120,9 @@ def _graphs(folder: Path, found: RunFiles) -> None:
     for when, title in _ORDERS:
         for item in as_list(dig(permutations, "orders", when)):
             orders.setdefault(str(item["group"]), {})[title] = as_permutation(item["perm"])
-    file, state = next(
-        (pair for pair in GRAPHS if (folder / pair[0]).exists()),
-        GRAPHS[-1],
-    )
+    file, state = next((pair for pair in GRAPHS if (folder / pair[0]).exists()), GRAPHS[-1])
+    if not (folder / file).exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / file))
     whole, meta = load_w(folder / file)
     rows = _rows_by_axis(found.events, state) or _only_axis(orders, whole)
     if not rows:

@@ -41,8 +41,9 @@ class Table:
         self.rows.append([c if isinstance(c, Cell) else Cell(text(c)) for c in cells])
 
     def is_number(self, column: int) -> bool:
-        """Say whether a column holds numbers."""
-        return any(row[column].value is not None for row in self.rows)
+        """Say whether all that is known in a column are numbers."""
+        known = [row[column] for row in self.rows if row[column].shown != ABSENT]
+        return bool(known) and all(cell.value is not None for cell in known)
 
     def style(self, column: int, cell: Cell) -> str:
         """Return the classes of a cell below the head."""

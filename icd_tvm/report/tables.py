@@ -16,6 +16,7 @@ from icd_tvm.report.values import (
     flat,
     interval,
     si,
+    signed,
     text,
 )
 
@@ -114,7 +115,7 @@ def shares(record: Mapping[str, Any]) -> Table:
             continue
         saved = before - after
         share = None if not dense else 100 * saved / dense
-        percent = Cell(ABSENT) if share is None else Cell(f"{share:.1f} %", share)
+        percent = Cell(ABSENT) if share is None else Cell(f"{fixed(share, 1)} %", share)
         ratio = ratio_cell(record, end, start)
         table.add(title, start, end, numeric(saved, 3), percent, ratio)
     return table
@@ -177,12 +178,12 @@ def quality(record: Mapping[str, Any]) -> Table | None:
     if not values:
         return None
     head = text(found.get("metric"))
-    table = Table("Quality", ["arm", head, "points against dense"])
+    table = Table("Task quality", ["arm", head, "points against dense"])
     reference = as_number(values.get("dense"))
     for name, value in values.items():
         score = as_number(value)
         delta = None if score is None or reference is None else 100 * (score - reference)
-        change = Cell(ABSENT) if delta is None else Cell(f"{delta:+.3f}", delta)
+        change = Cell(ABSENT) if delta is None else Cell(signed(delta, 3), delta)
         table.add(name, numeric(value, 5), change)
     return table
 

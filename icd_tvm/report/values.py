@@ -63,6 +63,21 @@ def fixed(value: Any, digits: int) -> str:
     return ABSENT if found is None else f"{found:,.{digits}f}".replace("-", MINUS)
 
 
+def signed(value: Any, digits: int) -> str:
+    """Return a number with its sign."""
+    found = as_number(value)
+    return ABSENT if found is None else ("+" if found >= 0 else "") + fixed(found, digits)
+
+
+def binary(value: Any) -> str:
+    """Return bytes in KiB or MiB, as caches are sized."""
+    found = as_number(value)
+    if found is None:
+        return ABSENT
+    kib = found / 1024
+    return f"{kib:.4g} KiB" if kib < 1024 else f"{kib / 1024:.4g} MiB"
+
+
 def si(value: Any, unit: str = "") -> str:
     """Return a number with four figures and a decimal prefix."""
     found = as_number(value)
