@@ -102,6 +102,13 @@ def last_level_cache_bytes(root: Path = Path("/"), default: int = 32 << 20) -> i
     return max((c["bytes"] for c in _caches(root)), default=default)
 
 
+def data_cache_levels(root: Path = Path("/")) -> list[dict[str, Any]]:
+    """Return the data and unified caches of the first core whose geometry is known."""
+    caches = [c for c in _caches(root) if c["type"] != "instruction"]
+    known = [c for c in caches if c["ways"] and c["line_bytes"]]
+    return sorted(known, key=lambda c: int(c["level"]))
+
+
 def _cpu(root: Path, reasons: dict[str, str]) -> dict[str, Any]:
     info = _read(root / "proc/cpuinfo")
     model = _field(info, "model name") or platform.processor() or None
@@ -136,6 +143,8 @@ def _caches(root: Path) -> list[dict[str, Any]]:
                 "level": int(_read(index / "level").strip() or 0),
                 "type": _read(index / "type").strip().lower(),
                 "bytes": int(size[1]) * scale,
+                "ways": int(_read(index / "ways_of_associativity").strip() or 0),
+                "line_bytes": int(_read(index / "coherency_line_size").strip() or 0),
                 "shared_cpus": _read(index / "shared_cpu_list").strip(),
             }
         )

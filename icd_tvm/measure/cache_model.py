@@ -1,0 +1,266 @@
+"""What a compiled model would do to a machine's caches, kernel by kernel: a model, not a counter.
+
+Every call of the lowered module is turned into the addresses it touches (`address_trace`) and run
+through `CacheSimulator`, one thread, in the order of execution. Checked against cachegrind by
+``benchmarks/cache_model.py``. Prefetchers and other threads are not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icd_tvm._tvm import GenericConst, Var, relax, tvm_ffi
+from icd_tvm.errors import IcdError, UnsupportedOpError
+from icd_tvm.measure.cache_sim import CacheLevel, CacheSimulator, LevelCount
+from icd_tvm.measure.environment import data_cache_levels
+from icd_tvm.relax_passes.relax_graph import is_call
+from icd_tvm.tir_schedules.address_trace import address_trace, lower_loops
+
+_PAGE = 4096
+_SCRATCH = 1 << 44
+
+# One thread block after the other; only the shared L2 is modelled. 60 MiB as the device reports
+# it; lines of four 32-byte sectors (NVIDIA H100 whitepaper). The 16 ways are assumed.
+H200_LEVELS = (CacheLevel("L2", 60 << 20, 16, 128, 32),)
+
+
+def host_levels(root: Path = Path("/")) -> tuple[CacheLevel, ...]:
+    """Return the data caches of the first core, nearest first, as the system reports them.
+
+    Raises
+    ------
+    UnsupportedOpError
+        If the system does not report them.
+    """
+    found = [
+        CacheLevel(f"L{c['level']}", c["bytes"], c["ways"], c["line_bytes"], c["line_bytes"])
+        for c in data_cache_levels(root)
+    ]
+    if not found:
+        raise UnsupportedOpError("the system reports no caches", "give the levels explicitly")
+    return tuple(found)
+
+
+@dataclass
+class KernelModel:
+    """Modelled cache events of one call.
+
+    Attributes
+    ----------
+    kernel : str
+        Name of the PrimFunc.
+    node : str
+        Name of the Relax binding.
+    levels : list of LevelCount
+        Nearest first.
+    reason : str
+        Why the call was not modelled; empty if it was.
+    """
+
+    kernel: str
+    node: str
+    levels: list[LevelCount] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass
+class CacheModel:
+    """Modelled cache events of one run in steady state (the second run of two)."""
+
+    levels: tuple[CacheLevel, ...]
+    kernels: list[KernelModel]
+
+    def totals(self) -> list[LevelCount]:
+        """Return the sums over all modelled calls, by level."""
+        sums = [LevelCount() for _ in self.levels]
+        for kernel in self.kernels:
+            for total, count in zip(sums, kernel.levels, strict=False):
+                total.requests += count.requests
+                total.misses += count.misses
+        return sums
+
+    @property
+    def dram_bytes(self) -> int:
+        """Bytes fetched from memory: misses of the last level times its sector."""
+        return self.totals()[-1].misses * self.levels[-1].sector_bytes
+
+    def record(self) -> dict[str, Any]:
+        """Return a JSON record; ``source`` says that this is a model."""
+        totals = self.totals()
+        return {
+            "source": "model",
+            "levels": [
+                {**asdict(level), **asdict(count), "hit_pct": count.hit_pct}
+                for level, count in zip(self.levels, totals, strict=True)
+            ],
+            "dram_bytes": self.dram_bytes,
+            "kernels": [asdict(kernel) for kernel in self.kernels],
+        }
+
+
+def model_caches(
+    lowered: Any,
+    target: Any,
+    inputs: Mapping[str, NDArray[Any]],
+    levels: Sequence[CacheLevel],
+    *,
+    runs: int = 2,
+) -> CacheModel:
+    """Model the caches over ``runs`` runs of ``main`` and return the last one.
+
+    Parameters
+    ----------
+    lowered : tvm.IRModule
+        As ``cpu_pipeline`` leaves it: calls of scheduled PrimFuncs.
+    target : tvm.target.Target
+        What it was lowered for.
+    inputs : mapping of str to ndarray
+        Values of the inputs by name; integer inputs decide which rows a gather touches.
+    levels : sequence of CacheLevel
+        Nearest first.
+    runs : int
+        1 models cold caches.
+    """
+    calls = list(_calls(lowered))
+    memory = _Memory(lowered["main"], calls, inputs)
+    loops: dict[str, Any] = {}
+    simulator = CacheSimulator(levels)
+    kernels: list[KernelModel] = []
+    for _ in range(runs):
+        kernels = [_run(call, lowered, target, memory, loops, simulator) for call in calls]
+    return CacheModel(tuple(levels), kernels)
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One binding of ``main``; ``kernel`` is empty where it calls no PrimFunc."""
+
+    var: Any
+    kernel: str
+    arguments: list[Any]
+
+
+def _calls(lowered: Any) -> Iterator[_Call]:
+    for block in lowered["main"].body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if is_call(value, "relax.call_tir"):
+                packed = value.args[1]
+                fields = list(packed.fields) if isinstance(packed, relax.Tuple) else [packed]
+                yield _Call(binding.var, str(value.args[0].name_hint), fields)
+            else:
+                yield _Call(binding.var, "", [])
+
+
+def _run(
+    call: _Call,
+    lowered: Any,
+    target: Any,
+    memory: _Memory,
+    loops: dict[str, Any],
+    simulator: CacheSimulator,
+) -> KernelModel:
+    result = KernelModel(call.kernel, str(call.var.name))
+    if not call.kernel:
+        result.reason = "no call of a TIR function"
+        return result
+    try:
+        if call.kernel not in loops:
+            loops[call.kernel] = lower_loops(lowered[call.kernel], target)
+        func = loops[call.kernel]
+        addresses, consts = memory.arguments(call, func)
+        sums = [LevelCount() for _ in simulator.levels]
+        for chunk in address_trace(func, addresses, _SCRATCH, consts=consts):
+            for total, count in zip(
+                sums, simulator.access(chunk.units(simulator.sector_bytes)), strict=True
+            ):
+                total.requests += count.requests
+                total.misses += count.misses
+        result.levels = sums
+    except IcdError as error:
+        result.reason = str(error)
+    return result
+
+
+class _Memory:
+    """Where every tensor of ``main`` lies: constants apart, intermediates reused when dead."""
+
+    def __init__(self, func: Any, calls: Sequence[_Call], inputs: Mapping[str, Any]) -> None:
+        self.top = _PAGE
+        self.places: dict[Any, list[int]] = {}
+        self.values: dict[Any, NDArray[Any]] = {}
+        for parameter in func.params:
+            self.places[parameter] = self._fresh(parameter.ty)
+            if str(parameter.name) in inputs:
+                self.values[parameter] = np.asarray(inputs[str(parameter.name)])
+        self._constants(calls)
+        self._intermediates(func, calls)
+
+    def arguments(self, call: _Call, func: Any) -> tuple[list[int], dict[str, NDArray[Any]]]:
+        """Return the address of each parameter, and the values of the integer ones."""
+        addresses = [a for argument in call.arguments for a in self._of(argument)]
+        addresses += self.places[call.var]
+        consts = {
+            str(parameter.name): self.values[_key(argument)]
+            for parameter, argument in zip(func.params, call.arguments, strict=False)
+            if _key(argument) in self.values and self.values[_key(argument)].dtype.kind in "iu"
+        }
+        return addresses, consts
+
+    def _of(self, argument: Any) -> list[int]:
+        found = self.places.get(_key(argument))
+        if found is None:
+            raise UnsupportedOpError(f"the address of {argument} is unknown")
+        return found
+
+    def _constants(self, calls: Sequence[_Call]) -> None:
+        for call in calls:
+            for argument in call.arguments:
+                if isinstance(argument, GenericConst) and _key(argument) not in self.places:
+                    self.places[_key(argument)] = self._fresh(argument.ty)
+                    if "int" in str(argument.ty.dtype):
+                        self.values[_key(argument)] = argument.value.numpy()
+
+    def _intermediates(self, func: Any, calls: Sequence[_Call]) -> None:
+        last = {v: k for k, call in enumerate(calls) for v in call.arguments if isinstance(v, Var)}
+        kept = set(relax.analysis.free_vars(func.body.body))
+        free: list[tuple[int, int]] = []
+        for step, call in enumerate(calls):
+            self.places[call.var] = [self._reused(size, free) for size in _sizes(call.var.ty)]
+            for argument in {a for a in call.arguments if isinstance(a, Var)}:
+                if last[argument] == step and argument not in kept and argument not in func.params:
+                    sizes = _sizes(argument.ty)
+                    free += list(zip(sizes, self.places[argument], strict=True))
+
+    def _reused(self, size: int, free: list[tuple[int, int]]) -> int:
+        """Take the smallest free block that is large enough, as TVM's static plan does."""
+        fits = sorted(block for block in free if block[0] >= size)
+        if not fits:
+            return self._take(size)
+        free.remove(fits[0])
+        return fits[0][1]
+
+    def _fresh(self, ty: Any) -> list[int]:
+        return [self._take(size) for size in _sizes(ty)]
+
+    def _take(self, size: int) -> int:
+        place, self.top = self.top, self.top + -(-max(size, 1) // _PAGE) * _PAGE
+        return place
+
+
+def _key(expr: Any) -> Any:
+    """Return what identifies a tensor: a constant is its data, whoever refers to it."""
+    return int(expr.value.data_ptr()) if isinstance(expr, GenericConst) else expr
+
+
+def _sizes(ty: Any) -> list[int]:
+    if isinstance(ty, relax.TupleType):
+        return [size for part in ty.fields for size in _sizes(part)]
+    shape = [int(extent) for extent in ty.shape.values]
+    return [int(np.prod(shape)) * int(tvm_ffi.dtype(str(ty.dtype)).itemsize)]
