@@ -32,6 +32,8 @@ COMMANDS = {
     "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
     "solve": ("icd_tvm.commands.solve", "an order of one axis, from a file of W"),
     "cache": ("icd_tvm.commands.cache", "look after the orders that earlier runs decided"),
+    "report": ("icd_tvm.commands.report", "one HTML page about a run, or several compared"),
+    "doctor": ("icd_tvm.commands.doctor", "what can be measured here, and how to enable the rest"),
     "schema": ("icd_tvm.commands.schema", "every configuration key"),
     "completion": ("icd_tvm.commands.completion", "completion script for bash or zsh"),
 }
