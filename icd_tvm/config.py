@@ -168,6 +168,12 @@ class MeasureKeys(Section):
     peer: Literal["onnxruntime"] | None = Field(
         default=None, description="another runtime on the same model, in a process of its own"
     )
+    energy: bool = Field(
+        default=True, description="count energy where the machine has a counter (RAPL); a minute"
+    )
+    cache_model: bool = Field(
+        default=False, description="model the first two caches, kernel by kernel; some minutes"
+    )
     ncu_metrics: list[str] = Field(
         default=[L2_HIT_RATE], description="GPU counters; unused on a CPU"
     )
@@ -203,6 +209,7 @@ class GateKeys(Section):
 class ReportKeys(Section):
     """Where results go."""
 
+    html: bool = Field(default=True, description="write report.html")
     out_dir: File | None = Field(default=None, description="the run directory; --out replaces it")
 
 

@@ -145,7 +145,7 @@ def test_unreadable_file(tmp_path: Path, name: str) -> None:
         load_config(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("name", ["quant", "kv"])
+@pytest.mark.parametrize("name", ["kv"])
 def test_a_transform_without_a_pass_is_refused_with_a_reason(name: str) -> None:
     config = make_config(BASE, [f"transform.{name}=something"])
     with pytest.raises(ConfigError, match=f"transform.{name}"):

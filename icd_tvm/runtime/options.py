@@ -92,7 +92,7 @@ class CompileOptions:
                 },
                 "solver": {"time_budget_s": self.time_budget_s, "k_blocks": None},
                 "transform": {"sparsity": self.sparsity, "quant": self.quant, "kv": self.kv},
-                "measure": {"enabled": self.measure, "peer": self.peer},
+                "measure": {"enabled": self.measure, "peer": self.peer, "energy": False},
                 "quality": {"metric": self.quality},
                 "target": self.target,
                 "threads": self.threads,

@@ -37,6 +37,7 @@ def make_record(job: Job) -> dict[str, Any]:
         "transform": result.transform if result else {},
         "graph_source": _source(job),
         "peers": measured.peer_info if measured else {},
+        "energy": result.counters.energy if result else {},
         "stages": [
             {"stage": s.stage, "seconds": s.seconds, "ok": s.ok, "meta": s.meta}
             for s in job.progress.stages
@@ -106,13 +107,21 @@ def _arms(result: Compilation) -> dict[str, Any]:
     tokens = _tokens(result)
     arms = {}
     for name, samples in result.measured.samples.items():
-        arms[name] = {**arm_record(samples, tokens_per_call=tokens)}
+        arms[name] = {**arm_record(samples, tokens_per_call=tokens, **_energy(result, name))}
+        if name in result.counters.caches:
+            arms[name]["cache_model"] = result.counters.caches[name]
         if name in result.arms:
             arm = result.arms[name]
             kernels = result.built[name].kernels if name in result.built else {}
             more = {"same_module_as": arm.same_as, "removed_units": arm.removed, "kernels": kernels}
             arms[name] |= more
     return arms
+
+
+def _energy(result: Compilation, arm: str) -> dict[str, float]:
+    """Return the joules per token of an arm, where they were counted."""
+    counted, tokens = result.counters.energy.get(arm), _tokens(result)
+    return {"ept_j_per_tok": counted["joules_per_call"] / tokens} if counted and tokens else {}
 
 
 def _tokens(result: Compilation) -> int | None:
@@ -178,6 +187,10 @@ def _not_measured(job: Job) -> dict[str, str]:
     missing: dict[str, str] = dict.fromkeys(
         ("l2_hit_pct", "dram_bytes", "ept_j_per_tok"), NO_COUNTER
     )
+    if result is not None:
+        missing |= result.counters.reasons
+        if result.counters.energy:
+            missing["ept_j_per_tok"] = f"counted for {', '.join(result.counters.energy)} only"
     flags = {flag.stage: flag.reason for flag in job.flags}
     stopped = f"{job.failure.stage} failed: {job.failure.message}" if job.failure else ""
     if result is not None and _tokens(result) is None:
