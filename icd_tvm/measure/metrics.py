@@ -200,7 +200,7 @@ def arms_table(
     """
     shown = [
         name
-        for name in (record.get("peers", ()) if peers is None else peers)
+        for name in ((record.get("peers") or ()) if peers is None else peers)
         if name in record["arms"]
     ]
     head = ["arm", "median", "p5", "p95", "min", f"/{baseline}", "95 % interval", "P(faster)"]

@@ -12,6 +12,7 @@ from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
+from icd_tvm.runtime.measure_remote import measure_remotely
 from icd_tvm.runtime.measured_file import read_measured, save_measured
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.retry import retried
@@ -51,7 +52,9 @@ def _time_arms(job: Job) -> None:
     """Time all arms beside the peer; without it where it fails; not at all where that fails."""
     if not job.config.measure.enabled:
         return
-    peer = job.config.measure.peer
+    keys = job.config.measure
+    # A peer is a process of this machine: nothing to compare with what another one does.
+    peer = keys.peer if keys.rpc is None else None
     for beside in dict.fromkeys((peer, None)):
         with job.progress.stage("measure") as stage:
             try:
@@ -71,6 +74,8 @@ def _time_arms(job: Job) -> None:
 def _timed(job: Job, peer: str | None) -> Measured:
     result = job.result
     feeds = random_inputs(result.imported, job.config.seed)
+    if job.config.measure.rpc is not None:
+        return measure_remotely(result.built, feeds, job.config, job.target)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
     measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
     if measured.peer_outputs:
