@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Mode = Literal["linear", "iterative"]
 Source = Literal["tir", "trace", "mock"]
@@ -18,6 +18,16 @@ Repermute = Literal["auto", "never", "delta", "always"]
 # The specification's name of this counter exists on no GPU.
 L2_HIT_RATE = "lts__t_sector_hit_rate.pct"
 ALIASES = {"l2_tex__t_sector_hit_rate.pct": L2_HIT_RATE}
+
+
+def _file_name(text: str) -> str:
+    # The system calls behind Path raise other errors than OSError for it.
+    if "\0" in text:
+        raise ValueError("a path holds no NUL")
+    return text
+
+
+File = Annotated[str, AfterValidator(_file_name)]
 
 
 class Section(BaseModel):
@@ -29,7 +39,7 @@ class Section(BaseModel):
 class ModelKeys(Section):
     """Which model: exactly one of ``path`` and ``name``."""
 
-    path: str | None = Field(default=None, description="ONNX file, seen from the current folder")
+    path: File | None = Field(default=None, description="ONNX file, seen from the current folder")
     name: str | None = Field(
         default=None, description="built-in model: python -m icd_tvm.models --list"
     )
@@ -94,7 +104,7 @@ class GraphKeys(Section):
         default="tir", description="tir: the scheduled kernels; trace: a file; mock: planted"
     )
     mock: MockKeys = MockKeys()
-    trace: str | None = Field(
+    trace: File | None = Field(
         default=None, description=".npz with int arrays AXIS/windows and AXIS/indices for each axis"
     )
     on_broken_trace: Literal["mock", "stop"] = Field(
@@ -207,14 +217,14 @@ class GateKeys(Section):
 class ReportKeys(Section):
     """Where results go."""
 
-    out_dir: str | None = Field(default=None, description="the run directory; --out replaces it")
+    out_dir: File | None = Field(default=None, description="the run directory; --out replaces it")
 
 
 class CacheKeys(Section):
     """The store of decided orders that runs share."""
 
     enabled: bool = Field(default=True, description="look orders up before solving, and keep them")
-    dir: str | None = Field(default=None, description="folder; null: the user's cache folder")
+    dir: File | None = Field(default=None, description="folder; null: the user's cache folder")
     max_mb: int = Field(default=256, ge=0, le=10**6, description="size; the least used go first")
 
 

@@ -46,6 +46,7 @@ def test_compile_is_the_compile_command(capsys: pytest.CaptureFixture[str]) -> N
         (["completion", "tcsh"], "ICD-E201"),
         (["explain"], "ICD-E201"),
         (["explain", "absent.onnx"], "ICD-E101"),
+        (["explain", "long" * 2000], "ICD-E101"),
         (["explain", "bert-mini-random", "--opaque-state", "past"], "ICD-E201"),
         (["explain", "bert-mini-random", "--opaque-state", "past=present"], "ICD-E402"),
     ],

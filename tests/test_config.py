@@ -41,7 +41,7 @@ def test_specified_defaults() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").iterdir()), ids=lambda path: path.name)
 def test_examples_are_valid(path: Path) -> None:
-    find_transforms(load_config(path).transform)
+    find_transforms(load_config(path))
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ def test_overrides_are_typed(override: str, found: Any) -> None:
         ("measure.enabled=1", ["measure.enabled", "boolean"]),
         ("model.name=true", ["model.name", "True", "string"]),
         ("model.path=x.onnx", ["exactly one"]),
+        ('report.out_dir="a\\0b"', ["report.out_dir", "NUL"]),
         ("model.shapes={x: [0]}", ["positive"]),
         ("graph.source=trace", ["graph.trace"]),
         ("gates.l2_gain_points=.inf", ["finite"]),
@@ -148,7 +149,7 @@ def test_unreadable_file(tmp_path: Path, name: str) -> None:
 def test_a_transform_without_a_pass_is_refused_with_a_reason(name: str) -> None:
     config = make_config(BASE, [f"transform.{name}=something"])
     with pytest.raises(ConfigError, match=f"transform.{name}"):
-        find_transforms(config.transform)
+        find_transforms(config)
 
 
 def test_schema_accepts_what_is_accepted() -> None:

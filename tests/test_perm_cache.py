@@ -533,6 +533,7 @@ def test_a_folder_that_is_read_only(shared_folder: Path) -> None:
         assert ask(key).startswith("no cache: cannot lock")
         assert "Permission denied" in ask(key)
     assert as_nobody(lambda: cache.get("c" * 64, fits)) == "None"
+    assert "it cannot be put aside" in as_nobody(lambda: cache.verify()["damaged"])
     for folder in folders:
         folder.chmod(0o755)
 

@@ -14,7 +14,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = block.replace('model="minilm"', 'model="bert-mini-random"')
-    code = code.replace('"runs/', f'"{tmp_path}/').replace('"configs/', f'"{README.parent}/configs/')
+    code = code.replace('"runs/', f'"{tmp_path}/').replace(
+        '"configs/', f'"{README.parent}/configs/'
+    )
     names = {"model": build("bert-mini-random")}
     exec(compile(code, str(README), "exec"), names)
     assert "Error" not in capsys.readouterr().err

@@ -8,34 +8,31 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from run_support import not_to_be_called, orders_of, quietly, settings, states
 from tiny_model import D, F, tiny_onnx
 
 import icd_tvm
 from icd_tvm.cli import main
-from icd_tvm.config_file import load_config, make_config, merged
+from icd_tvm.config_file import load_config, make_config
 from icd_tvm.core.access_graph import load_w
 from icd_tvm.errors import (
     ConfigError,
-    IcdError,
-    MeasurementError,
     ModelFileError,
     OutputError,
     PermutationError,
 )
 from icd_tvm.measure.metrics import validate_metrics
-from icd_tvm.runtime import orders, retry
+from icd_tvm.runtime import orders
 from icd_tvm.runtime.events import EventLog, read_events
-from icd_tvm.runtime.progress import Progress, Stage
+from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.run import RunArtifacts, plan, run
 from icd_tvm.runtime.run_folder import RunFolder
-from icd_tvm.runtime.stages import measure, repermute, report, transform
+from icd_tvm.runtime.stages import measure
 from icd_tvm.runtime.states import FORWARD, State
 
 STATES = [state.value for state in FORWARD]
@@ -44,30 +41,6 @@ STATES = [state.value for state in FORWARD]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_onnx(tmp_path_factory.mktemp("model") / "tiny.onnx")
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "PAUSES_S", (0.0, 0.0))
-
-
-def settings(model: Path, **sections: Any) -> dict[str, Any]:
-    base = {
-        "model": {"path": str(model)},
-        "pipeline": {"repeats": 30, "warmup_iter": 3},
-        "transform": {"sparsity": "unit:0.5"},
-        "cache": {"enabled": False},
-        "threads": 1,
-    }
-    return merged(base, sections)
-
-
-def quietly(config: Mapping[str, Any], out: Path, **options: Any) -> RunArtifacts:
-    return run(config, out=out, progress=Progress(quiet=True), **options)
-
-
-def states(folder: Path) -> list[str]:
-    return [event["stage"] for event in read_events(folder / "events.jsonl") if event["ok"]]
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +147,14 @@ def test_another_configuration_is_refused(finished: RunArtifacts, model: Path) -
 def test_reused_permutation(
     finished: RunArtifacts, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orders, "_fit", _not_to_be_called)
+    monkeypatch.setattr(orders, "_fit", not_to_be_called)
     again = quietly(
         settings(model, measure={"enabled": False}),
         tmp_path / "again",
         reuse_perm=finished.paths["perm.json"],
     )
     assert again.failure is None
-    assert _orders(again.folder) == _orders(finished.folder)
+    assert orders_of(again.folder) == orders_of(finished.folder)
 
 
 def test_permutations_of_another_model(finished: RunArtifacts, tmp_path: Path) -> None:
@@ -207,15 +180,6 @@ def _stop_after(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EventLog, "append", stopping)
 
 
-def _not_to_be_called(*arguments: Any, **keywords: Any) -> Any:
-    raise AssertionError("an order was decided twice")
-
-
-def _orders(folder: Path) -> Any:
-    content = json.loads((folder / "perm.json").read_text())["orders"]
-    return {when: [(d["group"], d["perm"]) for d in items] for when, items in content.items()}
-
-
 @pytest.mark.parametrize("state", [State.W_BUILT, State.REPERMUTED, State.MEASURED])
 def test_resume_after_a_boundary(
     state: State,
@@ -230,13 +194,13 @@ def test_resume_after_a_boundary(
             quietly(settings(model), tmp_path)
     decided = state in (State.REPERMUTED, State.MEASURED)
     if decided:
-        monkeypatch.setattr(orders, "_fit", _not_to_be_called)
+        monkeypatch.setattr(orders, "_fit", not_to_be_called)
     if state is State.MEASURED:
-        monkeypatch.setattr(measure, "measure_arms", _not_to_be_called)
+        monkeypatch.setattr(measure, "measure_arms", not_to_be_called)
     found = quietly(settings(model), tmp_path, resume=True)
     assert found.failure is None
     assert states(tmp_path)[-1] == "REPORTED"
-    assert _orders(tmp_path) == _orders(finished.folder)
+    assert orders_of(tmp_path) == orders_of(finished.folder)
     assert found.metrics["equivalence"] == finished.metrics["equivalence"]
 
 
@@ -270,7 +234,7 @@ def test_sigkill(model: Path, finished: RunArtifacts, tmp_path: Path) -> None:
     assert states(out)[-1] == "W_BUILT"
     found = quietly(load_config(config).model_dump(), out, resume=True)
     assert found.failure is None
-    assert _orders(out) == _orders(finished.folder)
+    assert orders_of(out) == orders_of(finished.folder)
     assert not [path for path in out.iterdir() if path.name.startswith(".perm")]
     assert not (out / ".owner.json").exists()
 
@@ -305,142 +269,6 @@ def test_folder_that_is_a_file(model: Path, tmp_path: Path) -> None:
         quietly(settings(model), tmp_path / "file" / "run")
 
 
-# Failures: each as the error model says, and REPORTED in any case.
-
-
-def _failing(*arguments: Any, **keywords: Any) -> Any:
-    raise RuntimeError("boom")
-
-
-def test_a_failure_rolls_back_and_is_reported(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(repermute, "verify", _failing)
-        found = quietly(settings(model), tmp_path)
-    assert found.failure == {
-        "stage": "REPERMUTED",
-        "code": IcdError.code,
-        "message": "RuntimeError: boom",
-        "traceback": "traceback.txt",
-    }
-    assert states(tmp_path)[-2:] == ["ROLLBACK", "REPORTED"]
-    assert "boom" in found.paths["traceback.txt"].read_text()
-    validate_metrics(found.metrics)
-    assert found.metrics["decision"]["arm"] == "linear"
-    assert found.paths["module.so"].stat().st_size > 0
-    again = quietly(settings(model), tmp_path, resume=True)
-    assert again.failure is None
-    assert "traceback.txt" not in again.paths
-
-
-def test_a_failure_before_the_transform_keeps_the_model(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(orders, "_fit", _failing)
-    found = quietly(settings(model), tmp_path)
-    assert found.failure is not None
-    assert found.failure["stage"] == "PERMUTED"
-    assert found.metrics["decision"]["arm"] == "dense"
-    assert "module.so" in found.paths
-
-
-def test_a_refused_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "c.json"
-    config.write_text(json.dumps(settings(tmp_path / "absent.onnx")))
-    assert main(["run", "-c", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith(f"error {ModelFileError.code}: ")
-    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    validate_metrics(record)
-    assert record["failure"]["stage"] == "READY"
-
-
-def test_solver_without_memory_keeps_the_initial_order(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fit(*arguments: Any) -> Any:
-        raise MemoryError
-
-    monkeypatch.setattr(orders, "_fit", fit)
-    found = quietly(settings(model, measure={"enabled": False}), tmp_path)
-    assert found.failure is None
-    assert "initial order" in found.metrics["flags"][0]["reason"]
-
-
-def test_failing_transform_is_left_out(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transform, "calibrate", _failing)
-    found = quietly(settings(model, measure={"enabled": False}), tmp_path)
-    assert found.failure is None
-    assert found.metrics["transform"]["sparsity"]["why"] == "boom"
-    assert "left out: boom" in found.metrics["flags"][0]["reason"]
-    assert found.metrics["decision"]["accepted"] is False
-
-
-@pytest.mark.parametrize("broken", ["peer", "all"])
-def test_failing_measurement(
-    broken: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries: list[str | None] = []
-    real = measure.measure_arms
-
-    def failing(callers: Any, proto: Any, feeds: Any, config: Any, peer: str | None) -> Any:
-        tries.append(peer)
-        if broken == "all" or peer:
-            raise MeasurementError("no clock")
-        return real(callers, proto, feeds, config, peer)
-
-    monkeypatch.setattr(measure, "measure_arms", failing)
-    found = quietly(settings(model, measure={"peer": "onnxruntime"}), tmp_path)
-    assert found.failure is None
-    assert tries[:4] == ["onnxruntime"] * 3 + [None]
-    assert "no clock" in found.metrics["flags"][0]["reason"]
-    if broken == "all":
-        assert (len(tries), found.metrics["arms"]) == (6, {})
-        assert found.metrics["decision"]["accepted"] is None
-        assert "no clock" in found.metrics["not_measured"]["lat_ms"]
-    else:
-        assert set(found.metrics["arms"]) >= {"linear", "iterative"}
-
-
-def test_unequal_outputs_are_rolled_back(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = repermute.ordered_arms
-
-    def corrupting(transformed: Any, *rest: Any) -> Any:
-        arms = real(transformed, *rest)
-        arms["iterative"].mod = icd_tvm.import_onnx(str(model)).mod
-        return arms
-
-    monkeypatch.setattr(repermute, "ordered_arms", corrupting)
-    found = quietly(settings(model), tmp_path)
-    assert found.failure is None
-    assert found.metrics["decision"]["arm"] == "linear"
-    assert "outputs differ" in found.metrics["decision"]["reason"]
-    assert "ROLLBACK" in states(tmp_path)
-
-
-def test_a_full_disk_loses_nothing(
-    model: Path, finished: RunArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: Any) -> Any:
-        raise OutputError("cannot write: No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(report, "write_metrics", full)
-        with pytest.raises(OutputError, match="No space"):
-            quietly(settings(model), tmp_path)
-    monkeypatch.setattr(orders, "_fit", _not_to_be_called)
-    monkeypatch.setattr(measure, "measure_arms", _not_to_be_called)
-    found = quietly(settings(model), tmp_path, resume=True)
-    assert found.failure is None
-    assert _orders(tmp_path) == _orders(finished.folder)
-
-
 # Plans and pairs.
 
 
@@ -462,20 +290,10 @@ def test_pair_of_a_mock(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "W: mock" in capsys.readouterr().out
     found = json.loads((tmp_path / "p" / "pair.json").read_text())
     assert found["ratio"]["median"] > 0
-    linear, iterative = (_orders(tmp_path / "p" / mode) for mode in ("linear", "iterative"))
+    linear, iterative = (orders_of(tmp_path / "p" / mode) for mode in ("linear", "iterative"))
     assert linear == {"before": iterative["before"]}
     # The planted graph of the transformed model is another one.
     assert iterative["after"] != iterative["before"]
     record = json.loads((tmp_path / "p" / "iterative" / "metrics.json").read_text())
     assert record["equivalence"]["max_rel"] <= 1e-4
     assert all(g["W"] == "mock" for g in record["groups"] if g.get("winner"))
-
-
-def test_retries_wait_longer_and_give_up() -> None:
-    heard: list[str] = []
-    with pytest.raises(ValueError, match="no"):
-        retry.retried(lambda: int("no"), ValueError, heard.append, (0.0, 0.001))
-    assert len(heard) == 2
-    with pytest.raises(ValueError):
-        retry.retried(lambda: int("no"), KeyError, heard.append, (0.0,))
-    assert len(heard) == 2

@@ -12,6 +12,7 @@ import pytest
 from tiny_model import F, tiny_onnx
 
 from icd_tvm._tvm import tvm
+from icd_tvm.config import Config
 from icd_tvm.config_file import make_config
 from icd_tvm.core.access_graph import build_w, load_w
 from icd_tvm.errors import ConfigError, IcdError, OutputError, PermutationError
@@ -30,6 +31,7 @@ from icd_tvm.runtime.stages.order import first_order
 from icd_tvm.runtime.stages.repermute import second_order
 from icd_tvm.runtime.stages.transform import changed_accesses, transform
 from icd_tvm.runtime.states import State
+from icd_tvm.runtime.transforms import KINDS, Transform
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,30 @@ def test_changed_accesses(model: Path) -> None:
     dense, pruned = (job.result.arms[name].mod for name in ("dense", "identity"))
     assert changed_accesses(dense, pruned)
     assert not changed_accesses(dense, job_of(model).result.imported.mod)
+
+
+def test_a_transform_is_one_entry_of_a_table(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Noted:
+        def __init__(self, text: str) -> None:
+            self.text, self.meta = text, {"quant": {"spec": text, "delta_layout": False}}
+
+        def __call__(self, mod: Any) -> Any:
+            order.append(self.text)
+            return mod
+
+    def noted(text: str, config: Config) -> Transform:
+        return Transform("quant", text, lambda mod: {}, lambda statistics, seed: Noted(text))
+
+    monkeypatch.setitem(KINDS, "quant", noted)
+    job = _at_transformed(
+        model, "transform.sparsity=unit:0.5", "transform.quant=int8", "solver.time_budget_s=1"
+    )
+    assert [item.name for item in job.transforms] == ["sparsity", "quant"]
+    assert order == ["int8"]
+    meta = job.result.transform
+    assert (meta["quant"]["spec"], meta["delta_layout"]) == ("int8", True)
 
 
 # Orders kept in a file or in the cache.

@@ -71,8 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(record, indent=1) if arguments.json else text)
     if record.get("damaged"):
         raise PermutationError(
-            f"{len(record['damaged'])} damaged cache entries",
-            f"put aside in {cache.store.aside}; the next run decides them again",
+            f"{len(record['damaged'])} damaged cache entries", "the next run decides them again"
         )
 
 

@@ -14,6 +14,8 @@ HELP = {
     "model": "ONNX file, or the name of a built-in model (python -m icd_tvm.models --list)",
     "shape": "size of a symbolic input, name=1x128; repeat for more inputs",
     "sparsity": "none (exploit what the model already has), unit:RATE or vec16:RATE",
+    "quant": "quantisation of the weights, or none",
+    "kv": "compression of the KV cache, or none",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
     "target": "host, x86-64-v3 or x86-64-v4",
     "threads": "worker threads (default: every core)",
@@ -41,6 +43,8 @@ def parser() -> Parser:
     add("model", help=HELP["model"])
     add("--shape", action="append", default=[], help=HELP["shape"])
     add("--sparsity", default="none", help=HELP["sparsity"])
+    add("--quant", default="none", help=HELP["quant"])
+    add("--kv", default="none", help=HELP["kv"])
     add("--mode", choices=("iterative", "linear"), default="iterative", help=HELP["mode"])
     add("--target", default="host", help=HELP["target"])
     add("--threads", type=int, help=HELP["threads"])
@@ -65,6 +69,8 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         model=arguments.model,
         shapes=dict(parse_shape(text) for text in arguments.shape),
         sparsity=arguments.sparsity,
+        quant=arguments.quant,
+        kv=arguments.kv,
         mode=arguments.mode,
         target=arguments.target,
         threads=arguments.threads,

@@ -90,10 +90,14 @@ def run(arguments: argparse.Namespace) -> int:
         progress=Progress(arguments.quiet),
     )
     print(json.dumps(artifacts.metrics) if arguments.json else summary(artifacts.metrics))
-    failure = artifacts.failure
+    return _told(artifacts.folder, artifacts.failure)
+
+
+def _told(folder: Path, failure: dict[str, str] | None) -> int:
+    """Print what stopped a run; return the exit status."""
     if failure is None:
         return 0
-    where = artifacts.folder / failure["traceback"]
+    where = folder / failure["traceback"]
     print(
         f"error {failure['code']}: {failure['message']} ({failure['stage']}; {where})",
         file=sys.stderr,

@@ -57,7 +57,12 @@ def load_proto(source: str | Path | onnx.ModelProto) -> onnx.ModelProto:
         copy.CopyFrom(source)
         return _require_graph(copy, "model proto")
     path = Path(source)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelFileError(f"cannot read {path}: {reason}") from error
+    if not found:
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ModelFileError(f"model file {path} {what}", "give the path of an .onnx file")
     try:

@@ -123,13 +123,14 @@ def model_content_hash(
     model, digest = load_proto(source), hashlib.sha256()
     for graph in iter_graphs(model.graph):
         for tensor in graph.initializer:
-            if tensor.external_data and not isinstance(source, (str, Path)) and not tensor.raw_data:
+            # Serialised whole, a model of more than 2 GB is refused by protobuf.
+            raw = tensor.raw_data
+            if tensor.external_data and not raw and not isinstance(source, (str, Path)):
                 raise ModelFileError(
                     f"the external data of {tensor.name!r} is not loaded", "give the model's path"
                 )
-            # Serialised whole, a model of more than 2 GB is refused by protobuf.
-            digest.update(f"{len(tensor.raw_data)}:".encode())
-            digest.update(tensor.raw_data)
+            digest.update(f"{len(raw)}:".encode())
+            digest.update(raw)
             for name in ("raw_data", "external_data", "data_location"):
                 tensor.ClearField(name)
     digest.update(model.SerializeToString(deterministic=True))

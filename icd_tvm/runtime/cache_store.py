@@ -145,20 +145,18 @@ class CacheStore:
         """Return all entries, the one unused for longest first."""
         found = []
         for path in _listed(self.entries):
-            key, dot, suffix = path.name.partition(".")
             with contextlib.suppress(OSError):
-                if is_key(key) and dot + suffix == _SUFFIX:
+                if key := _key(path):
                     status = path.lstat()
                     found.append(EntryFile(key, path, status.st_size, status.st_mtime))
         return sorted(found, key=lambda file: (file.used, file.key))
 
     def strangers(self) -> list[Path]:
         """Return what lies among the entries and is neither one nor a file being written."""
-        known = {file.path for file in self.files()}
         return [
             path
             for path in _listed(self.entries)
-            if path not in known and not path.name.startswith(".")
+            if not _key(path) and not path.name.startswith(".")
         ]
 
     def quarantine(self, name: str) -> str:
@@ -168,8 +166,9 @@ class CacheStore:
             make_folder(self.aside)
             target = self.aside / f"{source.stem[:80]}.{time.time_ns()}.{os.getpid()}"
             source.rename(target)
-            # From now on its age is the time it has been here.
-            os.utime(target, follow_symlinks=False)
+            # From now on its age is the time it has been here; another user's file keeps its own.
+            with contextlib.suppress(OSError):
+                os.utime(target, follow_symlinks=False)
             for old in _by_age(_listed(self.aside))[:-_QUARANTINED]:
                 _remove(old)
         except FileNotFoundError:
@@ -246,6 +245,12 @@ def _read_regular(path: Path) -> bytes:
     if len(data) > MAX_ENTRY_BYTES:
         raise PermutationError(f"it is larger than {MAX_ENTRY_BYTES} bytes")
     return data
+
+
+def _key(path: Path) -> str:
+    """Return the key of an entry's file, "" for any other."""
+    key = path.name.removesuffix(_SUFFIX)
+    return key if path.suffix == _SUFFIX and is_key(key) else ""
 
 
 def _listed(folder: Path) -> list[Path]:

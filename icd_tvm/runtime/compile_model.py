@@ -67,4 +67,5 @@ def summary(record: Mapping[str, Any]) -> str:
             "W is a mock: the orders follow planted communities, not this model's accesses"
         )
     verdict = {True: "accepted", False: "not accepted", None: "undecided"}[decision["accepted"]]
-    return "\n".join([*lines, f"{verdict}, {decision['arm']} is kept: {decision['reason']}"])
+    kept = f"{verdict}, {decision['arm']} is kept: " if decision["arm"] else ""
+    return "\n".join([*lines, kept + decision["reason"]])

@@ -1,4 +1,8 @@
-"""``events.jsonl``: one line for each state of a run, on the disk before the next one begins."""
+"""``events.jsonl``: one line for each state of a run, written before the next one begins.
+
+A line survives the death of its process. It may not survive a power cut: then its state is made
+again, from artifacts that do.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +81,6 @@ def _append(path: Path, line: str) -> None:
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else "\n" + line
             file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 

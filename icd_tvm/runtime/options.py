@@ -23,6 +23,8 @@ class CompileOptions:
         Sizes of symbolic inputs.
     sparsity : str
         ``none`` (use what the model already has), ``unit:RATE`` or ``vecV:RATE``.
+    quant, kv : str
+        What is done to the weights' type and to the KV cache; ``none`` by default.
     mode : {"iterative", "linear"}
         ``linear`` keeps the order that was decided before the transform.
     target : str
@@ -55,6 +57,8 @@ class CompileOptions:
     model: str
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sparsity: str = "none"
+    quant: str = "none"
+    kv: str = "none"
     mode: Mode = "iterative"
     target: str = "host"
     threads: int | None = None
@@ -91,7 +95,7 @@ class CompileOptions:
                     "warmup_iter": max(3, min(50, repeats // 4)),
                 },
                 "solver": {"time_budget_s": self.time_budget_s, "k_blocks": None},
-                "transform": {"sparsity": self.sparsity},
+                "transform": {"sparsity": self.sparsity, "quant": self.quant, "kv": self.kv},
                 "measure": {
                     "enabled": self.measure,
                     "peer": self.peer,

@@ -152,12 +152,17 @@ class PermutationCache:
         OutputError
             If the folder cannot be listed.
         """
-        damaged, left, sound = {}, {}, 0
+        damaged: dict[str, str] = {}
+        left: dict[str, str] = {}
+        sound = 0
         for key in [file.key for file in self.store.files()]:
             found = self._find(key, _anything, touch=False)
             if found.state == "damaged":
-                damaged[key] = found.reason
+                said = len(self.remarks)
                 self.get(key, _anything)
+                # Nothing new was said where another process replaced it meanwhile.
+                if len(self.remarks) > said:
+                    damaged[key] = self.remarks[-1]
             elif found.reason:
                 left[key] = found.reason
             sound += found.state == "hit"

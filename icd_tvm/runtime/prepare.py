@@ -19,7 +19,7 @@ def prepare(config: Config) -> tuple[Any, list[Transform]]:
     ConfigError
         If one of them, or the quality metric, is unknown.
     """
-    transforms = find_transforms(config.transform)
+    transforms = find_transforms(config)
     target = parse_target(config.target, config.threads)
     if config.quality.metric is not None:
         parse_quality(config.quality.metric)

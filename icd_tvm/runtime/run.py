@@ -93,18 +93,10 @@ def run(
         if not begun:
             folder.write_json(ENVIRONMENT, fingerprint())
             folder.write_text(CONFIG, to_yaml(checked))
-        job = Job(
-            config=checked,
-            target=target,
-            transforms=transforms,
-            progress=progress or Progress(),
-            log=folder.log(),
-            folder=folder,
-            metrics=folder.path(METRICS),
-            library=folder.path(MODULE),
-            resumed=begun,
-            reuse=None if reuse_perm is None else Path(reuse_perm),
-        )
+        job = Job(checked, target, transforms, progress or Progress(), folder.log(), folder)
+        job.metrics, job.library = folder.path(METRICS), folder.path(MODULE)
+        job.resumed = begun
+        job.reuse = None if reuse_perm is None else Path(reuse_perm)
         execute(job)
         return _artifacts(folder)
 
@@ -130,26 +122,26 @@ def plan(
     job = Job(checked, target, transforms, Progress(quiet=True), reuse=reuse)
     with job.log.state(State.READY) as event:
         load(job, event)
-    groups = job.result.groups
-    applied = ", ".join(f"{item.name} {item.text}" for item in transforms) or "none"
-    timed = (
-        f"{checked.pipeline.repeats} calls of each arm" if checked.measure.enabled else "nothing"
-    )
-    return "\n".join(
-        [
-            f"model       {checked.source}: {len(groups.free)} free axis groups, "
-            f"{len(groups.pinned)} pinned",
-            f"target      {target}",
-            f"W           {checked.graph.source}",
-            f"transforms  {applied}",
-            f"mode        {checked.pipeline.mode}",
-            f"solver      {checked.solver.time_budget_s:g} s at most",
-            f"orders      {', '.join(job.orders) + ' from ' + str(reuse) if reuse else 'solved'}",
-            f"measure     {timed}",
-            f"directory   {folder}",
-            f"stages      {' > '.join([*(state.value for state in STAGES), 'REPORTED'])}",
-        ]
-    )
+    return "\n".join(f"{name:11s} {text}" for name, text in _planned(job, folder).items())
+
+
+def _planned(job: Job, folder: Path) -> dict[str, str]:
+    config, groups = job.config, job.result.groups
+    applied = ", ".join(f"{item.name} {item.text}" for item in job.transforms) or "none"
+    timed = f"{config.pipeline.repeats} calls of each arm"
+    free, pinned = len(groups.free), len(groups.pinned)
+    return {
+        "model": f"{config.source}: {free} free axis groups, {pinned} pinned",
+        "target": str(job.target),
+        "W": config.graph.source,
+        "transforms": applied,
+        "mode": config.pipeline.mode,
+        "solver": f"{config.solver.time_budget_s:g} s at most",
+        "orders": f"{', '.join(job.orders)} from {job.reuse}" if job.reuse else "solved",
+        "measure": timed if config.measure.enabled else "nothing",
+        "directory": str(folder),
+        "stages": " > ".join([*(state.value for state in STAGES), State.REPORTED.value]),
+    }
 
 
 def _checked(config: Config | Mapping[str, Any] | str | Path) -> Config:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icd_tvm.adapters.sparsity import parse_sparsity
-from icd_tvm.config import TransformKeys
+from icd_tvm.config import Config
 from icd_tvm.errors import ConfigError
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_requests
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
@@ -35,7 +35,7 @@ class Transform:
     make: Callable[[Mapping[str, Any], int], Any]
 
 
-def _sparsity(text: str) -> Transform:
+def _sparsity(text: str, config: Config) -> Transform:
     spec = parse_sparsity(text)
     return Transform(
         "sparsity",
@@ -45,12 +45,12 @@ def _sparsity(text: str) -> Transform:
     )
 
 
-# In the order in which they are applied.
-KINDS: dict[str, Callable[[str], Transform]] = {"sparsity": _sparsity}
+# In the order in which they are applied: key of ``transform`` -> (its text, all keys) -> Transform.
+KINDS: dict[str, Callable[[str, Config], Transform]] = {"sparsity": _sparsity}
 NONE = "none"
 
 
-def find_transforms(keys: TransformKeys) -> list[Transform]:
+def find_transforms(config: Config) -> list[Transform]:
     """Return what is to be applied, in order.
 
     Raises
@@ -58,11 +58,12 @@ def find_transforms(keys: TransformKeys) -> list[Transform]:
     ConfigError
         If a specification is malformed, or nothing here implements it.
     """
-    asked = {name: text for name, text in keys.model_dump().items() if text.strip() != NONE}
+    keys = config.transform.model_dump()
+    asked = {name: text for name, text in keys.items() if text.strip() != NONE}
     for name, text in asked.items():
         if name not in KINDS:
             raise ConfigError(
                 f"transform.{name}: {text!r} cannot be compiled by this version",
                 f"available: {', '.join(KINDS)}; set transform.{name} to none",
             )
-    return [KINDS[name](asked[name]) for name in KINDS if name in asked]
+    return [KINDS[name](asked[name], config) for name in KINDS if name in asked]

@@ -1,0 +1,172 @@
+"""What every failure of a run leads to: as the error model says, and REPORTED in any case."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_support import not_to_be_called, orders_of, quietly, settings, states
+from tiny_model import tiny_onnx
+
+import icd_tvm
+from icd_tvm.cli import main
+from icd_tvm.errors import IcdError, MeasurementError, ModelFileError, OutputError
+from icd_tvm.measure.metrics import validate_metrics
+from icd_tvm.runtime import orders, retry
+from icd_tvm.runtime.stages import measure, repermute, report, transform
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_onnx(tmp_path_factory.mktemp("model") / "tiny.onnx")
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "PAUSES_S", (0.0, 0.0))
+
+
+def _failing(*arguments: Any, **keywords: Any) -> Any:
+    raise RuntimeError("boom")
+
+
+def test_a_failure_rolls_back_and_is_reported(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(repermute, "verify", _failing)
+        found = quietly(settings(model), tmp_path)
+    assert found.failure == {
+        "stage": "REPERMUTED",
+        "code": IcdError.code,
+        "message": "RuntimeError: boom",
+        "traceback": "traceback.txt",
+    }
+    assert states(tmp_path)[-2:] == ["ROLLBACK", "REPORTED"]
+    assert "boom" in found.paths["traceback.txt"].read_text()
+    validate_metrics(found.metrics)
+    assert found.metrics["decision"]["arm"] == "linear"
+    assert found.paths["module.so"].stat().st_size > 0
+    again = quietly(settings(model), tmp_path, resume=True)
+    assert again.failure is None
+    assert "traceback.txt" not in again.paths
+
+
+def test_a_failure_before_the_transform_keeps_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orders, "_fit", _failing)
+    found = quietly(settings(model), tmp_path)
+    assert found.failure is not None
+    assert found.failure["stage"] == "PERMUTED"
+    assert found.metrics["decision"]["arm"] == "dense"
+    assert "module.so" in found.paths
+
+
+def test_a_refused_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps(settings(tmp_path / "absent.onnx")))
+    assert main(["run", "-c", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error {ModelFileError.code}: ")
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    validate_metrics(record)
+    assert record["failure"]["stage"] == "READY"
+
+
+def test_solver_without_memory_keeps_the_initial_order(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(orders, "_fit", fit)
+    found = quietly(settings(model, measure={"enabled": False}), tmp_path)
+    assert found.failure is None
+    assert "initial order" in found.metrics["flags"][0]["reason"]
+
+
+def test_failing_transform_is_left_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transform, "calibrate", _failing)
+    found = quietly(settings(model, measure={"enabled": False}), tmp_path)
+    assert found.failure is None
+    assert found.metrics["transform"]["sparsity"]["why"] == "boom"
+    assert "left out: boom" in found.metrics["flags"][0]["reason"]
+    assert found.metrics["decision"]["accepted"] is False
+
+
+@pytest.mark.parametrize("broken", ["peer", "all"])
+def test_failing_measurement(
+    broken: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str | None] = []
+    real = measure.measure_arms
+
+    def failing(callers: Any, proto: Any, feeds: Any, config: Any, peer: str | None) -> Any:
+        tries.append(peer)
+        if broken == "all" or peer:
+            raise MeasurementError("no clock")
+        return real(callers, proto, feeds, config, peer)
+
+    monkeypatch.setattr(measure, "measure_arms", failing)
+    found = quietly(settings(model, measure={"peer": "onnxruntime"}), tmp_path)
+    assert found.failure is None
+    assert tries[:4] == ["onnxruntime"] * 3 + [None]
+    assert "no clock" in found.metrics["flags"][0]["reason"]
+    if broken == "all":
+        assert (len(tries), found.metrics["arms"]) == (6, {})
+        assert found.metrics["decision"]["accepted"] is None
+        assert "no clock" in found.metrics["not_measured"]["lat_ms"]
+    else:
+        assert set(found.metrics["arms"]) >= {"linear", "iterative"}
+
+
+def test_unequal_outputs_are_rolled_back(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = repermute.ordered_arms
+
+    def corrupting(transformed: Any, *rest: Any) -> Any:
+        arms = real(transformed, *rest)
+        arms["iterative"].mod = icd_tvm.import_onnx(str(model)).mod
+        return arms
+
+    monkeypatch.setattr(repermute, "ordered_arms", corrupting)
+    found = quietly(settings(model), tmp_path)
+    assert found.failure is None
+    assert found.metrics["decision"]["arm"] == "linear"
+    assert "outputs differ" in found.metrics["decision"]["reason"]
+    assert "ROLLBACK" in states(tmp_path)
+
+
+def test_a_full_disk_loses_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise OutputError("cannot write: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_metrics", full)
+        with pytest.raises(OutputError, match="No space"):
+            quietly(settings(model), tmp_path)
+    kept = orders_of(tmp_path)
+    monkeypatch.setattr(orders, "_fit", not_to_be_called)
+    monkeypatch.setattr(measure, "measure_arms", not_to_be_called)
+    found = quietly(settings(model), tmp_path, resume=True)
+    assert found.failure is None
+    assert orders_of(tmp_path) == kept
+
+
+def test_retries_wait_longer_and_give_up() -> None:
+    heard: list[str] = []
+    with pytest.raises(ValueError, match="no"):
+        retry.retried(lambda: int("no"), ValueError, heard.append, (0.0, 0.001))
+    assert len(heard) == 2
+    with pytest.raises(ValueError):
+        retry.retried(lambda: int("no"), KeyError, heard.append, (0.0,))
+    assert len(heard) == 2
