@@ -12,5 +12,6 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 # No test reads or writes the user's cache.
-os.environ["ICD_CACHE_DIR"] = tempfile.mkdtemp(prefix="icd-test-cache-")
-atexit.register(shutil.rmtree, os.environ["ICD_CACHE_DIR"], ignore_errors=True)
+os.environ.pop("ICD_CACHE_DIR", None)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="icd-test-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

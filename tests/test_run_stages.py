@@ -31,6 +31,7 @@ from icd_tvm.runtime.stages.order import first_order
 from icd_tvm.runtime.stages.repermute import second_order
 from icd_tvm.runtime.stages.transform import changed_accesses, transform
 from icd_tvm.runtime.states import State
+from icd_tvm.runtime.trace_file import read_trace
 from icd_tvm.runtime.transforms import KINDS, Transform
 
 
@@ -126,6 +127,17 @@ def test_graph_file_holds_all_axes(tmp_path: Path) -> None:
     assert (about["source"], about["seed"]) == ("mock", 7)
     for axis, (start, stop) in rows.items():
         assert (whole[start:stop, start:stop] != graphs[axis]).nnz == 0
+
+
+def test_trace_of_a_strange_archive(tmp_path: Path) -> None:
+    path = _trace(tmp_path / "t.npz", "a", **_blocks())
+    data = bytearray(path.read_bytes())
+    # The compression method of the first member, in its header and in the directory.
+    for mark, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        data[data.index(mark) + offset] = 97
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="method"):
+        read_trace(path, {"a": F})
 
 
 # When the order is decided again.

@@ -35,7 +35,7 @@ _BROKEN = (
 def read_text(archive: zipfile.ZipFile, name: str, max_bytes: int) -> str:
     """Return the 0-d text array ``name`` of at most ``max_bytes`` bytes in its file."""
     return str(
-        _read(archive, name, lambda dtype, shape: dtype.kind == "U" and shape == (), max_bytes)
+        read_array(archive, name, lambda dtype, shape: dtype.kind == "U" and shape == (), max_bytes)
     )
 
 
@@ -53,11 +53,11 @@ def read_row(
     def wanted(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
         return dtype.kind == kind and dtype.itemsize in item_bytes and shape == (length,)
 
-    return _read(archive, name, wanted, max(item_bytes) * length + _HEADER_BYTES)
+    return read_array(archive, name, wanted, max(item_bytes) * length + _HEADER_BYTES)
 
 
-def open_archive(path: str | Path, names: set[str]) -> zipfile.ZipFile:
-    """Open an archive that must hold the arrays ``names`` and nothing else.
+def open_archive(path: str | Path, names: set[str] | None = None) -> zipfile.ZipFile:
+    """Open an archive that must hold the arrays ``names`` and nothing else; any if omitted.
 
     Raises
     ------
@@ -69,19 +69,36 @@ def open_archive(path: str | Path, names: set[str]) -> zipfile.ZipFile:
     except _BROKEN as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     found = archive.namelist()
-    if sorted(found) != sorted(f"{name}.npy" for name in names):
+    if names is not None and sorted(found) != sorted(f"{name}.npy" for name in names):
         archive.close()
         listed = ", ".join(found[:6]) or "nothing"
         raise ConfigError(f"cannot read {path}: it holds {listed}", f"wanted: {sorted(names)}")
     return archive
 
 
-def _read(
+def read_array(
     archive: zipfile.ZipFile,
     name: str,
     wanted: Callable[[np.dtype[Any], tuple[int, ...]], bool],
     max_bytes: int,
 ) -> NDArray[Any]:
+    """Return the array ``name``.
+
+    Parameters
+    ----------
+    archive : zipfile.ZipFile
+    name : str
+        Without ``.npy``.
+    wanted : Callable[[dtype, shape], bool]
+        Says from its header whether it is what the caller expects.
+    max_bytes : int
+        Largest size of its file.
+
+    Raises
+    ------
+    ConfigError
+        If it is damaged, too large, or not wanted.
+    """
     try:
         info = archive.getinfo(f"{name}.npy")
         if info.file_size > max_bytes:

@@ -10,7 +10,7 @@ from icd_tvm.config import MockKeys
 from icd_tvm.core.access_graph import mock_w
 from icd_tvm.core.cost import Csr
 from icd_tvm.errors import IcdError
-from icd_tvm.relax_passes.axis_groups import AxisGroup, find_axis_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
 from icd_tvm.relax_passes.coaccess_attr import COACCESS_BLOCK, read_accesses, to_attr
 from icd_tvm.runtime.graph_file import MAX_DENSITY, graph_of
@@ -79,7 +79,7 @@ def _planted(job: Job, when: str, mod: Any) -> AccessGraphs:
     """
     keys = job.config.graph.mock
     seed = keys.seed + (when == AFTER and bool(job.transforms))
-    groups = find_axis_groups(mod["main"]).free
+    groups = job.result.groups.free
     return AccessGraphs(
         "mock", mod, {g.id: _mock(g.size, keys, seed) for g in groups if _movable(g)}
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from icd_tvm.core.npz_file import open_archive, read_array, read_text
 from icd_tvm.errors import ConfigError
 from icd_tvm.files import write_atomically
 from icd_tvm.runtime.measure_arms import Measured
+
+MAX_META_BYTES = 1 << 24
+MAX_BYTES = 1 << 30
 
 
 def save_measured(
@@ -48,15 +51,22 @@ def read_measured(path: Path) -> tuple[Measured | None, dict[str, Any] | None, l
         If the file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            samples = {name: file[f"s{i}"] for i, name in enumerate(meta["arms"])}
+        with open_archive(path) as archive:
+            meta = json.loads(read_text(archive, "meta", MAX_META_BYTES))
+            samples = {
+                str(name): read_array(archive, f"s{i}", _is_samples, MAX_BYTES)
+                for i, name in enumerate(meta["arms"])
+            }
         if not meta["measured"]:
             return None, meta["quality"], meta["flags"]
         found = Measured(samples, {}, meta["peer_info"], {}, meta["peer_differences"])
         found.device = meta.get("device")
         return found, meta["quality"], meta["flags"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"cannot read {str(path)!r}: {error}", "remove it to measure again"
         ) from error
+
+
+def _is_samples(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    return dtype == np.float64 and len(shape) == 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from icd_tvm.core.access_graph import w_from_trace
 from icd_tvm.core.cost import TileAccess
+from icd_tvm.core.npz_file import open_archive, read_array
 from icd_tvm.errors import ConfigError
 
 MAX_BYTES = 1 << 30
@@ -43,6 +44,7 @@ def read_trace(path: str | Path, sizes: Mapping[str, int]) -> dict[str, TileAcce
         windows, indices = (arrays.get(f"{axis}/{part}") for part in ("windows", "indices"))
         if windows is None or indices is None:
             raise ConfigError(f"trace {str(path)!r}: {axis} needs both windows and indices")
+        # Checks lengths, types and ranges.
         w_from_trace(windows, indices, sizes[axis], nnz_cap=1)
         found[axis] = _access(windows, indices, sizes[axis])
     return found
@@ -56,12 +58,13 @@ def _access(windows: np.ndarray, indices: np.ndarray, n: int) -> TileAccess:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            total = sum(item.file_size for item in archive.infolist())
+    with open_archive(path) as archive:
+        total = sum(item.file_size for item in archive.infolist())
         if total > MAX_BYTES:
             raise ConfigError(f"trace {str(path)!r} unpacks to {total} bytes, over {MAX_BYTES}")
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
-        raise ConfigError(f"cannot read the trace {str(path)!r}: {error}") from error
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        return {name: read_array(archive, name, _is_row, MAX_BYTES) for name in names}
+
+
+def _is_row(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+    return dtype.kind in "iuf" and len(shape) == 1

@@ -50,6 +50,12 @@ def _export(job: Job) -> None:
         except Exception as error:
             # The linker runs in a process of its own; a full disk is its error, not the system's.
             raise OutputError(
-                f"cannot write {str(job.library)!r}: {str(error).strip().splitlines()[-1]}",
-                "is the disk full?",
+                f"cannot write {str(job.library)!r}: {_reason(error)}", "is the disk full?"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a linker's output that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = (line for line in lines if "No space left" in line or "error:" in line)
+    return next(telling, lines[0] if lines else type(error).__name__)[:300]
