@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
     from icd_tvm.relax_passes.repermute_pass import RepermutePass
     from icd_tvm.runtime.compile_model import compile_model
+    from icd_tvm.runtime.loaded import LoadedModel, load
     from icd_tvm.runtime.options import CompileOptions
     from icd_tvm.runtime.run import RunArtifacts, run
     from icd_tvm.tir_schedules.target import host_target, parse_target
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CompileOptions": "icd_tvm.runtime.options",
     "Config": "icd_tvm.config",
+    "LoadedModel": "icd_tvm.runtime.loaded",
     "RunArtifacts": "icd_tvm.runtime.run",
     "RepermutePass": "icd_tvm.relax_passes.repermute_pass",
     "build_cpu": "icd_tvm.relax_passes.lower_cpu",
@@ -31,6 +33,7 @@ _HOMES = {
     "cpu_pipeline": "icd_tvm.relax_passes.lower_cpu",
     "host_target": "icd_tvm.tir_schedules.target",
     "import_onnx": "icd_tvm.models.importer",
+    "load": "icd_tvm.runtime.loaded",
     "parse_target": "icd_tvm.tir_schedules.target",
     "run": "icd_tvm.runtime.run",
 }
@@ -38,6 +41,7 @@ _HOMES = {
 __all__ = [
     "CompileOptions",
     "Config",
+    "LoadedModel",
     "RepermutePass",
     "RunArtifacts",
     "build_cpu",
@@ -45,6 +49,7 @@ __all__ = [
     "cpu_pipeline",
     "host_target",
     "import_onnx",
+    "load",
     "parse_target",
     "run",
 ]

@@ -32,6 +32,7 @@ COMMANDS = {
     "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
     "solve": ("icd_tvm.commands.solve", "an order of one axis, from a file of W"),
     "cache": ("icd_tvm.commands.cache", "look after the orders that earlier runs decided"),
+    "bundle": ("icd_tvm.commands.bundle", "a finished run as an archive for an offline host"),
     "schema": ("icd_tvm.commands.schema", "every configuration key"),
     "completion": ("icd_tvm.commands.completion", "completion script for bash or zsh"),
 }

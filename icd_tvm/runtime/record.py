@@ -104,8 +104,18 @@ def _model(result: Compilation | None, source: str) -> dict[str, Any]:
             {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
             for spec in result.imported.inputs
         ],
+        "outputs": _outputs(result),
         "weights": {p.key: p.value for p in result.imported.model.metadata_props}.get("weights"),
     }
+
+
+def _outputs(result: Compilation) -> list[dict[str, Any]]:
+    returned = result.imported.mod["main"].ret_ty
+    types = getattr(returned, "fields", [returned])
+    return [
+        {"name": name, "shape": [int(size) for size in kind.shape], "dtype": str(kind.dtype)}
+        for name, kind in zip(result.imported.outputs, types, strict=True)
+    ]
 
 
 def _arms(result: Compilation) -> dict[str, Any]:
