@@ -27,6 +27,7 @@ from icd_tvm.errors import ConfigError, IcdError
 COMMANDS = {
     "run": ("icd_tvm.commands.run", "everything in a run directory that can be resumed"),
     "pair": ("icd_tvm.commands.pair", "linear and iterative, compared"),
+    "sweep": ("icd_tvm.commands.sweep", "a grid of runs, resumable, with one summary"),
     "compile": ("icd_tvm.commands.compile", "one model, one result, no directory needed"),
     "explain": ("icd_tvm.commands.explain", "which axes may move, and what pins the others"),
     "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
