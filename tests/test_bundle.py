@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gzip
 import hashlib
 import io
@@ -27,6 +28,7 @@ from tiny_model import D, tiny_onnx
 import icd_tvm
 from icd_tvm.cli import main
 from icd_tvm.errors import ConfigError, ModelFileError, OutputError, ShapeError
+from icd_tvm.runtime import loaded as loaded_module
 from icd_tvm.runtime.bundle import PACKAGES, ROOT, SUMS, verify_bundle, write_bundle
 from icd_tvm.runtime.progress import Progress
 
@@ -91,6 +93,23 @@ def test_a_bare_library_knows_the_names_of_its_inputs(finished: Path, expected: 
 
 def test_an_unpacked_bundle(unpacked: Path, expected: np.ndarray) -> None:
     np.testing.assert_allclose(icd_tvm.load(unpacked)(X)["y"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_examples(finished: Path) -> None:
+    found = doctest.testmod(loaded_module, extraglobs={"run_folder": finished})
+    assert (found.failed, found.attempted) == (0, 4)
+
+
+def test_an_output_whose_shape_values_decide(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    metrics = folder / "metrics.json"
+    record = json.loads(metrics.read_text())
+    record["model"]["outputs"][0]["shape"] = None
+    metrics.write_text(json.dumps(record))
+    loaded = icd_tvm.load(folder)
+    assert loaded.outputs[0].shape is None
+    assert loaded(X)["y"].shape == (4, D)
 
 
 @pytest.mark.parametrize(

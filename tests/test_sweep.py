@@ -90,7 +90,7 @@ def test_overrides_lose_against_the_grid(tmp_path: Path) -> None:
 
 
 def test_the_example(tmp_path: Path) -> None:
-    assert len(read_sweep(ROOT / "configs" / "sweep.yaml")) == 12
+    assert len(read_sweep(ROOT / "configs" / "sweeps" / "rates.yaml")) == 12
 
 
 @pytest.mark.parametrize(

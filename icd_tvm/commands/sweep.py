@@ -24,9 +24,9 @@ HELP = {
     "scheduler": "a Dask scheduler, tcp://HOST:PORT (pip install icd-tvm[sweep])",
     "dry_run": "check every point, print their names, run nothing",
 }
-EXAMPLES = """  icd sweep -c configs/sweep.yaml --out runs/sweep --dry-run
-  icd sweep -c configs/sweep.yaml --out runs/sweep
-  icd sweep -c configs/sweep.yaml --out runs/sweep --resume --scheduler tcp://10.0.0.1:8786
+EXAMPLES = """  icd sweep -c configs/sweeps/rates.yaml --out runs/sweep --dry-run
+  icd sweep -c configs/sweeps/rates.yaml --out runs/sweep
+  icd sweep -c configs/sweeps/rates.yaml --out runs/sweep --resume --scheduler tcp://10.0.0.1:8786
 """
 
 

@@ -44,7 +44,8 @@ Library {library:.1f} MiB, compiled for `{target}`.
     env/bin/python run.py inputs.npz outputs.npz
 
 {inputs}
-`run.py` without arguments makes inputs up. With icd installed: `icd_tvm.load(".")`.
+`run.py` without arguments makes inputs up. With icd installed: `icd_tvm.load(".")`. Lines of TVM
+that end in "Scope Loaded:" mean nothing.
 
 Python {python} or a version that the wheels fit. Of apache-tvm only the runtime is used: with
 `TVM_USE_RUNTIME_LIB=1`, or without `tvm/lib/libtvm_compiler.so` (247 MiB), the same results come

@@ -1,9 +1,4 @@
-"""Load a compiled model and run it on numpy arrays; needs no more of TVM than its runtime.
-
->>> import icd_tvm
->>> model = icd_tvm.load("runs/mock")  # doctest: +SKIP
->>> outputs = model({"x": x})  # doctest: +SKIP
-"""
+"""Load a compiled model and run it on numpy arrays; needs no more of TVM than its runtime."""
 
 from __future__ import annotations
 
@@ -152,6 +147,9 @@ def load(path: str | Path) -> LoadedModel:
     Examples
     --------
     >>> import icd_tvm
+    >>> model = icd_tvm.load(run_folder)
+    >>> model({"x": np.ones((4, 16), "float32")})["y"].shape
+    (4, 16)
     >>> icd_tvm.load("no/such/run")
     Traceback (most recent call last):
     icd_tvm.errors.ModelFileError: 'no/such/run' does not exist
@@ -192,10 +190,11 @@ def read_signature(folder: Path) -> dict[str, Any]:
 
 
 def _infos(signature: Mapping[str, Any], key: str) -> tuple[TensorInfo, ...]:
-    return tuple(
-        TensorInfo(str(item["name"]), tuple(map(int, item["shape"])), str(item["dtype"]))
-        for item in signature[key]
-    )
+    infos = []
+    for item in signature[key]:
+        shape = None if item["shape"] is None else tuple(map(int, item["shape"]))
+        infos.append(TensorInfo(str(item["name"]), shape, str(item["dtype"])))
+    return tuple(infos)
 
 
 def _flat(outputs: Any) -> list[Any]:

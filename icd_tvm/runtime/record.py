@@ -113,9 +113,17 @@ def _outputs(result: Compilation) -> list[dict[str, Any]]:
     returned = result.imported.mod["main"].ret_ty
     types = getattr(returned, "fields", [returned])
     return [
-        {"name": name, "shape": [int(size) for size in kind.shape], "dtype": str(kind.dtype)}
+        {"name": name, "shape": _sizes(kind.shape), "dtype": str(kind.dtype)}
         for name, kind in zip(result.imported.outputs, types, strict=True)
     ]
+
+
+def _sizes(shape: Any) -> list[int] | None:
+    """Return the sizes of a static shape, or None where values decide it (NonZero)."""
+    try:
+        return [int(size) for size in shape]
+    except TypeError:
+        return None
 
 
 def _arms(result: Compilation) -> dict[str, Any]:
