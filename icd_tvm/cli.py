@@ -5,6 +5,8 @@ examples:
   icd run -c configs/mock.json --override pipeline.mode=iterative --out runs/iter
   icd run --resume --out runs/iter
   icd pair -c configs/minilm-unit.yaml --out runs/pair
+  icd sweep -c configs/sweeps/rates.yaml --out runs/rates
+  icd bundle runs/iter -o iter.tar.gz
   icd explain model.onnx --dot groups.dot
 
 icd COMMAND --help says more; icd completion bash prints a completion script.
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IcdError as error:
         return refused(error, arguments)
     except KeyboardInterrupt:
-        print("stopped; icd run --resume continues a run", file=sys.stderr)
+        print("stopped; --resume continues a run or a sweep", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -45,7 +45,7 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = {
         "model": {"path": str(model)},
         "measure": {"enabled": False},
-        "cache": {"enabled": False},
+        "cache": {"enabled": False, "dir": str(model.parent)},
         "threads": 1,
     }
     out = tmp_path_factory.mktemp("runs") / "a"

@@ -189,8 +189,9 @@ def test_no_tracker() -> None:
     assert "tvm.exec.rpc_tracker" in text
 
 
-def test_a_port_out_of_range() -> None:
-    assert "no RPC tracker answers" in refused("127.0.0.1:99999")
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", f"{'a' * 64}.b:9190"])
+def test_an_impossible_address(address: str) -> None:
+    assert "no RPC tracker answers" in refused(address)
 
 
 @contextmanager

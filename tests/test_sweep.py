@@ -106,7 +106,8 @@ def test_the_example(tmp_path: Path) -> None:
         ({"seed": list(range(MAX_POINTS + 1))}, {}, "more than 10000 points"),
         ({"report.out_dir": ["a"]}, {}, "give --out"),
         ({"transform": [{}], "transform.kv": ["none"]}, {}, "transform.kv is part of transform"),
-        ({"a..b": [1]}, {}, "a..b"),
+        ({"a..b": [1]}, {}, "grid a..b is no key"),
+        ({"seed=1 #": [1]}, {}, "grid seed=1 # is no key"),
         ({"pipeline.fixed_clock": [False, True], "seed": [1]}, {"bse": 1}, "did you mean base"),
         ({"seed": [1]}, {"zzz": 1}, "known: base, grid"),
         ({"seed": [1]}, {"base": 3}, "bad value: base 3"),
@@ -261,7 +262,7 @@ def test_a_killed_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     shell.write_text("#!/bin/sh\nkill -9 $$\n")
     shell.chmod(0o755)
     monkeypatch.setattr(sweeping.sys, "executable", str(shell))
-    assert run_point(_task(tmp_path)) == "killed by SIGKILL"
+    assert run_point(_task(tmp_path)) == "killed by signal 9: Killed"
 
 
 def test_a_point_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ def _tracker(address: str, wait_s: float) -> Iterator[socket.socket]:
     host, _, port = address.rpartition(":")
     try:
         line = socket.create_connection((host.strip("[]"), int(port)), wait_s)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MeasurementError(
             f"no RPC tracker answers at {address}: {reason}",

@@ -29,6 +29,8 @@ ROOT = "icd-bundle"
 SUMS, NEEDED, WHEELS = "SHA256SUMS", "requirements.txt", "wheels"
 # What the library and run.py need; the compiler's packages are not among them.
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "ml-dtypes", "numpy", "typing-extensions")
+# The keys of a configuration that name files and folders.
+FILES = (("model", "path"), ("graph", "trace"), ("report", "out_dir"), ("cache", "dir"))
 MAX_BYTES = 16 << 30
 MAX_MEMBERS = 10_000
 _CHUNK = 1 << 20
@@ -162,25 +164,18 @@ def _members(run: Path, wheels: Path | None) -> dict[str, Path | bytes]:
         **{f"{WHEELS}/{path.name}": path for path in files},
     }
     if (run / PERM).exists():
-        content = json.loads((run / PERM).read_text("utf-8"))
-        members[PERM] = (json.dumps(_without_folders(content)) + "\n").encode()
+        members[PERM] = run / PERM
     return members
 
 
 def _config(run: Path) -> str:
+    """Return the configuration; folders of this machine mean nothing on another."""
     config = load_config(run / CONFIG)
-    return to_yaml(type(config).model_validate(_without_folders(config.model_dump())))
-
-
-def _without_folders(value: Any) -> Any:
-    """Replace every absolute path by its last part: folders of this machine mean nothing there."""
-    if isinstance(value, Mapping):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return PurePosixPath(value).name
-    return value
+    values = config.model_dump()
+    for section, key in FILES:
+        if (text := values[section][key]) is not None:
+            values[section][key] = Path(text).name
+    return to_yaml(type(config).model_validate(values))
 
 
 def _requirements(run: Path) -> dict[str, str]:

@@ -112,7 +112,7 @@ def run_point(task: Task) -> str:
     except (OSError, IcdError) as error:
         return f"cannot start on {platform.node()}: {error}"
     if done.returncode < 0:
-        return f"killed by {signal.Signals(-done.returncode).name}"
+        return f"killed by signal {-done.returncode}: {signal.strsignal(-done.returncode)}"
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     return lines[-1] if done.returncode else ""
 

@@ -20,6 +20,7 @@ from icd_tvm.errors import ConfigError
 BASE, GRID = "base", "grid"
 MAX_POINTS = 10_000
 OUT_DIR = "report.out_dir"
+KEY = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _grid(grid: Any) -> dict[str, list[Any]]:
     if not isinstance(grid, dict) or not grid:
         raise ConfigError(f"bad value: {GRID} {grid!r:.80}", "write KEY: [VALUE, ...]")
     for key, values in grid.items():
+        if not KEY.fullmatch(key):
+            raise ConfigError(f"{GRID} {key} is no key", "write section.key")
         if not isinstance(values, list) or not values:
             raise ConfigError(f"bad value: {GRID} {key} {values!r:.80}", "write a list of values")
         if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
