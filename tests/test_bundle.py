@@ -95,6 +95,26 @@ def test_an_unpacked_bundle(unpacked: Path, expected: np.ndarray) -> None:
     np.testing.assert_allclose(icd_tvm.load(unpacked)(X)["y"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_loading_leaves_the_compiler_out(finished: Path) -> None:
+    code = (
+        "import sys, numpy, icd_tvm; y = icd_tvm.load(sys.argv[1])(numpy.ones((4, 16), 'f4'))['y'];"
+        "import tvm.base; print(tvm.base._RUNTIME_ONLY, *tvm.base._LOADED_LIBS, y.sum())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, finished],
+        env={**os.environ, "TVM_USE_RUNTIME_LIB": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    only, *libraries, total = done.stdout.split()
+    assert only == "True"
+    assert "tvm_compiler" not in libraries
+    expected = icd_tvm.load(finished)(np.ones((4, D), np.float32))["y"].sum()
+    np.testing.assert_allclose(float(total), expected, rtol=1e-5)
+
+
 def test_examples(finished: Path) -> None:
     found = doctest.testmod(loaded_module, extraglobs={"run_folder": finished})
     assert (found.failed, found.attempted) == (0, 4)
