@@ -26,8 +26,10 @@ PAIRS = (
     ("linear", "identity"),
     ("random", "linear"),
     ("iterative", "dense"),
+    ("identity", "dense"),
     ("dense", "onnxruntime"),
     ("iterative", "onnxruntime"),
+    ("linear", "onnxruntime"),
 )
 
 
@@ -47,6 +49,8 @@ class Measured:
         Outputs of each peer on the timed inputs, by ONNX name.
     peer_differences : dict[str, float]
         Largest relative difference of each peer's outputs from those of the dense arm.
+    device : dict or None
+        The device that was timed over RPC; None for this machine.
     """
 
     samples: dict[str, Samples]
@@ -54,6 +58,7 @@ class Measured:
     peer_info: dict[str, dict[str, str]] = field(default_factory=dict)
     peer_outputs: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     peer_differences: dict[str, float] = field(default_factory=dict)
+    device: dict[str, Any] | None = None
 
     @property
     def rounds(self) -> int:

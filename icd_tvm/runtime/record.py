@@ -14,6 +14,7 @@ from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.runtime.compilation import Compilation
 from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.measure_arms import Measured
 from icd_tvm.runtime.run_folder import TRACEBACK
 
 NO_COUNTER = "no hardware counter was read on this target"
@@ -36,7 +37,8 @@ def make_record(job: Job) -> dict[str, Any]:
         "decision": _decision(job),
         "transform": result.transform if result else {},
         "graph_source": _source(job),
-        "peers": measured.peer_info if measured else {},
+        "device": measured.device if measured else None,
+        "peers": _peers(job, measured),
         "energy": result.counters.energy if result else {},
         "stages": [
             {"stage": s.stage, "seconds": s.seconds, "ok": s.ok, "meta": s.meta}
@@ -50,6 +52,12 @@ def make_record(job: Job) -> dict[str, Any]:
     }
     gates = evaluate_gates(record, quality_reference="identity", **job.config.gates.model_dump())
     return {**record, "gates": gates}
+
+
+def _peers(job: Job, measured: Measured | None) -> dict[str, Any] | None:
+    if job.config.measure.rpc is not None:
+        return None
+    return measured.peer_info if measured else {}
 
 
 def _failure(job: Job) -> dict[str, str] | None:
@@ -97,8 +105,26 @@ def _model(result: Compilation | None, source: str) -> dict[str, Any]:
             {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
             for spec in result.imported.inputs
         ],
+        "outputs": _outputs(result),
         "weights": {p.key: p.value for p in result.imported.model.metadata_props}.get("weights"),
     }
+
+
+def _outputs(result: Compilation) -> list[dict[str, Any]]:
+    returned = result.imported.mod["main"].ret_ty
+    types = getattr(returned, "fields", [returned])
+    return [
+        {"name": name, "shape": _sizes(kind.shape), "dtype": str(kind.dtype)}
+        for name, kind in zip(result.imported.outputs, types, strict=True)
+    ]
+
+
+def _sizes(shape: Any) -> list[int] | None:
+    """Return the sizes of a static shape, or None where values decide it (NonZero)."""
+    try:
+        return [int(size) for size in shape]
+    except TypeError:
+        return None
 
 
 def _arms(result: Compilation) -> dict[str, Any]:
@@ -200,6 +226,8 @@ def _not_measured(job: Job) -> dict[str, str]:
         missing["quality"] = (
             asked if keys.quality.metric and asked else "no evaluation was asked for"
         )
+    if keys.measure.rpc is not None:
+        missing["peers"] = "the arms are timed on another device; peers run on this machine only"
     if result is None or not result.verified:
         missing["equivalence"] = stopped or "the arms were not found equal"
     if result is None or result.measured is None:

@@ -9,10 +9,11 @@ from icd_tvm.measure.environment import fingerprint
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
-from icd_tvm.runtime.counters import count, read_counters
+from icd_tvm.runtime.counters import CACHES, ENERGY, count, read_counters
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
+from icd_tvm.runtime.measure_remote import measure_remotely
 from icd_tvm.runtime.measured_file import read_measured, save_measured
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.retry import retried
@@ -55,7 +56,9 @@ def _time_arms(job: Job) -> None:
     """Time all arms beside the peer; without it where it fails; not at all where that fails."""
     if not job.config.measure.enabled:
         return
-    peer = job.config.measure.peer
+    keys = job.config.measure
+    # A peer is a process of this machine: nothing to compare with what another one does.
+    peer = keys.peer if keys.rpc is None else None
     for beside in dict.fromkeys((peer, None)):
         with job.progress.stage("measure") as stage:
             try:
@@ -75,6 +78,8 @@ def _time_arms(job: Job) -> None:
 def _timed(job: Job, peer: str | None) -> Measured:
     result = job.result
     feeds = random_inputs(result.imported, job.config.seed)
+    if job.config.measure.rpc is not None:
+        return measure_remotely(result.built, feeds, job.config, job.target)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
     measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
     if measured.peer_outputs:
@@ -90,6 +95,10 @@ def _count(job: Job) -> None:
     """Count beside the clock; what is missing there is never an error."""
     result, keys = job.result, job.config.measure
     if result.measured is None or not (keys.energy or keys.cache_model):
+        return
+    if keys.rpc is not None:
+        reason = "counted on this machine only, not on a device behind RPC"
+        result.counters.reasons = dict.fromkeys((ENERGY, CACHES), reason)
         return
     with job.progress.stage("count") as stage:
         feeds = random_inputs(result.imported, job.config.seed)
