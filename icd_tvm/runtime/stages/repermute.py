@@ -85,7 +85,8 @@ def _no_opportunity(job: Job) -> str:
         return "the order decided before the transform is the best one after it"
     sparsity = result.transform.get("sparsity")
     if sparsity is not None and not sparsity["entries"]:
-        reason = sparsity.get("why") or "found no hidden units between constant weights"
+        skips = [f"leaves {s['target']}: {s['why']}" for s in sparsity.get("skipped") or []]
+        reason = sparsity.get("why") or next(iter(skips), "found no weights between hidden units")
         return f"sparsity {job.config.transform.sparsity} {reason}"
     reasons = [decision.stats.get("reason", "") for decision in result.after]
     return next(filter(None, reasons), "no matmul weight has structure on a free axis")
