@@ -10,6 +10,7 @@ import numpy as np
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
 from icd_tvm.relax_passes.state_order import StateOrder
+from icd_tvm.relax_passes.step_cache import StepCache
 
 
 class Built:
@@ -25,6 +26,9 @@ class Built:
         The kernel chosen for each matmul whose weight has zeros.
     states : StateOrder, optional
         The order in which the module keeps its opaque states. Callers see the original one.
+    cache : StepCache, optional
+        Of a step that was rewritten for fewer cache slots. Callers pass the whole cache, or
+        one with the slots that are left, as the outputs have them.
     """
 
     def __init__(
@@ -33,9 +37,11 @@ class Built:
         input_names: list[str],
         kernels: Mapping[str, str],
         states: StateOrder | None = None,
+        cache: StepCache | None = None,
     ) -> None:
         self.executable = executable
         self.states = states or StateOrder()
+        self.cache = cache
         self.input_names = input_names
         self.kernels = dict(kernels)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
@@ -61,7 +67,9 @@ class Built:
         self.executable.export_library(path)
 
     def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
-        own = self.states.inputs_to_own({name: feeds[name] for name in self.input_names})
+        given = {name: np.asarray(feeds[name]) for name in self.input_names}
+        whole = given if self.cache is None else self.cache.inputs_to_own(given)
+        own = self.states.inputs_to_own(whole)
         return [tvm.runtime.tensor(np.asarray(own[n], order="C")) for n in self.input_names]
 
 
@@ -70,7 +78,7 @@ def build(mod: Any, target: Any) -> Built:
     names = [parameter.name for parameter in mod["main"].params]
     executable, choices = lower_and_build(mod, target)
     kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in choices.items()}
-    return Built(executable, names, kernels, StateOrder.read(mod))
+    return Built(executable, names, kernels, StateOrder.read(mod), StepCache.read(mod))
 
 
 def _flatten(outputs: list[Any]) -> list[Any]:

@@ -6,7 +6,6 @@ from functools import partial
 
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.environment import fingerprint
-from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.evaluate import evaluate
@@ -70,7 +69,7 @@ def _time_arms(job: Job) -> None:
 
 def _timed(job: Job, peer: str | None) -> Measured:
     result = job.result
-    feeds = random_inputs(result.imported, job.config.seed)
+    feeds = result.inputs(job.config.seed)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
     measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
     if measured.peer_outputs:
