@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -42,11 +44,34 @@ COMMANDS = {
     "completion": ("icd_tvm.commands.completion", "completion script for bash or zsh"),
 }
 INTERRUPTED = 130
+# What a shell reports of a process that SIGPIPE ended.
+CLOSED_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for a refused input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        # What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _reader_is_gone() -> bool:
+    """Say whether it is our output that nobody reads, not a pipe to another process."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
+
+
+def _main(arguments: list[str]) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(_help())
         return 0

@@ -47,7 +47,8 @@ class ModelKeys(Section):
         default={}, description="size of each symbolic input by name"
     )
     opaque_states: dict[str, str] = Field(
-        default={}, description="input: output, a state that only the same module reads"
+        default={},
+        description="input: output, a state that only the same module reads; past_*: present_*",
     )
     task: str = Field(
         default="", description="label of the work; part of the version tag of the order"
@@ -141,7 +142,10 @@ class TransformKeys(Section):
         default="none", description="unit:0.5, vec16:0.5, 2:4, ...; or {type, rate}"
     )
     quant: str = Field(default="none", description="quantisation of the weights")
-    kv: str = Field(default="none", description="compression of the KV cache")
+    kv: str = Field(
+        default="none",
+        description="tokens dropped from the KV cache of a decoder step: drop=0.3,block=128",
+    )
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -205,6 +209,18 @@ class QualityKeys(Section):
     metric: str | None = Field(
         default=None, description="stsb or stsb:PAIRS (MiniLM, needs the data)"
     )
+    budget: float | None = Field(
+        default=None,
+        ge=0,
+        description="largest change in points that the sparsity may make: a rate for each layer is "
+        "searched, transform.sparsity gives the strongest (MiniLM, needs the data)",
+    )
+    agreement_floor: float = Field(
+        default=0.99,
+        ge=-1,
+        le=1,
+        description="least mean cosine with the dense outputs that the search allows",
+    )
 
 
 class GateKeys(Section):
@@ -253,6 +269,12 @@ class Config(Section):
     seed: int = Field(
         default=0, ge=0, le=2**31, description="of the inputs, the solver and the arms"
     )
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> Config:
+        if self.quality.budget is not None and self.transform.sparsity.strip() == "none":
+            raise ValueError("quality.budget needs transform.sparsity, e.g. unit:0.5")
+        return self
 
     @property
     def solver_seed(self) -> int:

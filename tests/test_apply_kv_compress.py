@@ -22,7 +22,9 @@ from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.registry import build
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
+from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
 from icd_tvm.relax_passes.kv_states import find_kv_states
+from icd_tvm.relax_passes.step_cache import StepCache
 from icd_tvm.relax_passes.transform_meta import TRANSFORM_META
 from icd_tvm.runtime.build import build as compile_module
 from icd_tvm.tir_schedules.target import host_target
@@ -89,6 +91,41 @@ def test_the_step_becomes_the_step_of_a_smaller_cache(length: int | None, slots:
     tvm.ir.assert_structural_equal(after["main"], step(slots)["main"])
     names = [b.var.name for b in step()["main"].body.blocks[0].bindings]
     assert [b.var.name for b in after["main"].body.blocks[0].bindings] == names
+
+
+def test_a_built_step_takes_the_whole_cache_or_a_compacted_one() -> None:
+    after, passed = compress(step(), length=LENGTH)
+    built = compile_module(after, host_target(1))
+    cache = filled(whole())
+    small = passed.compact(cache, LENGTH)
+    token = {"input_ids": IDS[None, LENGTH : LENGTH + 1], "position_ids": np.array([[LENGTH]])}
+    found = built.run_all({**token, **cache, "cache_length": np.array([LENGTH])})
+    length = np.array([small.length])
+    expected = built.run_all({**token, **small.arrays, "cache_length": length})
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert found[1].shape[2] == passed.plan.slots < SLOTS
+
+
+def test_what_a_step_expects_stands_in_the_module() -> None:
+    after, passed = compress(step())
+    found = StepCache.read(tvm.ir.load_json(tvm.ir.save_json(after)))
+    assert found == StepCache(passed.plan, "cache_length")
+    assert StepCache.read(step()) is None
+    assert found.filled({"cache_length": np.array([1])})["cache_length"] == SLOTS - 1
+
+
+def test_a_step_that_is_told_no_length_is_not_given_a_whole_cache() -> None:
+    _, passed = compress(step())
+    cache = filled(whole())
+    with pytest.raises(TransformError, match="how many slots are filled"):
+        StepCache(passed.plan, "").inputs_to_own(cache)
+    assert StepCache(passed.plan, "").filled(cache) == cache
+
+
+def test_the_states_of_a_tagged_module_need_not_be_named() -> None:
+    after, _ = compress(AttachLayoutTags(STATES)(step()), opaque_states=())
+    tvm.ir.assert_structural_equal(after["main"], compress(step())[0]["main"])
 
 
 def test_the_module_given_is_left_untouched() -> None:

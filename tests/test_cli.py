@@ -1,8 +1,12 @@
 """``icd``: commands, and one clear line for what is refused."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -91,6 +95,31 @@ def test_an_interrupt_is_one_line(
     monkeypatch.setattr(completion, "run", stop)
     assert main(["completion", "bash"]) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["run", "--help"], ["--version"]])
+def test_a_reader_that_stops_reading_is_no_error(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "icd_tvm.cli", *arguments]
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert found.stderr == b""
+    # argparse ends its help well whatever became of it.
+    assert found.returncode == (0 if "--help" in arguments else 141)
+
+
+def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: object) -> None:
+        raise BrokenPipeError("the peer")
+
+    monkeypatch.setattr(completion, "run", fail)
+    with (
+        tempfile.TemporaryFile("w") as file,
+        contextlib.redirect_stdout(file),
+        pytest.raises(BrokenPipeError, match="the peer"),
+    ):
+        main(["completion", "bash"])
 
 
 def _completed(*words: str) -> list[str]:

@@ -83,6 +83,9 @@ def test_overrides_are_typed(override: str, found: Any) -> None:
         ("graph.source=trace", ["graph.trace"]),
         ("gates.l2_gain_points=.inf", ["finite"]),
         ("gates.l2_gain_points=.nan", ["finite"]),
+        ("quality.budget=0.1", ["quality.budget", "transform.sparsity"]),
+        ("quality.budget=-1", ["quality.budget", "-1"]),
+        ("quality.agreement_floor=1.5", ["quality.agreement_floor", "1.5"]),
         ("seed=-1", ["seed", "-1"]),
         ("seed=1" + "0" * 5000, ["seed"]),
         ("seed=&a 1", ["anchors"]),
@@ -145,10 +148,23 @@ def test_unreadable_file(tmp_path: Path, name: str) -> None:
         load_config(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("name", ["kv"])
-def test_a_transform_without_a_pass_is_refused_with_a_reason(name: str) -> None:
-    config = make_config(BASE, [f"transform.{name}=something"])
-    with pytest.raises(ConfigError, match=f"transform.{name}"):
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("transform.quant=something", "unknown quantisation 'something'"),
+        ("transform.kv=something", "unknown part 'something'"),
+        ("transform.kv=drop=0.5,score=attention_mass", "random caches have not"),
+    ],
+)
+def test_a_transform_is_refused_with_a_reason(override: str, words: str) -> None:
+    config = make_config(BASE, [override])
+    with pytest.raises(ConfigError, match=words):
+        find_transforms(config)
+
+
+def test_a_planted_graph_and_a_compacted_cache_do_not_go_together() -> None:
+    config = make_config(BASE, ["transform.kv=drop=0.5", "graph.source=mock"])
+    with pytest.raises(ConfigError, match=r"needs graph\.source tir"):
         find_transforms(config)
 
 

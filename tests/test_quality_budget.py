@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from budget_models import D, Distance, F, N, two_mlps
+from onnx import numpy_helper
 from scipy import stats
 
 from icd_tvm.adapters.sparsity import parse_sparsity
@@ -23,51 +24,9 @@ from icd_tvm.runtime.quality_budget import Budget, BudgetResult, search_strength
 from icd_tvm.runtime.strengths import Strengths
 from icd_tvm.tir_schedules.target import parse_target
 
-D, F, N = 16, 64, 8
 TARGET = parse_target(CompileOptions(model="").target, 1)
 UNIT = LayerRules(parse_sparsity("unit:0.5"), min_size=0)
 RATES = (0.25, 0.5)
-
-
-def two_mlps(idle: float = 0.5) -> onnx.ModelProto:
-    """Return x + mlp(x) twice; a share of the second one's hidden units does nothing."""
-    rng = np.random.default_rng(0)
-    nodes, tensors, value = [], [], "x"
-    for block in "ab":
-        w1, w2 = (rng.standard_normal(s).astype(np.float32) / 4 for s in ((D, F), (F, D)))
-        if block == "b":
-            w2[: int(idle * F)] = 0
-        tensors += [numpy_helper.from_array(w, f"{block}.{i}") for i, w in enumerate((w1, w2))]
-        nodes += [
-            helper.make_node("MatMul", [value, f"{block}.0"], [f"{block}.up"], f"{block}/up"),
-            helper.make_node("Relu", [f"{block}.up"], [f"{block}.act"], f"{block}/act"),
-            helper.make_node(
-                "MatMul", [f"{block}.act", f"{block}.1"], [f"{block}.d"], f"{block}/d"
-            ),
-            helper.make_node("Add", [value, f"{block}.d"], [f"{block}.y"], f"{block}/add"),
-        ]
-        value = f"{block}.y"
-    shape = helper.make_tensor_value_info("x", TensorProto.FLOAT, [N, D])
-    out = helper.make_tensor_value_info(value, TensorProto.FLOAT, [N, D])
-    graph = helper.make_graph(nodes, "two", [shape], [out], tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-class Distance:
-    """Points fall by the relative distance from the dense model's outputs."""
-
-    def __init__(self, seed: int, scale: float = 1.0) -> None:
-        self.seed, self.scale, self.calls = seed, scale, 0
-        self.source = f"distance {seed}"
-        x = np.random.default_rng(seed).standard_normal((N, D)).astype(np.float32)
-        self.feeds = {"x": x}
-        self.dense = CandidateModel(two_mlps(), []).runner({})(self.feeds)
-
-    def evaluate(self, run: Run) -> TaskScore:
-        self.calls += 1
-        found = run(self.feeds)
-        lost = np.linalg.norm(found - self.dense) / np.linalg.norm(self.dense)
-        return TaskScore(100 - self.scale * float(lost), found)
 
 
 def search(budget: Budget, held_out: Any = None, **options: Any) -> BudgetResult:
@@ -141,8 +100,7 @@ def test_a_rise_of_the_metric_counts_too() -> None:
 
 def test_nothing_fits_and_the_best_is_named() -> None:
     model = two_mlps(idle=0.0)
-    task = Distance(1)
-    task.dense = CandidateModel(model, []).runner({})(task.feeds)
+    task = Distance(1, model=model)
     result = search_strengths(
         import_onnx(model), UNIT, task, Distance(2), Budget(1e-9), target=TARGET, rates=RATES
     )
@@ -197,6 +155,12 @@ def test_profile_runs_each_strength_once() -> None:
 def test_bad_budgets(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Budget(**options)
+
+
+def test_the_rate_of_a_spec_is_the_strongest() -> None:
+    mod = import_onnx(two_mlps()).mod
+    strengths = Strengths(mod, LayerRules(parse_sparsity("unit:0.25"), min_size=0), {}, RATES)
+    assert {s.rate for ladder in strengths.ladder.values() for s in ladder} == {0.25}
 
 
 @pytest.mark.parametrize("rates", [(), (0.0,), (0.5, 1.0)])

@@ -13,9 +13,11 @@ from icd_tvm.runtime.options import CompileOptions, parse_shape, parse_state
 HELP = {
     "model": "ONNX file, or the name of a built-in model (python -m icd_tvm.models --list)",
     "shape": "size of a symbolic input, name=1x128; repeat for more inputs",
-    "sparsity": "none (exploit what the model already has), unit:RATE or vec16:RATE",
+    "sparsity": "none (exploit what the model already has), unit:RATE, vec16:RATE, ...; with "
+    "--quality-budget the strongest rate to try",
     "quant": "quantisation of the weights, or none",
-    "kv": "compression of the KV cache, or none",
+    "kv": "tokens dropped from the KV cache of a decoder step, drop=0.3,block=128; needs "
+    "--opaque-state",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
     "target": "host, x86-64-v3 or x86-64-v4",
     "threads": "worker threads (default: every core)",
@@ -28,7 +30,11 @@ HELP = {
     "no_measure": "do not time anything; no order is accepted on speed",
     "explain": "print every axis group and why the other axes are pinned",
     "quality": "evaluate quality: stsb or stsb:PAIRS (MiniLM only, needs the data)",
-    "opaque_state": "input=output, a state that only this model reads; repeat for more states",
+    "quality_budget": "points the sparsity may cost: search a rate for each layer (MiniLM only, "
+    "needs the data)",
+    "agreement_floor": "least mean cosine with the dense outputs in that search",
+    "opaque_state": "input=output, a state that only this model reads; repeat for more states, or "
+    "write 'past_*=present_*'",
 }
 
 EXAMPLES = """  icd compile minilm --sparsity unit:0.5 --peer onnxruntime
@@ -58,6 +64,8 @@ def parser() -> Parser:
     add("--no-measure", action="store_true", help=HELP["no_measure"])
     add("--explain", action="store_true", help=HELP["explain"])
     add("--quality", help=HELP["quality"])
+    add("--quality-budget", type=float, metavar="POINTS", help=HELP["quality_budget"])
+    add("--agreement-floor", type=float, default=0.99, help=HELP["agreement_floor"])
     add("--opaque-state", action="append", default=[], metavar="IN=OUT", help=HELP["opaque_state"])
     result.add_common("print the metrics record instead of a table")
     return result
@@ -85,6 +93,8 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         quality=arguments.quality,
         rpc=arguments.rpc,
         rpc_key=arguments.rpc_key,
+        quality_budget=arguments.quality_budget,
+        agreement_floor=arguments.agreement_floor,
         opaque_states=tuple(parse_state(text) for text in arguments.opaque_state),
     )
 

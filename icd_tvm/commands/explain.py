@@ -40,11 +40,14 @@ def run(arguments: argparse.Namespace) -> None:
     from icd_tvm.relax_passes.axis_groups import find_axis_groups
     from icd_tvm.relax_passes.explain import explain_dot, explain_json, explain_text
     from icd_tvm.runtime.stages.load import load_model
+    from icd_tvm.runtime.state_names import expand_states
 
     shapes = dict(parse_shape(text) for text in arguments.shape)
-    states = [parse_state(text) for text in arguments.opaque_state]
+    named = dict(parse_state(text) for text in arguments.opaque_state)
     model = load_model(ModelKeys.model_validate(model_source(arguments.model)))
-    groups = find_axis_groups(import_onnx(model, shapes or None).mod["main"], opaque_states=states)
+    imported = import_onnx(model, shapes or None)
+    states = expand_states(named, [spec.name for spec in imported.inputs])
+    groups = find_axis_groups(imported.mod["main"], opaque_states=states)
     print(explain_json(groups) if arguments.json else explain_text(groups))
     if arguments.dot:
         write_atomically(arguments.dot, lambda path: path.write_text(explain_dot(groups), "utf-8"))

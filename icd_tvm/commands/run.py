@@ -19,6 +19,7 @@ HELP = {
     "out": "the run directory (report.out_dir)",
     "resume": "continue after the last stage that was finished",
     "dry_run": "check the inputs, print the plan, write nothing",
+    "quality_budget": "points the sparsity may cost (quality.budget)",
     "reuse_perm": "take the orders of this perm.json instead of solving",
 }
 EXAMPLES = """  icd run -c configs/mock.json --override pipeline.mode=iterative --out runs/iter
@@ -33,6 +34,9 @@ def parser() -> Parser:
     add_config(result)
     result.add_argument("--resume", action="store_true", help=HELP["resume"])
     result.add_argument("--dry-run", action="store_true", help=HELP["dry_run"])
+    result.add_argument(
+        "--quality-budget", type=float, metavar="POINTS", help=HELP["quality_budget"]
+    )
     result.add_argument("--reuse-perm", type=Path, metavar="FILE", help=HELP["reuse_perm"])
     result.add_common("print the metrics record instead of a table")
     return result
@@ -60,7 +64,9 @@ def config_from(arguments: argparse.Namespace) -> Config:
         path = arguments.out / "config.resolved.yaml"
     if path is None:
         raise ConfigError("no configuration is given", "icd run -c FILE --out DIR")
-    return load_config(path, [*arguments.override, *_device(arguments)])
+    budget = getattr(arguments, "quality_budget", None)
+    more = [] if budget is None else [f"quality.budget={budget}"]
+    return load_config(path, [*arguments.override, *_device(arguments), *more])
 
 
 def _device(arguments: argparse.Namespace) -> list[str]:

@@ -13,8 +13,10 @@ from icd_tvm.adapters.kv_pages import break_even_steps
 from icd_tvm.adapters.kv_slots import SlotCache, SlotPlan, compact_slots, plan_slots
 from icd_tvm.adapters.kv_spec import KVSpec, parse_kv
 from icd_tvm.errors import IcdError, TransformError
+from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.kv_states import KVStates, find_kv_states
+from icd_tvm.relax_passes.step_cache import StepCache
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 __all__ = ["ApplyKVCompress", "parse_kv"]
@@ -44,7 +46,7 @@ class ApplyKVCompress:
     attention : array, optional
         For the scores; see :func:`icd_tvm.adapters.kv_slots.compact_slots`.
     opaque_states : sequence of (str, str)
-        (input, output) names of the cache.
+        (input, output) names of the cache; those of the module's layout tag if omitted.
 
     Attributes
     ----------
@@ -117,7 +119,7 @@ class ApplyKVCompress:
     def _compacted_module(self, mod: Any) -> Any:
         if self.spec.drop == 0:
             raise TransformError("drop 0 removes nothing")
-        states = find_kv_states(mod["main"], self.opaque_states)
+        states = find_kv_states(mod["main"], self.opaque_states or opaque_states(mod))
         capacity = states.shape[1]
         length = max(1, capacity - 1) if self.length is None else self.length
         self.plan = plan_slots(states.layers, states.shape, length, self.spec)
@@ -126,7 +128,7 @@ class ApplyKVCompress:
         keep = {group: np.arange(self.plan.slots) for group in states.slots}
         new = compact_groups(mod, states.groups, keep, resizable=("relax.nn.softmax",))
         self.meta = _meta(self.plan, states, mod, self.compacted)
-        return new
+        return StepCache(self.plan, states.length).attach(new)
 
 
 def _meta(

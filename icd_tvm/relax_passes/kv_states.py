@@ -36,12 +36,15 @@ class KVStates:
         The analysis they were found by.
     slots : tuple of str
         Ids of the groups of the slot axes.
+    length : str
+        Input that slot numbers are compared with: how many are filled; empty if there is none.
     """
 
     layers: tuple[tuple[str, str], ...]
     shape: tuple[int, int, int]
     groups: AxisGroups
     slots: tuple[str, ...]
+    length: str = ""
 
 
 def find_kv_states(func: Any, opaque_states: Sequence[tuple[str, str]]) -> KVStates:
@@ -81,7 +84,8 @@ def find_kv_states(func: Any, opaque_states: Sequence[tuple[str, str]]) -> KVSta
     shape = finder.shape(layers)
     for group in finder.slots:
         finder.check_constants(groups.get(group))
-    return KVStates(layers, shape, groups, tuple(finder.slots))
+    length = next(iter(finder.lengths), "") if len(finder.lengths) == 1 else ""
+    return KVStates(layers, shape, groups, tuple(finder.slots), length)
 
 
 class _Finder:
@@ -91,6 +95,7 @@ class _Finder:
         self.states = {p.name: p for p in func.params if p.name in states}
         self.params = set(func.params)
         self.slots: dict[str, None] = {}
+        self.lengths: set[str] = set()
 
     def layers(self) -> Iterator[tuple[str, str]]:
         """Yield the names of keys and values of every attention over a state."""
@@ -190,6 +195,7 @@ class _Finder:
                     raise _tied(use, op, "is compared with a computed slot")
                 if not self._only_compared(source, group):
                     raise _tied(use, op, f"is compared with {source.name!r}, used elsewhere too")
+                self.lengths.add(str(source.name))
 
     def _through_shapes(self, var: Any) -> Any:
         while True:

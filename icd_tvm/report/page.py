@@ -244,6 +244,9 @@ def _rest(
     reasons = as_mapping(record.get("not_measured"))
     kinds = Counter(text(dig(group, "kind")) for group in as_list(record.get("groups")))
     quality = {k: v for k, v in as_mapping(record.get("quality")).items() if k != "arms"}
+    if "budget" in quality:
+        # Its candidates are too many to read; the record has them.
+        quality["budget"] = as_mapping(quality["budget"]).get("reason")
     environment = {k: v for k, v in as_mapping(record.get("env")).items() if k != "reasons"}
     more = {key: record.get(key) for key in ("seed", "wall_s", "peak_memory_mib", "graph_source")}
     return {

@@ -108,6 +108,7 @@ class BudgetResult:
             "found": self.found,
             "reason": self.reason,
             "rates": self.rates,
+            "rules": {r.pattern: str(r.spec) for r in self.rules.rules} if self.rules else {},
             "best": asdict(self.best),
             "dense_points": self.dense,
             "held_out_looks": sum(c.stage == "held-out" for c in self.candidates),

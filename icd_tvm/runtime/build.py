@@ -10,6 +10,7 @@ import numpy as np
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
 from icd_tvm.relax_passes.state_order import StateOrder
+from icd_tvm.relax_passes.step_cache import StepCache
 
 
 class Built:
@@ -27,6 +28,9 @@ class Built:
         The order in which the module keeps its opaque states. Callers see the original one.
     lowered : tvm.IRModule, optional
         What was compiled: calls of scheduled TIR functions.
+    cache : StepCache, optional
+        Of a step that was rewritten for fewer cache slots. Callers pass the whole cache, or
+        one with the slots that are left, as the outputs have them.
     """
 
     def __init__(
@@ -36,10 +40,12 @@ class Built:
         kernels: Mapping[str, str],
         states: StateOrder | None = None,
         lowered: Any = None,
+        cache: StepCache | None = None,
     ) -> None:
         self.executable = executable
         self.lowered = lowered
         self.states = states or StateOrder()
+        self.cache = cache
         self.input_names = input_names
         self.kernels = dict(kernels)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
@@ -65,8 +71,10 @@ class Built:
         self.executable.export_library(path)
 
     def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the inputs as the module takes them: states in its own order."""
-        return dict(self.states.inputs_to_own({name: feeds[name] for name in self.input_names}))
+        """Return the inputs as the module takes them: states in its own order and size."""
+        given = {name: np.asarray(feeds[name]) for name in self.input_names}
+        whole = given if self.cache is None else self.cache.inputs_to_own(given)
+        return dict(self.states.inputs_to_own(whole))
 
     def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
         own = self.own_feeds(feeds)
@@ -78,7 +86,8 @@ def build(mod: Any, target: Any) -> Built:
     names = [parameter.name for parameter in mod["main"].params]
     lowered = lower_and_build(mod, target)
     kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in lowered.choices.items()}
-    return Built(lowered.executable, names, kernels, StateOrder.read(mod), lowered.mod)
+    states, cache = StateOrder.read(mod), StepCache.read(mod)
+    return Built(lowered.executable, names, kernels, states, lowered.mod, cache)
 
 
 def _flatten(outputs: list[Any]) -> list[Any]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from icd_tvm.models.importer import ImportedModel
+from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.decide_permutation import Decision
+from icd_tvm.relax_passes.step_cache import StepCache
 from icd_tvm.relax_passes.verify_layout import Difference
-from icd_tvm.runtime.arms import DENSE, Arm
+from icd_tvm.runtime.arms import DENSE, IDENTITY, Arm
 from icd_tvm.runtime.build import Built
 from icd_tvm.runtime.counters import Counters
 from icd_tvm.runtime.decide import Verdict
@@ -70,3 +74,10 @@ class Compilation:
     quality: dict[str, Any] | None = None
     verdict: Verdict = field(default_factory=lambda: Verdict(DENSE, False, "nothing was done"))
     record: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, seed: int) -> dict[str, NDArray[Any]]:
+        """Return random inputs of the model; a cache that was compacted is a filled one."""
+        feeds = random_inputs(self.imported, seed)
+        arm = self.arms.get(IDENTITY)
+        cache = None if arm is None else StepCache.read(arm.mod)
+        return feeds if cache is None else cache.filled(feeds)

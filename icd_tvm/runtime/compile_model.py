@@ -58,7 +58,7 @@ def summary(record: Mapping[str, Any]) -> str:
     """Return the table of arms, the gates and the decision of a metrics record."""
     decision, lines = record["decision"], []
     if record["arms"]:
-        lines += [arms_table(record), ""]
+        lines += [arms_table(record), *_transform_gain(record["ratios"]), ""]
     if device := record.get("device"):
         lines.append(f"timed on {device['key']} at {device['address']} ({device['cpu']})")
     lines += [f"{g['name']:8s} {g['status']}: {g['reason']}" for g in record["gates"]]
@@ -69,3 +69,12 @@ def summary(record: Mapping[str, Any]) -> str:
     verdict = {True: "accepted", False: "not accepted", None: "undecided"}[decision["accepted"]]
     kept = f"{verdict}, {decision['arm']} is kept: " if decision["arm"] else ""
     return "\n".join([*lines, kept + decision["reason"]])
+
+
+def _transform_gain(ratios: Mapping[str, Any]) -> list[str]:
+    """Say what the transform alone changed, apart from any order."""
+    found = ratios.get("identity/dense")
+    if found is None:
+        return []
+    interval = f"{found['median']:.3f} [{found['lo']:.3f}, {found['hi']:.3f}]"
+    return [f"the transform alone: identity/dense {interval}"]

@@ -83,6 +83,9 @@ class Job:
         ``before`` and ``after`` -> access graphs, where they were built.
     perms : dict of str to (dict of str to int32[n]) or None
         ``before`` and ``after`` -> what is applied; None where no order was decided.
+    budget : dict or None
+        What the search under a quality budget found, see
+        :mod:`icd_tvm.runtime.budget_search`.
     flags : list of Flag
     failure : Failure or None
     """
@@ -105,6 +108,7 @@ class Job:
     graphs: dict[str, Any] = field(default_factory=dict)
     perms: dict[str, Mapping[str, np.ndarray] | None] = field(default_factory=dict)
     compilation: Compilation | None = None
+    budget: dict[str, Any] | None = None
     flags: list[Flag] = field(default_factory=list)
     failure: Failure | None = None
 

@@ -25,6 +25,7 @@ PAIRS = (
     ("iterative", "identity"),
     ("linear", "identity"),
     ("random", "linear"),
+    ("identity", "dense"),
     ("iterative", "dense"),
     ("identity", "dense"),
     ("dense", "onnxruntime"),

@@ -45,6 +45,10 @@ class CompileOptions:
         File for the compiled library of the accepted arm.
     measure : bool
         False skips timing; then nothing is accepted on speed and the report says so.
+    quality_budget : float or None
+        Points that the sparsity may cost; its rates are searched.
+    agreement_floor : float
+        Least mean cosine with the dense outputs in that search.
     opaque_states : tuple[tuple[str, str], ...]
         Pairs (input name, output name) that only this module reads: their order is its own.
 
@@ -71,6 +75,8 @@ class CompileOptions:
     measure: bool = True
     explain: bool = False
     quality: str | None = None
+    quality_budget: float | None = None
+    agreement_floor: float = 0.99
     opaque_states: tuple[tuple[str, str], ...] = ()
     rpc: str | None = None
     rpc_key: str | None = None
@@ -103,7 +109,11 @@ class CompileOptions:
                     "rpc": self.rpc,
                     "rpc_key": self.rpc_key,
                 },
-                "quality": {"metric": self.quality},
+                "quality": {
+                    "metric": self.quality,
+                    "budget": self.quality_budget,
+                    "agreement_floor": self.agreement_floor,
+                },
                 "target": self.target,
                 "threads": self.threads,
                 "seed": self.seed,

@@ -117,6 +117,8 @@ def _looked_up(job: Job, when: str, mod: Any) -> tuple[CacheEntry, str]:
     """Look the order up, or solve and keep it; another process's solution is waited for."""
     keys, facts = job.config.cache, made_from(job)
     transforms = {**facts["transforms"], "data": job.result.transform.get("calibration", "")}
+    if job.budget is not None:
+        transforms["rules"] = job.budget["rules"]
     key = cache_key(
         model_hash=job.model_hash,
         task=f"{facts['task']}/{when}",

@@ -32,7 +32,7 @@ def make_record(job: Job) -> dict[str, Any]:
         "arms": _arms(result) if result else {},
         "ratios": measured.ratios(seed) if measured else {},
         "equivalence": _equivalence(result),
-        "quality": result.quality if result else None,
+        "quality": _quality(job),
         "groups": _groups(result) if result else [],
         "decision": _decision(job),
         "transform": result.transform if result else {},
@@ -58,6 +58,11 @@ def _peers(job: Job, measured: Measured | None) -> dict[str, Any] | None:
     if job.config.measure.rpc is not None:
         return None
     return measured.peer_info if measured else {}
+
+
+def _quality(job: Job) -> dict[str, Any] | None:
+    found = job.compilation.quality if job.compilation else None
+    return found if job.budget is None else {**(found or {}), "budget": job.budget}
 
 
 def _failure(job: Job) -> dict[str, str] | None:

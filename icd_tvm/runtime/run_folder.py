@@ -19,7 +19,7 @@ from icd_tvm.runtime.events import EventLog, read_events
 CONFIG, EVENTS, METRICS = "config.resolved.yaml", "events.jsonl", "metrics.json"
 PERM, GRAPH, GRAPH_AFTER = "perm.json", "W.npz", "W_after.npz"
 MEASURED, MODULE, REPORT = "measured.npz", "module.so", "report.csv"
-COUNTERS = "counters.json"
+COUNTERS, BUDGET = "counters.json", "budget.json"
 ENVIRONMENT, TRACEBACK = "environment.json", "traceback.txt"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _NAMES = (
@@ -33,6 +33,7 @@ _NAMES = (
     MODULE,
     ENVIRONMENT,
     TRACEBACK,
+    BUDGET,
 )
 LOCK_WAIT_S = 1.0
 

@@ -38,11 +38,11 @@ class Strengths:
     mod : tvm.IRModule
         Left untouched.
     spec : SparsitySpec or LayerRules
-        Which targets are searched, and the sparsity type of each; its rates are not used.
+        Which targets are searched, the sparsity type of each, and its strongest rate.
     statistics : Mapping[str, numpy.ndarray]
         See :class:`icd_tvm.relax_passes.apply_sparsity.ApplySparsity`.
     rates : sequence of float
-        Rates in (0, 1); those that a type cannot have are left out.
+        Rates in (0, 1); those that a type cannot have or that exceed its spec's are left out.
     seed : int
         Seed of the adapters.
 
@@ -175,7 +175,7 @@ def _ladder(spec: SparsitySpec, rates: Sequence[float]) -> list[SparsitySpec]:
     if spec.kind in ("n:m", "v:n:m"):
         return [spec]
     ladder = []
-    for rate in rates:
+    for rate in (rate for rate in rates if rate <= spec.rate):
         try:
             ladder.append(make_spec(spec.type_name, rate))
         except ConfigError:

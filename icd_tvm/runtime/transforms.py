@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from icd_tvm.adapters.kv_spec import parse_kv
 from icd_tvm.adapters.quant import parse_quant
-from icd_tvm.adapters.sparsity import parse_sparsity
+from icd_tvm.adapters.sparsity import SparsitySpec, parse_sparsity
 from icd_tvm.config import Config
 from icd_tvm.errors import ConfigError
+from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
 from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_requests
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
-from icd_tvm.relax_passes.layer_rules import parse_request
+from icd_tvm.relax_passes.layer_rules import LayerRules, parse_request
+from icd_tvm.runtime.strengths import RATES
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,35 @@ class Transform:
         Module -> statistics of matmul inputs that the pass wants.
     make : Callable
         (statistics, seed) -> pass; after it ran, its ``meta`` says what it did.
+    rules : LayerRules, optional
+        Of a sparsity whose rates are still to be searched under a quality budget.
     """
 
     name: str
     text: str
     requests: Callable[[Any], Mapping[str, Statistic]]
     make: Callable[[Mapping[str, Any], int], Any]
+    rules: LayerRules[SparsitySpec] | None = None
 
 
 def _sparsity(text: str, config: Config) -> Transform:
-    rules = parse_request(text, parse_sparsity)
+    budget = config.quality.budget
+    rules = parse_request(text, parse_sparsity if budget is None else _strongest)
+    within = "" if budget is None else f" within {budget:g} points"
+    if budget is not None:
+        within += f" and a cosine of {config.quality.agreement_floor:g}"
     return Transform(
         "sparsity",
-        text.strip(),
+        text.strip() + within,
         lambda mod: calibration_requests(mod, rules),
         lambda statistics, seed: ApplySparsity(rules, statistics, seed=seed),
+        None if budget is None else rules,
     )
+
+
+def _strongest(text: str) -> SparsitySpec:
+    """Read a type with the strongest rate that is tried, or a type alone."""
+    return parse_sparsity(text if ":" in text or text == NONE else f"{text}:{max(RATES)}")
 
 
 def _quant(text: str, config: Config) -> Transform:
@@ -58,8 +74,29 @@ def _quant(text: str, config: Config) -> Transform:
     )
 
 
+def _kv(text: str, config: Config) -> Transform:
+    spec = parse_kv(text)
+    if spec.score == "attention_mass":
+        raise ConfigError(
+            f"transform.kv: {text!r} scores by attention, which random caches have not",
+            "score=key_norm or score=recency",
+        )
+    if config.graph.source != "tir":
+        raise ConfigError(
+            f"transform.kv: {text!r} needs graph.source tir",
+            f"a {config.graph.source} has orders of the whole cache",
+        )
+    return Transform(
+        "kv", text.strip(), lambda mod: {}, lambda statistics, seed: ApplyKVCompress(spec)
+    )
+
+
 # In the order in which they are applied: key of ``transform`` -> (its text, all keys) -> Transform.
-KINDS: dict[str, Callable[[str, Config], Transform]] = {"sparsity": _sparsity, "quant": _quant}
+KINDS: dict[str, Callable[[str, Config], Transform]] = {
+    "sparsity": _sparsity,
+    "quant": _quant,
+    "kv": _kv,
+}
 NONE = "none"
 
 
@@ -69,14 +106,8 @@ def find_transforms(config: Config) -> list[Transform]:
     Raises
     ------
     ConfigError
-        If a specification is malformed, or nothing here implements it.
+        If a specification is malformed, or asks for what a run cannot give.
     """
     keys = config.transform.model_dump()
     asked = {name: text for name, text in keys.items() if text.strip() != NONE}
-    for name, text in asked.items():
-        if name not in KINDS:
-            raise ConfigError(
-                f"transform.{name}: {text!r} cannot be compiled by this version",
-                f"available: {', '.join(KINDS)}; set transform.{name} to none",
-            )
     return [KINDS[name](asked[name], config) for name in KINDS if name in asked]

@@ -14,21 +14,23 @@ from icd_tvm.models.registry import build as build_model
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags, tagged_groups
 from icd_tvm.relax_passes.explain import explain_text
 from icd_tvm.relax_passes.permutation_file import model_hash
+from icd_tvm.runtime.budget_search import prepare_budget
 from icd_tvm.runtime.compilation import Compilation
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.order_file import output_widths, read_orders, version_tag
 from icd_tvm.runtime.orders import made_from
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.run_folder import PERM
+from icd_tvm.runtime.state_names import expand_states
 from icd_tvm.runtime.states import State
 
 
 def load(job: Job, event: Stage) -> None:
     """Import the model; read the orders of an earlier run where there is one to continue."""
     keys = job.config.model
-    states = tuple(keys.opaque_states.items())
     with job.progress.stage("import") as stage:
         imported = import_onnx(load_model(keys), keys.shapes or None)
+        states = expand_states(keys.opaque_states, [spec.name for spec in imported.inputs])
         mod = apply_pass(AttachLayoutTags(states), imported.mod)
         groups = tagged_groups(mod)
         stage.meta = {"nodes": len(imported.model.graph.node), "free axis groups": len(groups.free)}
@@ -39,6 +41,7 @@ def load(job: Job, event: Stage) -> None:
     job.model_hash = model_hash(mod["main"])
     event.meta |= {"model_hash": job.model_hash, **stage.meta}
     _check_model(job)
+    prepare_budget(job)
     _read_orders(job)
 
 

@@ -6,7 +6,6 @@ from functools import partial
 
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.environment import fingerprint
-from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.counters import CACHES, ENERGY, count, read_counters
@@ -77,7 +76,7 @@ def _time_arms(job: Job) -> None:
 
 def _timed(job: Job, peer: str | None) -> Measured:
     result = job.result
-    feeds = random_inputs(result.imported, job.config.seed)
+    feeds = result.inputs(job.config.seed)
     if job.config.measure.rpc is not None:
         return measure_remotely(result.built, feeds, job.config, job.target)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
@@ -101,7 +100,7 @@ def _count(job: Job) -> None:
         result.counters.reasons = dict.fromkeys((ENERGY, CACHES), reason)
         return
     with job.progress.stage("count") as stage:
-        feeds = random_inputs(result.imported, job.config.seed)
+        feeds = result.inputs(job.config.seed)
         result.counters = count(result.built, feeds, keys, job.target)
         stage.meta = dict(result.counters.reasons)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from icd_tvm.errors import VerificationError
-from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, difference
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, linear_arm
 from icd_tvm.runtime.build import Built, build
@@ -70,7 +69,7 @@ def _built(job: Job, name: str) -> Built:
 def _check(job: Job, name: str, candidate: Built) -> None:
     if name != LINEAR or LINEAR in job.result.verified or IDENTITY not in job.result.arms:
         return
-    feeds = random_inputs(job.result.imported, job.config.seed)
+    feeds = job.result.inputs(job.config.seed)
     expected = candidate.comparable(_built(job, IDENTITY).run_all(feeds))
     found = difference(expected, candidate.run_all(feeds))
     if not found.within(FP32_TOLERANCE):

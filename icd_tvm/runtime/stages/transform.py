@@ -9,6 +9,7 @@ import numpy as np
 from icd_tvm._tvm import GenericConst, apply_pass, relax
 from icd_tvm.models.calibration import calibration_batches
 from icd_tvm.runtime.arms import DENSE, IDENTITY, Arm
+from icd_tvm.runtime.budget_search import within_budget
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.progress import Stage
@@ -29,6 +30,8 @@ def transform(job: Job, event: Stage) -> None:
             source = data if source == NONE else source
         kind = " + ".join(item.text for item in job.transforms) or NONE
         stage.meta = {"kind": kind, "calibration": source}
+        if job.budget is not None:
+            stage.meta["budget"] = job.budget["reason"]
     job.result.transform = {**meta, "calibration": source, "delta_layout": _says_layout(meta)}
     job.result.arms = {DENSE: Arm(DENSE, dense), IDENTITY: Arm(IDENTITY, mod)}
     event.meta |= {**stage.meta, "delta_layout": job.result.transform["delta_layout"]}
@@ -43,8 +46,14 @@ def _applied(job: Job, item: Transform, mod: Any) -> tuple[Any, dict[str, Any], 
                 job.result.imported, CALIBRATION_BATCHES, job.config.seed
             )
             statistics = calibrate(mod, requests, batches, job.target)
+        if item.rules is not None:
+            item = within_budget(job, item, statistics)
         made = item.make(statistics, job.config.seed)
-        return apply_pass(made, mod), made.meta, source
+        changed = apply_pass(made, mod)
+        meta = made.meta.get(item.name, made.meta)
+        if meta.get("skipped") is True:
+            job.warn("transform", f"{item.name} {item.text} is left out: {meta['why']}")
+        return changed, {item.name: meta}, source
     except Exception as error:
         # Whatever is wrong with one adapter, the others and the order can still be had.
         job.warn("transform", f"{item.name} {item.text} is left out: {error}")
