@@ -109,6 +109,14 @@ def test_null_needs_a_reason(record: dict, field: str) -> None:
         validate_metrics(record)
 
 
+def test_null_peers_need_a_reason(record: dict) -> None:
+    record["peers"] = None
+    with pytest.raises(MeasurementError, match="peers is null without a reason"):
+        validate_metrics(record)
+    record["not_measured"]["peers"] = "timed elsewhere"
+    validate_metrics(record)
+
+
 def test_undecided_is_allowed(record: dict) -> None:
     record["decision"]["accepted"] = None
     validate_metrics(record)

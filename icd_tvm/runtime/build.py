@@ -26,6 +26,8 @@ class Built:
         The kernel chosen for each matmul whose weight has zeros.
     states : StateOrder, optional
         The order in which the module keeps its opaque states. Callers see the original one.
+    lowered : tvm.IRModule, optional
+        What was compiled: calls of scheduled TIR functions.
     cache : StepCache, optional
         Of a step that was rewritten for fewer cache slots. Callers pass the whole cache, or
         one with the slots that are left, as the outputs have them.
@@ -37,9 +39,11 @@ class Built:
         input_names: list[str],
         kernels: Mapping[str, str],
         states: StateOrder | None = None,
+        lowered: Any = None,
         cache: StepCache | None = None,
     ) -> None:
         self.executable = executable
+        self.lowered = lowered
         self.states = states or StateOrder()
         self.cache = cache
         self.input_names = input_names
@@ -66,19 +70,24 @@ class Built:
         """Write the library, weights inside, to ``path``."""
         self.executable.export_library(path)
 
-    def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+    def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the inputs as the module takes them: its own cache slots, states in its order."""
         given = {name: np.asarray(feeds[name]) for name in self.input_names}
         whole = given if self.cache is None else self.cache.inputs_to_own(given)
-        own = self.states.inputs_to_own(whole)
+        return dict(self.states.inputs_to_own(whole))
+
+    def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        own = self.own_feeds(feeds)
         return [tvm.runtime.tensor(np.asarray(own[n], order="C")) for n in self.input_names]
 
 
 def build(mod: Any, target: Any) -> Built:
     """Lower ``main`` of ``mod`` for ``target`` and load it."""
     names = [parameter.name for parameter in mod["main"].params]
-    executable, choices = lower_and_build(mod, target)
-    kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in choices.items()}
-    return Built(executable, names, kernels, StateOrder.read(mod), StepCache.read(mod))
+    lowered = lower_and_build(mod, target)
+    kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in lowered.choices.items()}
+    states, cache = StateOrder.read(mod), StepCache.read(mod)
+    return Built(lowered.executable, names, kernels, states, lowered.mod, cache)
 
 
 def _flatten(outputs: list[Any]) -> list[Any]:

@@ -27,8 +27,10 @@ PAIRS = (
     ("random", "linear"),
     ("identity", "dense"),
     ("iterative", "dense"),
+    ("identity", "dense"),
     ("dense", "onnxruntime"),
     ("iterative", "onnxruntime"),
+    ("linear", "onnxruntime"),
 )
 
 
@@ -48,6 +50,8 @@ class Measured:
         Outputs of each peer on the timed inputs, by ONNX name.
     peer_differences : dict[str, float]
         Largest relative difference of each peer's outputs from those of the dense arm.
+    device : dict or None
+        The device that was timed over RPC; None for this machine.
     """
 
     samples: dict[str, Samples]
@@ -55,6 +59,7 @@ class Measured:
     peer_info: dict[str, dict[str, str]] = field(default_factory=dict)
     peer_outputs: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     peer_differences: dict[str, float] = field(default_factory=dict)
+    device: dict[str, Any] | None = None
 
     @property
     def rounds(self) -> int:

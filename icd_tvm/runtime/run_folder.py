@@ -19,7 +19,8 @@ from icd_tvm.runtime.events import EventLog, read_events
 CONFIG, EVENTS, METRICS = "config.resolved.yaml", "events.jsonl", "metrics.json"
 PERM, GRAPH, GRAPH_AFTER = "perm.json", "W.npz", "W_after.npz"
 MEASURED, MODULE, REPORT = "measured.npz", "module.so", "report.csv"
-ENVIRONMENT, TRACEBACK, BUDGET = "environment.json", "traceback.txt", "budget.json"
+COUNTERS, BUDGET = "counters.json", "budget.json"
+ENVIRONMENT, TRACEBACK = "environment.json", "traceback.txt"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _NAMES = (
     CONFIG,
@@ -28,6 +29,7 @@ _NAMES = (
     GRAPH,
     GRAPH_AFTER,
     MEASURED,
+    COUNTERS,
     MODULE,
     ENVIRONMENT,
     TRACEBACK,
