@@ -91,10 +91,10 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         measure=not arguments.no_measure,
         explain=arguments.explain,
         quality=arguments.quality,
-        rpc=arguments.rpc,
-        rpc_key=arguments.rpc_key,
         quality_budget=arguments.quality_budget,
         agreement_floor=arguments.agreement_floor,
+        rpc=arguments.rpc,
+        rpc_key=arguments.rpc_key,
         opaque_states=tuple(parse_state(text) for text in arguments.opaque_state),
     )
 

@@ -64,9 +64,13 @@ def config_from(arguments: argparse.Namespace) -> Config:
         path = arguments.out / "config.resolved.yaml"
     if path is None:
         raise ConfigError("no configuration is given", "icd run -c FILE --out DIR")
+    return load_config(path, [*arguments.override, *_budget(arguments), *_device(arguments)])
+
+
+def _budget(arguments: argparse.Namespace) -> list[str]:
+    """Return the override that the flag of a quality budget stands for."""
     budget = getattr(arguments, "quality_budget", None)
-    more = [] if budget is None else [f"quality.budget={budget}"]
-    return load_config(path, [*arguments.override, *_device(arguments), *more])
+    return [] if budget is None else [f"quality.budget={budget}"]
 
 
 def _device(arguments: argparse.Namespace) -> list[str]:

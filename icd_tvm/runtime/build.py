@@ -71,7 +71,7 @@ class Built:
         self.executable.export_library(path)
 
     def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the inputs as the module takes them: states in its own order and size."""
+        """Return the inputs as the module takes them: its own cache slots, states in its order."""
         given = {name: np.asarray(feeds[name]) for name in self.input_names}
         whole = given if self.cache is None else self.cache.inputs_to_own(given)
         return dict(self.states.inputs_to_own(whole))

@@ -66,9 +66,11 @@ def _loaded(
         for name, item in built.items():
             library = Path(folder) / f"{name}.so"
             item.export(str(library))
-            arms[name] = load_arm(device, library, [feeds[n] for n in item.input_names])
+            own = item.own_feeds(feeds)
+            arms[name] = load_arm(device, library, [own[n] for n in item.input_names])
             library.unlink()
-            found = difference(item.run_all(feeds), arms[name].outputs)
+            outputs = item.states.outputs_to_original(list(arms[name].outputs))
+            found = difference(item.run_all(feeds), outputs)
             if not found.within(FP32_TOLERANCE):
                 raise VerificationError(
                     f"arm {name!r} differs by {found.max_rel:.1e} relative on the device",

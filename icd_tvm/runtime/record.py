@@ -54,15 +54,15 @@ def make_record(job: Job) -> dict[str, Any]:
     return {**record, "gates": gates}
 
 
+def _quality(job: Job) -> dict[str, Any] | None:
+    found = job.compilation.quality if job.compilation else None
+    return found if job.budget is None else {**(found or {}), "budget": job.budget}
+
+
 def _peers(job: Job, measured: Measured | None) -> dict[str, Any] | None:
     if job.config.measure.rpc is not None:
         return None
     return measured.peer_info if measured else {}
-
-
-def _quality(job: Job) -> dict[str, Any] | None:
-    found = job.compilation.quality if job.compilation else None
-    return found if job.budget is None else {**(found or {}), "budget": job.budget}
 
 
 def _failure(job: Job) -> dict[str, str] | None:
