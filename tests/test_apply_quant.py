@@ -21,9 +21,11 @@ from icd_tvm.models.registry import build
 from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
-from icd_tvm.relax_passes.layer_rules import LayerRules, parse_layer_rules
+from icd_tvm.relax_passes.layer_rules import LayerRules, parse_layer_rules, parse_request
 from icd_tvm.relax_passes.permute_constants import PermuteConstants
 from icd_tvm.runtime.calibrate import calibrate
+from icd_tvm.runtime.order_file import output_widths
+from icd_tvm.tir_schedules.target import host_target
 
 META = "icd.transform_meta"
 
@@ -449,7 +451,7 @@ def test_the_incoming_module_and_statistics_stay() -> None:
 @pytest.mark.parametrize("text", ["int8", "int8:asym:compensate", "int4:group16:compensate"])
 def test_zeros_of_the_sparsity_before_stay_zero(text: str) -> None:
     x = mlp_example()
-    sparse = ApplySparsity(parse_sparsity("vec16:0.5"))(relu_mlp())
+    sparse = ApplySparsity(parse_request("vec16:0.5; min-size=0", parse_sparsity))(relu_mlp())
     quantised = ApplyQuant(everything(text), mlp_statistics(x))(sparse)
     assert set(json.loads(quantised.attrs[META])) == {"sparsity", "quant"}
     zeros = constants(sparse)["w1"] == 0
@@ -476,3 +478,16 @@ def test_the_hidden_axis_can_still_be_permuted(text: str) -> None:
     permuted = apply_pass(PermuteConstants({groups[0].id: order}), quantised)
     np.testing.assert_allclose(run(permuted, x), run(quantised, x), rtol=1e-4, atol=1e-4)
     assert not np.array_equal(constants(permuted)["w1"], constants(quantised)["w1"])
+
+
+@pytest.mark.parametrize("text", ["int8", "int8:w8a8", "int8:w8a8-dynamic", "int8:salient0.1"])
+def test_axis_groups_and_matmuls_keep_their_names(text: str) -> None:
+    """An order that was decided before finds its axes by them."""
+    dense = import_onnx(two_layers()).mod
+    spec, batches = everything(text), [{"x": example(seed)} for seed in range(2)]
+    statistics = calibrate(dense, quant_requests(dense, spec), batches, host_target())
+    quantised = ApplyQuant(spec, statistics)(dense)
+    before, after = (find_axis_groups(mod["main"]) for mod in (dense, quantised))
+    assert before.free
+    assert {group.id for group in before.free} <= {group.id for group in after.free}
+    assert output_widths(dense["main"]).items() <= output_widths(quantised["main"]).items()

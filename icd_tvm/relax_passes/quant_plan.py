@@ -57,6 +57,11 @@ class QuantizedProduct:
     weight: QuantizedTensor
     scale: tuple[float, int] | None
 
+    @property
+    def ends_in_another_op(self) -> bool:
+        """Whether the matmul's own result is scaled, or salient rows are added to it."""
+        return self.spec.activations == "dynamic" or self.weight.salient is not None
+
 
 def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statistic]:
     """Return the statistics that ``spec`` wants of ``mod``: the least that will do.
