@@ -8,7 +8,7 @@ from typing import Any
 from icd_tvm.models.importer import ImportedModel
 from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.decide_permutation import Decision
-from icd_tvm.relax_passes.verify_layout import Difference
+from icd_tvm.relax_passes.verify_layout import FP32_SUMS, Difference, Tolerance
 from icd_tvm.runtime.arms import DENSE, Arm
 from icd_tvm.runtime.build import Built
 from icd_tvm.runtime.decide import Verdict
@@ -37,6 +37,8 @@ class Compilation:
         What the transforms did.
     equivalence : Difference
         Iterative outputs (linear in linear mode) against identity outputs.
+    tolerance : Tolerance
+        What passes as equal, and why.
     verified : list[str]
         Arms that were found equal to the identity arm.
     no_opportunity : str
@@ -60,6 +62,7 @@ class Compilation:
     after: list[Decision] = field(default_factory=list)
     transform: dict[str, Any] = field(default_factory=dict)
     equivalence: Difference = field(default_factory=lambda: Difference(0.0, 0.0))
+    tolerance: Tolerance = FP32_SUMS
     verified: list[str] = field(default_factory=list)
     no_opportunity: str = ""
     measured: Measured | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from icd_tvm.errors import VerificationError
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.permutation_file import model_hash
-from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, Difference, difference, worse
+from icd_tvm.relax_passes.verify_layout import Difference, difference, order_tolerance, worse
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, ordered_arms
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.job import Job
@@ -110,6 +110,8 @@ def verify(job: Job) -> None:
     result = job.result
     decisive = ITERATIVE if ITERATIVE in result.built else LINEAR
     reference = IDENTITY if IDENTITY in result.built else DENSE
+    result.tolerance = order_tolerance(result.arms[reference].mod)
+    allowed = result.tolerance.value
     found: dict[str, Difference] = {}
     with job.progress.stage("verify") as stage:
         for run in range(VERIFICATION_RUNS):
@@ -122,6 +124,9 @@ def verify(job: Job) -> None:
         result.equivalence = found[decisive]
         stage.meta = {"largest relative difference": f"{result.equivalence.max_rel:.1e}"}
         for name, gap in found.items():
-            if name != decisive and not gap.within(FP32_TOLERANCE):
-                raise VerificationError(f"arm {name} differs by {gap.max_rel:.1e} relative")
-    result.verified = [name for name, gap in found.items() if gap.within(FP32_TOLERANCE)]
+            if name != decisive and not gap.within(allowed):
+                raise VerificationError(
+                    f"arm {name} differs by {gap.max_rel:.1e} relative, more than {allowed:.1e}",
+                    result.tolerance.reason,
+                )
+    result.verified = [name for name, gap in found.items() if gap.within(allowed)]
