@@ -13,7 +13,7 @@ from icd_tvm.runtime.order_file import AFTER, BEFORE
 from icd_tvm.runtime.orders import decided, permutations
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.stages.order import keep_graph, keep_order
-from icd_tvm.runtime.stages.transform import changed_accesses
+from icd_tvm.runtime.stages.transform import changed_accesses, unchanged_because
 
 VERIFICATION_RUNS = 3
 
@@ -85,8 +85,8 @@ def _no_opportunity(job: Job) -> str:
         return "the order decided before the transform is the best one after it"
     sparsity = result.transform.get("sparsity")
     if sparsity is not None and not sparsity["entries"]:
-        reason = sparsity.get("why") or "found no hidden units between constant weights"
-        return f"sparsity {job.config.transform.sparsity} {reason}"
+        reason = sparsity.get("why") or unchanged_because(sparsity)
+        return f"sparsity {job.config.transform.sparsity} changed nothing: {reason}"
     reasons = [decision.stats.get("reason", "") for decision in result.after]
     return next(filter(None, reasons), "no matmul weight has structure on a free axis")
 
