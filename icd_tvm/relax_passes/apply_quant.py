@@ -16,14 +16,13 @@ from icd_tvm.relax_passes.emit_quantized import (
     salient_product,
     static_activation,
 )
-from icd_tvm.relax_passes.layer_rules import Layer, LayerRules
+from icd_tvm.relax_passes.layer_rules import Layer, LayerRules, as_rules
 from icd_tvm.relax_passes.matmul_weights import embedding_layers, matmul_weights
 from icd_tvm.relax_passes.migrate_scales import MigrateScales
 from icd_tvm.relax_passes.quant_plan import (
     QuantizedProduct,
     QuantRules,
     Statistics,
-    as_rules,
     plan_weight,
     quant_requests,
 )
