@@ -10,11 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icd_tvm.adapters.quant import parse_quant
+    from icd_tvm.adapters.sparsity import parse_sparsity
     from icd_tvm.config import Config
     from icd_tvm.core.access_graph import build_w
     from icd_tvm.core.communities import cluster_graph
     from icd_tvm.core.solver import fit_permutation
     from icd_tvm.models.importer import import_onnx
+    from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
+    from icd_tvm.relax_passes.apply_quant import ApplyQuant
+    from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
     from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
     from icd_tvm.relax_passes.repermute_pass import RepermutePass
     from icd_tvm.runtime.compile_model import compile_model
@@ -27,6 +32,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ApplyKVCompress": "icd_tvm.relax_passes.apply_kv_compress",
+    "ApplyQuant": "icd_tvm.relax_passes.apply_quant",
+    "ApplySparsity": "icd_tvm.relax_passes.apply_sparsity",
     "CompileOptions": "icd_tvm.runtime.options",
     "Config": "icd_tvm.config",
     "LoadedModel": "icd_tvm.runtime.loaded",
@@ -43,11 +51,16 @@ _HOMES = {
     "host_target": "icd_tvm.tir_schedules.target",
     "import_onnx": "icd_tvm.models.importer",
     "load": "icd_tvm.runtime.loaded",
+    "parse_quant": "icd_tvm.adapters.quant",
+    "parse_sparsity": "icd_tvm.adapters.sparsity",
     "parse_target": "icd_tvm.tir_schedules.target",
     "run": "icd_tvm.runtime.run",
 }
 
 __all__ = [
+    "ApplyKVCompress",
+    "ApplyQuant",
+    "ApplySparsity",
     "CompileOptions",
     "Config",
     "LoadedModel",
@@ -64,6 +77,8 @@ __all__ = [
     "host_target",
     "import_onnx",
     "load",
+    "parse_quant",
+    "parse_sparsity",
     "parse_target",
     "run",
 ]

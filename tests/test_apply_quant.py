@@ -10,11 +10,11 @@ from quant_models import example, imported_twin, quantised_twin, run, two_layers
 from relax_models import constants, mlp, mlp_weights, random_mlp
 from relax_models import example as mlp_example
 
-from icd_tvm._tvm import apply_pass, named_const, relax, tvm
+from icd_tvm._tvm import GenericConst, apply_pass, const_name, named_const, relax, tvm
 from icd_tvm.adapters.activation_statistics import activation_statistics
 from icd_tvm.adapters.quant import apply_quant, parse_quant
 from icd_tvm.adapters.sparsity import parse_sparsity
-from icd_tvm.errors import TransformError
+from icd_tvm.errors import TransformError, VerificationError
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.registry import build
@@ -23,7 +23,11 @@ from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.layer_rules import LayerRules, parse_layer_rules
 from icd_tvm.relax_passes.permute_constants import PermuteConstants
+from icd_tvm.relax_passes.replace_constants import replace_constants
+from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, VerifyLayout, order_tolerance
 from icd_tvm.runtime.calibrate import calibrate
+from icd_tvm.runtime.order_file import output_widths
+from icd_tvm.tir_schedules.target import host_target
 
 META = "icd.transform_meta"
 
@@ -477,3 +481,45 @@ def test_the_hidden_axis_can_still_be_permuted(text: str) -> None:
     permuted = apply_pass(PermuteConstants({groups[0].id: order}), quantised)
     np.testing.assert_allclose(run(permuted, x), run(quantised, x), rtol=1e-4, atol=1e-4)
     assert not np.array_equal(constants(permuted)["w1"], constants(quantised)["w1"])
+
+
+@pytest.mark.parametrize("text", ["int8", "int8:w8a8", "int8:w8a8-dynamic", "int8:salient0.1"])
+def test_axis_groups_and_matmuls_keep_their_names(text: str) -> None:
+    """An order that was decided before finds its axes by them."""
+    dense = import_onnx(two_layers()).mod
+    spec, batches = everything(text), [{"x": example(seed)} for seed in range(2)]
+    statistics = calibrate(dense, quant_requests(dense, spec), batches, host_target())
+    quantised = ApplyQuant(spec, statistics)(dense)
+    before, after = (find_axis_groups(mod["main"]) for mod in (dense, quantised))
+    assert before.free
+    assert {group.id for group in before.free} <= {group.id for group in after.free}
+    assert output_widths(dense["main"]).items() <= output_widths(quantised["main"]).items()
+
+
+@pytest.mark.parametrize(
+    ("text", "tensors"),
+    [("int8", 0), ("int4:group8", 0), ("int8:w8a8", 2), ("int8:w8a8-dynamic", 2)],
+)
+def test_rounded_activations_widen_what_passes_as_equal(text: str, tensors: int) -> None:
+    """Behind a sum in another order a tie may round the other way, by one step of 1/255."""
+    quantised = ApplyQuant(everything(text), mlp_statistics(mlp_example()))(relu_mlp())
+    found = order_tolerance(quantised)
+    assert found.value == pytest.approx(FP32_TOLERANCE + np.sqrt(tensors) / 255)
+    assert ("8-bit" in found.reason) == (tensors > 0)
+
+
+def test_a_wrong_order_of_rounded_activations_is_refused() -> None:
+    mod = ApplyQuant(everything("int8:w8a8"), mlp_statistics(mlp_example()))(relu_mlp())
+    apply_pass(VerifyLayout(mod), mod)
+    wrong = {c: np.roll(c.value.numpy(), 1, axis=0) for c in _codes(mod) if const_name(c) == "w2"}
+    assert wrong
+    with pytest.raises(VerificationError, match="outputs differ"):
+        apply_pass(VerifyLayout(mod), replace_constants(mod, wrong))
+
+
+def _codes(mod: object) -> list:
+    found: list = []
+    relax.analysis.post_order_visit(
+        mod["main"], lambda e: found.append(e) if isinstance(e, GenericConst) else None
+    )
+    return found

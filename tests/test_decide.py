@@ -32,6 +32,14 @@ def test_unequal_outputs_roll_back_however_fast(worst: float) -> None:
     assert (verdict.arm, verdict.accepted) == ("linear", False)
 
 
+def test_what_passes_as_equal_is_the_callers() -> None:
+    unequal = Difference(1.0, 5e-3)
+    assert decide(unequal, "", None, tolerance=1e-2).accepted is None
+    refused = decide(unequal, "", None, tolerance=1e-3)
+    assert refused.rolled_back
+    assert "more than 1.0e-03" in refused.reason
+
+
 def test_nothing_measured_is_not_accepted() -> None:
     verdict = decide(EQUAL, "", None)
     assert (verdict.arm, verdict.accepted) == ("linear", None)

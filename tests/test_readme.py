@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import icd_tvm
 from icd_tvm.models.registry import build
 
 README = Path(__file__).parents[1] / "README.md"
@@ -29,3 +30,8 @@ def test_there_are_blocks() -> None:
 def test_named_documents_exist() -> None:
     for name in re.findall(r"`(docs/[^`]+|[A-Z]+\.md)`", README.read_text()):
         assert (README.parent / name).exists(), name
+
+
+def test_public_names_are_documented() -> None:
+    for name in icd_tvm.__all__:
+        assert getattr(icd_tvm, name).__doc__, name

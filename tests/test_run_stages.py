@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_model import F, tiny_onnx
+from run_support import not_to_be_called
+from tiny_model import D, F, tiny_onnx
 
 from icd_tvm._tvm import tvm
 from icd_tvm.config import Config
@@ -19,11 +21,12 @@ from icd_tvm.errors import ConfigError, IcdError, OutputError, PermutationError
 from icd_tvm.relax_passes.coaccess_attr import read_accesses
 from icd_tvm.runtime import orders
 from icd_tvm.runtime.access_graphs import access_graphs
+from icd_tvm.runtime.arms import IDENTITY
 from icd_tvm.runtime.events import EventLog, read_events
 from icd_tvm.runtime.graph_file import save_graphs
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measured_file import read_measured, save_measured
-from icd_tvm.runtime.order_file import BEFORE, orders_text, output_widths, read_orders
+from icd_tvm.runtime.order_file import AFTER, BEFORE, orders_text, output_widths, read_orders
 from icd_tvm.runtime.prepare import prepare
 from icd_tvm.runtime.progress import Progress, Stage, timed
 from icd_tvm.runtime.stages.load import load
@@ -273,7 +276,7 @@ def test_unreadable_order_file(model: Path, tmp_path: Path, text: str) -> None:
 
 
 def test_output_orders_have_the_width_of_their_matmul(model: Path) -> None:
-    assert output_widths(job_of(model).result.imported.mod["main"]) == {"out:up": F, "out:down": 16}
+    assert output_widths(job_of(model).result.imported.mod["main"]) == {"out:up": F, "out:down": D}
 
 
 def test_cached_order_needs_no_solver(
@@ -294,6 +297,46 @@ def test_cached_order_needs_no_solver(
     with pytest.raises(AssertionError, match="twice"):
         other = job_of(model, *keys, "graph.mock.seed=1")
         orders.decided(other, BEFORE, other.result.imported.mod)
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        (
+            "transform.sparsity='vec16:0.5; min-size=5000'",
+            "4096 elements are below the least size of 5000",
+        ),
+        ("transform.quant='int8; min-size=5000'", "4096 elements are below the least size of 5000"),
+    ],
+)
+def test_a_transform_that_changes_nothing_says_why(model: Path, request_: str, why: str) -> None:
+    job = job_of(model, request_)
+    transform(job, Stage("TRANSFORMED", 0.0))
+    [flag] = job.flags
+    assert "changed nothing" in flag.reason
+    assert why in flag.reason
+
+
+def test_an_order_is_not_shared_with_a_run_whose_transform_was_left_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same request, but what it made of the model differs."""
+    keys = (
+        "transform.sparsity='unit:0.5; min-size=0'",
+        "graph.source=mock",
+        "cache.enabled=true",
+        f"cache.dir='{tmp_path}'",
+    )
+
+    def source(sparse: bool) -> str:
+        job = job_of(model, *keys)
+        if not sparse:
+            [item] = job.transforms
+            job.transforms = [replace(item, make=not_to_be_called)]
+        transform(job, Stage("TRANSFORMED", 0.0))
+        return orders.decided(job, AFTER, job.result.arms[IDENTITY].mod)[1]
+
+    assert [source(False), source(True), source(True)] == ["solver", "solver", "cache"]
 
 
 def test_out_of_memory_is_not_kept(

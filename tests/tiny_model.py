@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-D, F = 16, 64
+# Large enough for the default least size of a weight that transforms change.
+D, F = 64, 64
 
 
 def tiny_onnx(path: Path, seed: int = 0) -> Path:

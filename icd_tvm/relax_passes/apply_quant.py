@@ -11,18 +11,18 @@ from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.emit_quantized import (
     dequantized,
     dynamic_activation,
+    emit_as,
     integer_product,
     salient_product,
     static_activation,
 )
-from icd_tvm.relax_passes.layer_rules import Layer, LayerRules
+from icd_tvm.relax_passes.layer_rules import Layer, LayerRules, as_rules
 from icd_tvm.relax_passes.matmul_weights import embedding_layers, matmul_weights
 from icd_tvm.relax_passes.migrate_scales import MigrateScales
 from icd_tvm.relax_passes.quant_plan import (
     QuantizedProduct,
     QuantRules,
     Statistics,
-    as_rules,
     plan_weight,
     quant_requests,
 )
@@ -168,6 +168,20 @@ class _Quantiser(PyExprMutator):
         self._static: dict[Any, Any] = {}
         self._dynamic: dict[Any, Any] = {}
 
+    def visit_var_binding_(self, binding: Any) -> None:
+        """Leave the name to the matmul: an order decided before finds its axes by it."""
+        product = self._products.get(binding.value)
+        if product is None or not product.ends_in_another_op:
+            super().visit_var_binding_(binding)
+            return
+        builder, name = self.builder_, f"{binding.var.name}_float"
+        value = self.visit_expr(binding.value)
+        is_output = builder.current_block_is_dataflow() and not isinstance(
+            binding.var, relax.DataflowVar
+        )
+        emit = builder.emit_output if is_output else builder.emit
+        self.set_var_remap(binding.var, emit(value, name))
+
     def visit_call_(self, call: Any) -> Any:
         product = self._products.get(call)
         if product is None:
@@ -194,10 +208,11 @@ class _Quantiser(PyExprMutator):
         result = relax.op.matmul(self._restored(data, product.scale), matrix)
         if weight.salient is None or weight.salient_values is None:
             return result
+        total = emit_as(builder, result, product.node)
         rest = salient_product(
             builder, data, weight.salient, weight.salient_values, label, product.node
         )
-        return relax.op.add(builder.emit(result), rest)
+        return relax.op.add(total, rest)
 
     def _restored(self, data: Any, scale: tuple[float, int] | None) -> Any:
         if scale is None:

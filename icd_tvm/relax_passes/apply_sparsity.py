@@ -13,18 +13,13 @@ from icd_tvm.adapters.sparsity import SparsitySpec
 from icd_tvm.errors import IcdError
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
-from icd_tvm.relax_passes.layer_rules import LayerRules
+from icd_tvm.relax_passes.layer_rules import LayerRules, as_rules
 from icd_tvm.relax_passes.prune_target import prune_target
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.sparsity_targets import SparsityTarget, fits, sparsity_targets
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 Rules = SparsitySpec | LayerRules[SparsitySpec]
-
-
-def as_rules(spec: Rules) -> LayerRules[SparsitySpec]:
-    """Return one spec as the rules that give it to every layer by default."""
-    return LayerRules(spec) if isinstance(spec, SparsitySpec) else spec
 
 
 def calibration_requests(mod: Any, spec: Rules) -> dict[str, Statistic]:

@@ -151,7 +151,8 @@ def integer_product(
     weight : QuantizedTensor
         int8, one scale a column or a tensor.
     name, node : str
-        Of the weight and of the matmul.
+        Of the weight and of the matmul. The integer product is bound to the matmul's name: it is
+        what names the axis groups, which thus stay the same.
     """
     codes, scale, point = data
     left = relax.op.subtract(relax.op.astype(codes, "int32"), relax.op.astype(point, "int32"))
@@ -159,9 +160,18 @@ def integer_product(
     if weight.zero_points.any():
         zeros = named_const(np.asarray(weight.zero_points), f"{name}.zero_point")
         right = relax.op.subtract(right, relax.op.astype(zeros, "int32"))
-    total = builder.emit(relax.op.matmul(left, right, out_dtype="int32"), f"{node}_int32")
+    total = emit_as(builder, relax.op.matmul(left, right, out_dtype="int32"), node)
     scales = relax.op.multiply(scale, _parameters(weight, name)[0])
     return relax.op.multiply(relax.op.astype(total, "float32"), scales)
+
+
+def emit_as(builder: Any, expr: Any, name: str) -> Any:
+    """Bind an expression to exactly this name; ``builder.emit`` would rewrite its dots."""
+    value = builder.normalize(expr)
+    kind = relax.DataflowVar if builder.current_block_is_dataflow() else relax.Var
+    var = kind(name, value.ty)
+    builder.emit_normalized(relax.VarBinding(var, value))
+    return var
 
 
 def salient_product(

@@ -7,11 +7,14 @@ from typing import Any
 from icd_tvm._tvm import Call, GenericConst, Op, relax
 
 # What may stand between a head and the output.
-_PASSES_ON = ("relax.add", "relax.astype", "relax.nn.softmax", "relax.reshape", "relax.squeeze")
+_PASSES_ON = frozenset(
+    f"relax.{name}"
+    for name in ("add", "astype", "multiply", "reshape", "sigmoid", "squeeze", "tanh")
+) | {"relax.nn.softmax", "relax.nn.log_softmax"}
 
 
 def head_matmuls(func: Any) -> set[str]:
-    """Return the matmuls whose result is an output but for a bias, a softmax or another shape.
+    """Return the matmuls whose result is an output but for elementwise ends or another shape.
 
     Parameters
     ----------

@@ -123,6 +123,11 @@ class LayerRules(Generic[Spec]):
         return ""
 
 
+def as_rules(spec: Spec | LayerRules[Spec]) -> LayerRules[Spec]:
+    """Return one request for every weight as rules without exceptions."""
+    return spec if isinstance(spec, LayerRules) else LayerRules(spec)
+
+
 def parse_request(text: str, parse: Callable[[str], Spec]) -> LayerRules[Spec]:
     """Read a default and its rules from one text: ``DEFAULT; PATTERN=REQUEST; min-size=N``.
 

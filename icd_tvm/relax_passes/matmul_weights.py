@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm._tvm import GenericConst, Var, const_name, relax
+from icd_tvm._tvm import GenericConst, const_name
+from icd_tvm.relax_passes.head_matmuls import head_matmuls
 from icd_tvm.relax_passes.layer_rules import Layer, Role
 from icd_tvm.relax_passes.relax_graph import Dataflow, is_call, is_float32, static_shape
 
-# What may stand between the last product of a model and its output.
-_AFTER_HEAD = frozenset(
-    f"relax.{name}"
-    for name in ("add", "astype", "multiply", "reshape", "sigmoid", "squeeze", "tanh")
-) | {"relax.nn.softmax", "relax.nn.log_softmax"}
 # What turns stored integers into the weight that a matmul reads.
 _DECODING = frozenset(
     f"relax.{name}" for name in ("astype", "dequantize", "multiply", "permute_dims", "subtract")
@@ -61,14 +57,14 @@ def matmul_weights(func: Any) -> list[MatmulWeight]:
     func : relax.Function
         In A-normal form, constants bound.
     """
-    flow = Dataflow(func)
+    flow, heads = Dataflow(func), head_matmuls(func)
     found: dict[tuple[Any, bool], list[tuple[str, Any]]] = {}
     for var, value in flow.values.items():
         if is_call(value, "relax.matmul"):
             const, transposed = _constant_behind(flow, value.args[1])
             if const is not None:
                 found.setdefault((const, transposed), []).append((var.name, value))
-    return [_weight(flow, const, uses, turned) for (const, turned), uses in found.items()]
+    return [_weight(flow, const, uses, turned, heads) for (const, turned), uses in found.items()]
 
 
 def embedding_layers(func: Any) -> list[Layer]:
@@ -95,10 +91,13 @@ def _constant_behind(flow: Dataflow, expr: Any) -> tuple[Any, bool]:
     return (value, False) if isinstance(value, GenericConst) else (None, False)
 
 
-def _weight(flow: Dataflow, const: Any, uses: list[tuple[str, Any]], turned: bool) -> MatmulWeight:
+def _weight(
+    flow: Dataflow, const: Any, uses: list[tuple[str, Any]], turned: bool, heads: set[str]
+) -> MatmulWeight:
     node, call = uses[0]
+    role: Role = "head" if node in heads else "inner"
     shape = static_shape(call.args[1]) or ()
-    layer = Layer(const_name(const), node, shape, _role(flow, node))
+    layer = Layer(const_name(const), node, shape, role)
     direct = turned or all(flow.resolve(use.args[1]).same_as(const) for _, use in uses)
     return MatmulWeight(layer, const, tuple(uses), turned, _why_not(const, uses, direct))
 
@@ -116,26 +115,3 @@ def _why_not(const: Any, uses: list[tuple[str, Any]], direct: bool) -> str:
     if not all(is_float32(call.args[0]) for _, call in uses):
         return "its input is no float32 tensor"
     return ""
-
-
-def _role(flow: Dataflow, node: str) -> Role:
-    """Tell whether nothing but elementwise ends lie between a product and an output."""
-    var = next(var for var in flow.values if var.name == node)
-    while var is not None:
-        users = flow.users.get(var, [])
-        if None in users:
-            return "head"
-        var = flow.only_user(var)
-        value = flow.values.get(var) if var is not None else None
-        if value is None or not _ends(value):
-            return "inner"
-    return "inner"
-
-
-def _ends(value: Any) -> bool:
-    """Tell whether a value is another name, form or elementwise function of one tensor."""
-    if isinstance(value, Var | relax.Tuple):
-        return True
-    if not any(is_call(value, name) for name in _AFTER_HEAD):
-        return False
-    return sum(isinstance(arg, Var) for arg in value.args) == 1

@@ -21,7 +21,7 @@ from icd_tvm.adapters.quant import (
 from icd_tvm.adapters.quant_scales import FORMATS
 from icd_tvm.errors import IcdError, ShapeError, TransformError
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
-from icd_tvm.relax_passes.layer_rules import LayerRules
+from icd_tvm.relax_passes.layer_rules import LayerRules, as_rules
 from icd_tvm.relax_passes.matmul_weights import MatmulWeight, matmul_weights
 
 QuantRules = LayerRules[QuantSpec]
@@ -56,6 +56,11 @@ class QuantizedProduct:
     spec: QuantSpec
     weight: QuantizedTensor
     scale: tuple[float, int] | None
+
+    @property
+    def ends_in_another_op(self) -> bool:
+        """Whether the matmul's own result is scaled, or salient rows are added to it."""
+        return self.spec.activations == "dynamic" or self.weight.salient is not None
 
 
 def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statistic]:
@@ -92,11 +97,6 @@ def _wanted(spec: QuantSpec) -> Statistic | None:
     if spec.act_order or spec.salient or spec.method == "ptq-mse":
         return "moment"
     return None
-
-
-def as_rules(spec: QuantSpec | QuantRules) -> QuantRules:
-    """Return one request for every weight as rules without exceptions."""
-    return spec if isinstance(spec, LayerRules) else LayerRules(spec)
 
 
 def plan_weight(

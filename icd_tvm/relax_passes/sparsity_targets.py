@@ -12,7 +12,6 @@ from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
 from icd_tvm.relax_passes.head_matmuls import head_matmuls
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.layer_rules import Choice, Layer, LayerRules, Role
-from icd_tvm.relax_passes.relax_graph import op_names
 from icd_tvm.relax_passes.unit_weights import is_float
 
 Kind = Literal["units", "heads", "weight"]
@@ -82,7 +81,7 @@ def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
     """
     hidden = hidden_groups(func, groups)
     heads = head_matmuls(func)
-    kinds = [(group, _unit_kind(func, group, hidden)) for group in groups.free]
+    kinds = [(group, _unit_kind(group, hidden)) for group in groups.free]
     units = [_units(group, kind, heads) for group, kind in kinds if kind is not None]
     inside = {use.node for unit in units if unit.kind == "units" for use in unit.weights}
     return units + _weights(groups, inside, heads)
@@ -93,27 +92,14 @@ def fits(target: SparsityTarget, spec: SparsitySpec) -> bool:
     return (spec.kind == "unit") == (target.group is not None)
 
 
-def _unit_kind(func: Any, group: AxisGroup, hidden: Sequence[AxisGroup]) -> Kind | None:
+def _unit_kind(group: AxisGroup, hidden: Sequence[AxisGroup]) -> Kind | None:
     if group in hidden:
         return "units"
     if group.counted or {use.side for use in group.weights} != {"K", "N"}:
         return None
     if group.constraint in ("factored", "pairs") and "heads" in group.role:
         return "heads"
-    if group.constraint == "free" and not group.role and _has_vectors(func, group):
-        return "units"
     return None
-
-
-def _has_vectors(func: Any, group: AxisGroup) -> bool:
-    """True if channels have constants of their own, as a scan or a bias does.
-
-    The inner axis of a low-rank product has none, and an embedding's belongs to the whole model.
-    """
-    ops = op_names(func)
-    products = {use.node for use in group.weights}
-    others = [ops.get(use.node) for use in group.consts if use.node not in products]
-    return bool(others) and "relax.take" not in others
 
 
 def _units(group: AxisGroup, kind: Kind, heads: set[str]) -> SparsityTarget:

@@ -39,6 +39,8 @@ def calibrate(
         By binding name: float64 [K] (moment) or [K, K] (gram), divided by the number of calls;
         or `icd_tvm.adapters.activation_statistics.ActivationStatistics` of all tokens.
     """
+    if not requests:
+        return {}
     runner = build(apply_pass(CollectActivationStats(requests), mod), target)
     totals: dict[str, Any] = {}
     for feeds in batches:

@@ -12,7 +12,7 @@ from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.relax_passes.step_cache import StepCache
-from icd_tvm.relax_passes.verify_layout import Difference
+from icd_tvm.relax_passes.verify_layout import FP32_SUMS, Difference, Tolerance
 from icd_tvm.runtime.arms import DENSE, IDENTITY, Arm
 from icd_tvm.runtime.build import Built
 from icd_tvm.runtime.counters import Counters
@@ -42,6 +42,8 @@ class Compilation:
         What the transforms did.
     equivalence : Difference
         Iterative outputs (linear in linear mode) against identity outputs.
+    tolerance : Tolerance
+        What passes as equal, and why.
     verified : list[str]
         Arms that were found equal to the identity arm.
     no_opportunity : str
@@ -67,6 +69,7 @@ class Compilation:
     after: list[Decision] = field(default_factory=list)
     transform: dict[str, Any] = field(default_factory=dict)
     equivalence: Difference = field(default_factory=lambda: Difference(0.0, 0.0))
+    tolerance: Tolerance = FP32_SUMS
     verified: list[str] = field(default_factory=list)
     no_opportunity: str = ""
     measured: Measured | None = None

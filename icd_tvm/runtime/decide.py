@@ -25,7 +25,12 @@ class Verdict:
 
 
 def decide(
-    equivalence: Difference, opportunity: str, ratio: Ratio | None, *, iterative: bool = True
+    equivalence: Difference,
+    opportunity: str,
+    ratio: Ratio | None,
+    *,
+    iterative: bool = True,
+    tolerance: float = FP32_TOLERANCE,
 ) -> Verdict:
     """Decide which arm to keep.
 
@@ -39,15 +44,17 @@ def decide(
         Measured iterative/linear; None if nothing was measured.
     iterative : bool
         False if only the linear order was asked for.
+    tolerance : float
+        Largest relative difference that passes as equal.
     """
     if not iterative:
         return Verdict(LINEAR, False, "linear mode: the order decided before the transform is kept")
-    if not equivalence.within(FP32_TOLERANCE):
+    if not equivalence.within(tolerance):
         return Verdict(
             LINEAR,
             False,
             f"rolled back: outputs differ by {equivalence.max_rel:.1e} relative, more than "
-            f"{FP32_TOLERANCE:.0e}",
+            f"{tolerance:.1e}",
             rolled_back=True,
         )
     if opportunity:

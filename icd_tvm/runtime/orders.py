@@ -12,11 +12,12 @@ import numpy as np
 from icd_tvm._tvm import apply_pass
 from icd_tvm.core.solver import fit_permutation
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, Decision
+from icd_tvm.relax_passes.permutation_file import model_hash
 from icd_tvm.runtime.access_graphs import AccessGraphs, access_graphs
 from icd_tvm.runtime.cache_entry import CacheEntry
 from icd_tvm.runtime.cache_key import cache_key, tool_versions
 from icd_tvm.runtime.job import Flag, Job
-from icd_tvm.runtime.order_file import Record, as_decisions, as_records
+from icd_tvm.runtime.order_file import AFTER, Record, as_decisions, as_records
 from icd_tvm.runtime.perm_cache import PermutationCache
 
 
@@ -116,13 +117,13 @@ def _graph(job: Job) -> dict[str, Any]:
 def _looked_up(job: Job, when: str, mod: Any) -> tuple[CacheEntry, str]:
     """Look the order up, or solve and keep it; another process's solution is waited for."""
     keys, facts = job.config.cache, made_from(job)
-    transforms = {**facts["transforms"], "data": job.result.transform.get("calibration", "")}
-    if job.budget is not None:
-        transforms["rules"] = job.budget["rules"]
+    # What the transforms made, not only what they were asked for: one may have been left out, or
+    # have seen other data.
+    transforms = {**facts["transforms"], "module": model_hash(mod["main"])}
     key = cache_key(
         model_hash=job.model_hash,
         task=f"{facts['task']}/{when}",
-        transforms=transforms if when == "after" else {},
+        transforms=transforms if when == AFTER else {},
         seed=job.config.seed,
         target=facts["target"],
         solver=facts["solver"],

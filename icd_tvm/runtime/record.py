@@ -96,6 +96,8 @@ def _equivalence(result: Compilation | None) -> dict[str, Any] | None:
     return {
         "max_abs": result.equivalence.max_abs,
         "max_rel": result.equivalence.max_rel,
+        "tolerance": result.tolerance.value,
+        "tolerance_reason": result.tolerance.reason,
         "dense_vs_peer": result.measured.peer_differences if result.measured else {},
     }
 

@@ -13,10 +13,10 @@ from icd_tvm._tvm import const_name
 from icd_tvm.adapters.sparsity import SparsitySpec
 from icd_tvm.adapters.sparsity_spec import make_spec
 from icd_tvm.errors import ConfigError, IcdError
-from icd_tvm.relax_passes.apply_sparsity import Rules, as_rules
+from icd_tvm.relax_passes.apply_sparsity import Rules
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.axis_groups import WeightUse
-from icd_tvm.relax_passes.layer_rules import LayerRule, LayerRules
+from icd_tvm.relax_passes.layer_rules import LayerRule, LayerRules, as_rules
 from icd_tvm.relax_passes.prune_target import prune_target
 from icd_tvm.relax_passes.sparsity_targets import SparsityTarget, fits, sparsity_targets
 

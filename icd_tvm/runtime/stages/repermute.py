@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from icd_tvm.errors import VerificationError
 from icd_tvm.relax_passes.permutation_file import model_hash
-from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, Difference, difference, worse
+from icd_tvm.relax_passes.verify_layout import Difference, difference, order_tolerance, worse
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, ordered_arms
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.job import Job
@@ -12,7 +12,7 @@ from icd_tvm.runtime.order_file import AFTER, BEFORE
 from icd_tvm.runtime.orders import decided, permutations
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.stages.order import keep_graph, keep_order
-from icd_tvm.runtime.stages.transform import changed_accesses
+from icd_tvm.runtime.stages.transform import changed_accesses, unchanged_because
 
 VERIFICATION_RUNS = 3
 
@@ -84,10 +84,8 @@ def _no_opportunity(job: Job) -> str:
         return "the order decided before the transform is the best one after it"
     sparsity = result.transform.get("sparsity")
     if sparsity is not None and not sparsity["entries"]:
-        skips = [f"{s['target']} is left: {s['why']}" for s in sparsity.get("skipped") or []]
-        none = "it found no hidden units between constant weights"
-        reason = sparsity.get("why") or next(iter(skips), none)
-        return f"sparsity {job.config.transform.sparsity}: {reason}"
+        reason = sparsity.get("why") or unchanged_because(sparsity)
+        return f"sparsity {job.config.transform.sparsity} changed nothing: {reason}"
     reasons = [decision.stats.get("reason", "") for decision in result.after]
     return next(filter(None, reasons), "no matmul weight has structure on a free axis")
 
@@ -111,6 +109,8 @@ def verify(job: Job) -> None:
     result = job.result
     decisive = ITERATIVE if ITERATIVE in result.built else LINEAR
     reference = IDENTITY if IDENTITY in result.built else DENSE
+    result.tolerance = order_tolerance(result.arms[reference].mod)
+    allowed = result.tolerance.value
     found: dict[str, Difference] = {}
     with job.progress.stage("verify") as stage:
         for run in range(VERIFICATION_RUNS):
@@ -123,11 +123,14 @@ def verify(job: Job) -> None:
         result.equivalence = found[decisive]
         stage.meta = {"largest relative difference": f"{result.equivalence.max_rel:.1e}"}
         for name, gap in found.items():
-            if name != decisive and not gap.within(FP32_TOLERANCE):
-                raise VerificationError(f"arm {name} differs by {gap.max_rel:.1e} relative")
+            if name != decisive and not gap.within(allowed):
+                raise VerificationError(
+                    f"arm {name} differs by {gap.max_rel:.1e} relative, more than {allowed:.1e}",
+                    result.tolerance.reason,
+                )
     if "bytes_after" in result.transform.get("kv", {}):
         _note_loss(job)
-    result.verified = [name for name, gap in found.items() if gap.within(FP32_TOLERANCE)]
+    result.verified = [name for name, gap in found.items() if gap.within(allowed)]
 
 
 def _note_loss(job: Job) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from icd_tvm.errors import VerificationError
-from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, difference
+from icd_tvm.relax_passes.verify_layout import difference, order_tolerance
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, linear_arm
 from icd_tvm.runtime.build import Built, build
 from icd_tvm.runtime.decide import Verdict, decide
@@ -20,7 +20,11 @@ def settle(job: Job) -> None:
         result, seed = job.result, job.config.seed
         ratio = result.measured.ratio(ITERATIVE, LINEAR, seed) if result.measured else None
         result.verdict = decide(
-            result.equivalence, result.no_opportunity, ratio, iterative=job.iterative
+            result.equivalence,
+            result.no_opportunity,
+            ratio,
+            iterative=job.iterative,
+            tolerance=result.tolerance.value,
         )
         if not result.verdict.rolled_back:
             return
@@ -72,5 +76,5 @@ def _check(job: Job, name: str, candidate: Built) -> None:
     feeds = job.result.inputs(job.config.seed)
     expected = candidate.comparable(_built(job, IDENTITY).run_all(feeds))
     found = difference(expected, candidate.run_all(feeds))
-    if not found.within(FP32_TOLERANCE):
+    if not found.within(order_tolerance(job.result.arms[IDENTITY].mod).value):
         raise VerificationError(f"it differs by {found.max_rel:.1e} relative")

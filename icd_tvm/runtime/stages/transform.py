@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,15 +52,27 @@ def _applied(job: Job, item: Transform, mod: Any) -> tuple[Any, dict[str, Any], 
             item = within_budget(job, item, statistics)
         made = item.make(statistics, job.config.seed)
         changed = apply_pass(made, mod)
-        meta = made.meta.get(item.name, made.meta)
-        if meta.get("skipped") is True:
-            job.warn("transform", f"{item.name} {item.text} is left out: {meta['why']}")
-        return changed, {item.name: meta}, source
     except Exception as error:
         # Whatever is wrong with one adapter, the others and the order can still be had.
         job.warn("transform", f"{item.name} {item.text} is left out: {error}")
         skipped = {"spec": item.text, "entries": [], "skipped": [], "why": str(error)}
         return mod, {item.name: skipped}, NONE
+    meta = made.meta.get(item.name, made.meta)
+    if meta.get("skipped") is True:
+        job.warn("transform", f"{item.name} {item.text} is left out: {meta['why']}")
+    elif why := unchanged_because(meta):
+        job.warn("transform", f"{item.name} {item.text} changed nothing: {why}")
+    return changed, {item.name: meta}, source
+
+
+def unchanged_because(record: Mapping[str, Any]) -> str:
+    """Return why a transform left every weight as it is; empty if it changed one."""
+    entries = record.get("entries")
+    if entries is None or any(not entry.get("skipped") for entry in entries):
+        return ""
+    left = [*entries, *record.get("skipped", [])]
+    reasons = Counter(str(item["why"]) for item in left)
+    return "; ".join(reasons) or "no constant weight of a matmul is of the sort it changes"
 
 
 def _says_layout(meta: Any) -> bool:
