@@ -18,7 +18,7 @@ def settings(model: Path, **sections: Any) -> dict[str, Any]:
     base = {
         "model": {"path": str(model)},
         "pipeline": {"repeats": 30, "warmup_iter": 3},
-        "transform": {"sparsity": "unit:0.5"},
+        "transform": {"sparsity": "unit:0.5; min-size=0"},
         "cache": {"enabled": False},
         "threads": 1,
     }

@@ -449,7 +449,8 @@ def test_the_incoming_module_and_statistics_stay() -> None:
 @pytest.mark.parametrize("text", ["int8", "int8:asym:compensate", "int4:group16:compensate"])
 def test_zeros_of_the_sparsity_before_stay_zero(text: str) -> None:
     x = mlp_example()
-    sparse = ApplySparsity(parse_sparsity("vec16:0.5"))(relu_mlp())
+    rules = LayerRules(parse_sparsity("vec16:0.5"), min_size=0)
+    sparse = ApplySparsity(rules)(relu_mlp())
     quantised = ApplyQuant(everything(text), mlp_statistics(x))(sparse)
     assert set(json.loads(quantised.attrs[META])) == {"sparsity", "quant"}
     zeros = constants(sparse)["w1"] == 0

@@ -7,11 +7,21 @@ import pytest
 import scipy.sparse as sp
 from relax_models import D, F, mlp, mlp_weights, random_mlp
 
-from icd_tvm._tvm import tvm
+from icd_tvm._tvm import apply_pass, tvm
+from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.core.cost import TileAccess
+from icd_tvm.models.importer import import_onnx
+from icd_tvm.models.inputs import random_inputs
+from icd_tvm.models.registry import build as build_model
+from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG, AttachLayoutTags
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
-from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph, weight_access
+from icd_tvm.relax_passes.build_access_graph import (
+    BuildAccessGraph,
+    _read,
+    byte_products,
+    weight_access,
+)
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     read_accesses,
@@ -20,6 +30,7 @@ from icd_tvm.relax_passes.coaccess_attr import (
     without,
 )
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
+from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.tir_schedules.target import host_target, vector_bits
 
 
@@ -62,6 +73,35 @@ def test_windows_are_the_rows_of_the_mask(density: float) -> None:
     assert dict(zip(rows, access.counts, strict=True)) == expected
     assert access.weight == 2.0 * 7 * access.tile
     assert (access.padded, access.lanes) == (False, vector_bits(host_target(1)) // 32)
+
+
+def test_a_byte_product_reads_whole_quads_and_nearly_dense_is_dense() -> None:
+    weight = np.zeros((8, 4), np.float32)
+    weight[1, 0] = weight[6, 2] = 1
+    quads = _read(weight, True)
+    assert quads[:4].all(axis=0).tolist() == [True, False, False, False]
+    assert quads[4:].all(axis=0).tolist() == [False, False, True, False]
+    assert _read(weight, False).sum() == 2
+    ragged = _read(np.eye(6, 4, dtype=np.float32)[::-1], True)
+    assert ragged.shape == (6, 4)
+    assert ragged[:4].any(axis=0).tolist() == ragged[0].tolist()
+    rounded = np.ones((64, 32), np.float32)
+    rounded[::16, 0] = 0  # a few weights that quantisation rounded to zero
+    assert _read(rounded, False).all()
+    assert not _read(np.where(np.arange(32) < 16, rounded, 0), False).all()
+
+
+def test_matmuls_of_quantised_operands_are_known() -> None:
+    imported = import_onnx(build_model("bert-mini-random"))
+    assert byte_products(imported.mod["main"]) == set()
+    spec = parse_quant("int8:w8a8")
+    requests = quant_requests(imported.mod, spec)
+    batches = [random_inputs(imported, 0)]
+    statistics = calibrate(imported.mod, requests, batches, host_target(1))
+    mod = apply_pass(ApplyQuant(spec, statistics), imported.mod)
+    assert len(byte_products(mod["main"])) == len(requests)
+    weights = apply_pass(ApplyQuant(parse_quant("int8")), imported.mod)
+    assert byte_products(weights["main"]) == set()
 
 
 def test_dead_units_are_listed_and_can_be_left_out() -> None:

@@ -180,7 +180,7 @@ def _content(name: str, text: str) -> Callable[[Path], object]:
 DAMAGE = {
     "no W": (lambda root: [p.unlink() for p in root.glob("W*")], "W.npz is not in the run folder"),
     "no perm": (lambda root: (root / "perm.json").unlink(), "perm.json is not in the run folder"),
-    "broken W": (_content("W_after.npz", "PK"), "cannot read W"),
+    "broken W": (_content("W_after.npz", "PK"), "W_after.npz: File is not a zip file"),
     "broken perm": (_content("perm.json", "{"), "cannot be read"),
     "no permutation": (
         _content("perm.json", '{"orders": {"after": [{"group": "first", "perm": [0, 0]}]}}'),

@@ -110,7 +110,7 @@ def settings(model: Path, tracker: str, key: str = KEY) -> dict[str, Any]:
     return {
         "model": {"path": str(model)},
         "pipeline": {"repeats": 30, "warmup_iter": 1},
-        "transform": {"sparsity": "unit:0.5"},
+        "transform": {"sparsity": "unit:0.5; min-size=0"},
         "measure": {"rpc": tracker, "rpc_key": key, "peer": "onnxruntime"},
         "cache": {"enabled": False},
         "threads": 1,
@@ -140,7 +140,7 @@ def test_a_run_is_timed_on_the_device(model: Path, tracker: str, tmp_path: Path)
 @needs_server
 def test_compile_over_rpc(model: Path, tracker: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--threads", "1", "--repeats", "30", "--quiet", "--rpc", tracker, "--rpc-key", KEY]
-    assert main(["compile", str(model), "--sparsity", "unit:0.5", *flags]) == 0
+    assert main(["compile", str(model), "--sparsity", "unit:0.5; min-size=0", *flags]) == 0
     assert f"timed on {KEY} at 127.0.0.1:" in capsys.readouterr().out
 
 

@@ -57,6 +57,7 @@ def test_artifacts(finished: RunArtifacts) -> None:
         "W.npz",
         "W_after.npz",
         "config.resolved.yaml",
+        "counters.json",
         "environment.json",
         "events.jsonl",
         "measured.npz",
@@ -64,6 +65,7 @@ def test_artifacts(finished: RunArtifacts) -> None:
         "module.so",
         "perm.json",
         "report.csv",
+        "report.html",
     }
     validate_metrics(finished.metrics)
     assert finished.metrics["graph_source"] == "tir"

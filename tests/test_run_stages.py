@@ -153,13 +153,13 @@ def _at_transformed(model: Path, *overrides: str) -> Job:
 @pytest.mark.parametrize(
     ("sparsity", "policy", "decides"),
     [
-        ("unit:0.5", "auto", True),
-        ("unit:0.5", "delta", True),
-        ("unit:0.5", "never", False),
+        ("unit:0.5; min-size=0", "auto", True),
+        ("unit:0.5; min-size=0", "delta", True),
+        ("unit:0.5; min-size=0", "never", False),
         # Zeros that no order can exploit: the mask changed, no layout did.
-        ("unstructured:0.5", "auto", True),
-        ("unstructured:0.5", "delta", False),
-        ("unstructured:0.5", "always", True),
+        ("unstructured:0.5; min-size=0", "auto", True),
+        ("unstructured:0.5; min-size=0", "delta", False),
+        ("unstructured:0.5; min-size=0", "always", True),
         ("none", "delta", True),
     ],
 )
@@ -181,7 +181,9 @@ def test_repermute_policy(model: Path, sparsity: str, policy: str, decides: bool
 
 
 def test_changed_accesses(model: Path) -> None:
-    job = _at_transformed(model, "transform.sparsity=unit:0.5", "solver.time_budget_s=1")
+    job = _at_transformed(
+        model, "transform.sparsity=unit:0.5; min-size=0", "solver.time_budget_s=1"
+    )
     dense, pruned = (job.result.arms[name].mod for name in ("dense", "identity"))
     assert changed_accesses(dense, pruned)
     assert not changed_accesses(dense, job_of(model).result.imported.mod)
@@ -203,7 +205,10 @@ def test_a_transform_is_one_entry_of_a_table(model: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setitem(KINDS, "quant", noted)
     job = _at_transformed(
-        model, "transform.sparsity=unit:0.5", "transform.quant=int8", "solver.time_budget_s=1"
+        model,
+        "transform.sparsity=unit:0.5; min-size=0",
+        "transform.quant=int8",
+        "solver.time_budget_s=1",
     )
     assert [item.name for item in job.transforms] == ["sparsity", "quant"]
     assert order == ["int8"]
@@ -355,7 +360,9 @@ def test_nothing_measured_round_trips(tmp_path: Path) -> None:
 
 
 def test_accesses_follow_the_transform(model: Path) -> None:
-    job = _at_transformed(model, "transform.sparsity=unit:0.5", "solver.time_budget_s=1")
+    job = _at_transformed(
+        model, "transform.sparsity=unit:0.5; min-size=0", "solver.time_budget_s=1"
+    )
     before = access_graphs(job, BEFORE, job.result.imported.mod)
     after = access_graphs(job, "after", job.result.arms["identity"].mod)
     axis = hidden(job)

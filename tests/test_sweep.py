@@ -33,7 +33,7 @@ def base(model: Path | str = "tiny.onnx", **more: Any) -> dict[str, Any]:
     return {
         "model": {"path": str(model)},
         "pipeline": {"repeats": 30, "warmup_iter": 1},
-        "transform": {"sparsity": "unit:0.5"},
+        "transform": {"sparsity": "unit:0.5; min-size=0"},
         "cache": {"enabled": False},
         "threads": 1,
         **more,

@@ -15,6 +15,7 @@ def parser() -> argparse.ArgumentParser:
     result = Parser(
         prog="icd report",
         description="Write the HTML report of a run, or the comparison of several.",
+        examples="  icd report runs/a\n  icd report runs/a runs/b -o compared.html\n",
     )
     result.add_argument(
         "runs",

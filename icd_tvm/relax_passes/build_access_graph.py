@@ -26,12 +26,15 @@ from icd_tvm.relax_passes.coaccess_attr import (
 from icd_tvm.relax_passes.constant_values import ConstantValues
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
+from icd_tvm.relax_passes.relax_graph import Dataflow
 from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
 from icd_tvm.tir_schedules.cpu.tile import Tile
 from icd_tvm.tir_schedules.target import host_target, vector_bits
 
+# Bytes along K that one 32-bit lane of a dot product multiplies (vpdpbusd).
+QUAD = 4
 # Fewer zeros than this leave no row of a 16-wide group untouched, in any order.
 MOST_DENSITY = 0.95
 
@@ -57,7 +60,7 @@ class BuildAccessGraph:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         func, groups = mod["main"], tagged_groups(mod)
-        rows, values = _output_rows(func), ConstantValues(func)
+        rows, values, quads = _output_rows(func), ConstantValues(func), byte_products(func)
         right = {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
         hidden = {group.id for group in hidden_groups(func, groups)}
         graphs: dict[str, list[TileAccess]] = {}
@@ -69,7 +72,11 @@ class BuildAccessGraph:
             if group.constraint != "free" or not makers:
                 continue
             graphs[group.id] = [
-                self._access(values.array(right[use.node]), rows[use.node], use.name or use.node)
+                self._access(
+                    _read(values.array(right[use.node]), use.node in quads),
+                    rows[use.node],
+                    use.name or use.node,
+                )
                 for use in makers
             ]
             if group.id in hidden:
@@ -77,12 +84,34 @@ class BuildAccessGraph:
             owned |= {use.node for use in makers}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
-                graphs[OUTPUT_ORDER + node] = [self._access(values.array(weight), rows[node], node)]
+                mask = _read(values.array(weight), node in quads)
+                graphs[OUTPUT_ORDER + node] = [self._access(mask, rows[node], node)]
         mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
         return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
 
-    def _access(self, weight: Any, rows: int, label: str) -> TileAccess:
-        return weight_access(weight != 0, rows, label, self.target)
+    def _access(self, mask: np.ndarray, rows: int, label: str) -> TileAccess:
+        return weight_access(mask, rows, label, self.target)
+
+
+def byte_products(func: Any) -> set[str]:
+    """Return the matmuls of quantised operands: their kernel multiplies four bytes at a time."""
+    flow, found = Dataflow(func), set()
+    for binding in _matmuls(func):
+        left = binding.value.args[0]
+        integer = "int" in str(left.ty.dtype.dtype)
+        if integer or flow.call(left, "relax.dequantize") is not None:
+            found.add(str(binding.var.name))
+    return found
+
+
+def _read(weight: Any, quads: bool) -> np.ndarray:
+    """Return which weights a kernel reads: next to all of them, or whole quads along K."""
+    mask = np.asarray(weight != 0)
+    if quads:
+        whole = np.pad(mask, ((0, -len(mask) % QUAD), (0, 0)))
+        read = whole.reshape(-1, QUAD, mask.shape[1]).any(axis=1)
+        mask = np.repeat(read, QUAD, axis=0)[: len(mask)]
+    return np.ones_like(mask) if mask.mean() > MOST_DENSITY else mask
 
 
 def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileAccess:

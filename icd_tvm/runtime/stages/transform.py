@@ -57,7 +57,7 @@ def _applied(job: Job, item: Transform, mod: Any) -> tuple[Any, dict[str, Any], 
     except Exception as error:
         # Whatever is wrong with one adapter, the others and the order can still be had.
         job.warn("transform", f"{item.name} {item.text} is left out: {error}")
-        skipped = {"spec": item.text, "entries": [], "skipped": True, "why": str(error)}
+        skipped = {"spec": item.text, "entries": [], "skipped": [], "why": str(error)}
         return mod, {item.name: skipped}, NONE
 
 
