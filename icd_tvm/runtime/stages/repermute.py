@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from icd_tvm.errors import VerificationError
 from icd_tvm.relax_passes.permutation_file import model_hash
 from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, Difference, difference, worse
@@ -86,17 +84,12 @@ def _no_opportunity(job: Job) -> str:
         return "the order decided before the transform is the best one after it"
     sparsity = result.transform.get("sparsity")
     if sparsity is not None and not sparsity["entries"]:
-        return f"sparsity {job.config.transform.sparsity}{_did_nothing(sparsity)}"
+        skips = [f"{s['target']} is left: {s['why']}" for s in sparsity.get("skipped") or []]
+        none = "it found no hidden units between constant weights"
+        reason = sparsity.get("why") or next(iter(skips), none)
+        return f"sparsity {job.config.transform.sparsity}: {reason}"
     reasons = [decision.stats.get("reason", "") for decision in result.after]
     return next(filter(None, reasons), "no matmul weight has structure on a free axis")
-
-
-def _did_nothing(sparsity: dict[str, Any]) -> str:
-    """Return why a sparsity changed no weight: it was left out, or it left every layer."""
-    if "why" in sparsity:
-        return f": {sparsity['why']}"
-    skips = (f" leaves {skip['target']}: {skip['why']}" for skip in sparsity["skipped"])
-    return next(skips, " found no weights between hidden units")
 
 
 def _build_arms(job: Job) -> None:
