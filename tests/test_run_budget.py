@@ -116,7 +116,7 @@ def test_no_sparsity_fits_and_the_run_goes_on(
     record = found.metrics
     assert found.failure is None
     assert record["quality"]["budget"]["found"] is False
-    assert record["transform"]["sparsity"]["skipped"] is True
+    assert record["transform"]["sparsity"]["entries"] == []
     reason = "no sparsity fits this budget; the nearest, "
     assert [reason in flag["reason"] for flag in record["flags"]] == [True]
     assert record["decision"]["reason"].startswith("no opportunity: sparsity unit; min-size=0: ")
