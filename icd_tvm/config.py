@@ -168,10 +168,28 @@ class MeasureKeys(Section):
     peer: Literal["onnxruntime"] | None = Field(
         default=None, description="another runtime on the same model, in a process of its own"
     )
+    cold_cache: bool = Field(
+        default=False, description="empty the caches before every call; not beside a peer"
+    )
+    stop_half_width: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="stop once iterative/linear is known to this share of it; not beside a peer",
+    )
+    pin_threads: bool = Field(
+        default=True, description="keep the calling thread on one CPU while it is timed"
+    )
     ncu_metrics: list[str] = Field(
         default=[L2_HIT_RATE], description="GPU counters; unused on a CPU"
     )
     power_sample_hz: float = Field(default=10.0, gt=0, le=1000, description="samples of GPU power")
+
+    @model_validator(mode="after")
+    def _alone(self) -> MeasureKeys:
+        if self.peer is not None and (self.cold_cache or self.stop_half_width is not None):
+            raise ValueError("measure.cold_cache and measure.stop_half_width exclude measure.peer")
+        return self
 
     @field_validator("ncu_metrics")
     @classmethod
@@ -197,6 +215,9 @@ class GateKeys(Section):
     energy_gain_pct: float = Field(default=15.0, description="least reduction of J per token, %")
     quality_loss_points: float = Field(
         default=0.1, ge=0, description="largest change of quality, points"
+    )
+    quality_agreement: float = Field(
+        default=0.995, ge=0, le=1, description="least agreement with the outputs before the change"
     )
 
 

@@ -44,3 +44,9 @@ def test_no_opportunity_says_why() -> None:
 
 def test_linear_mode_keeps_linear() -> None:
     assert decide(EQUAL, "", None, iterative=False).arm == "linear"
+
+
+def test_a_worse_counter_rolls_back_however_fast() -> None:
+    verdict = decide(EQUAL, "", _ratio(0.7, 0.75, 0.8), worse="energy per token went up")
+    assert (verdict.arm, verdict.accepted, verdict.rolled_back) == ("linear", False, True)
+    assert "energy" in verdict.reason

@@ -25,7 +25,12 @@ class Verdict:
 
 
 def decide(
-    equivalence: Difference, opportunity: str, ratio: Ratio | None, *, iterative: bool = True
+    equivalence: Difference,
+    opportunity: str,
+    ratio: Ratio | None,
+    *,
+    iterative: bool = True,
+    worse: str = "",
 ) -> Verdict:
     """Decide which arm to keep.
 
@@ -39,6 +44,8 @@ def decide(
         Measured iterative/linear; None if nothing was measured.
     iterative : bool
         False if only the linear order was asked for.
+    worse : str
+        Which measured counter (energy, L2 hits) is worse; empty if none is.
     """
     if not iterative:
         return Verdict(LINEAR, False, "linear mode: the order decided before the transform is kept")
@@ -55,6 +62,8 @@ def decide(
     if ratio is None:
         return Verdict(LINEAR, None, "not measured: a new order is never accepted unmeasured")
     interval = f"{ratio['median']:.3f} [{ratio['lo']:.3f}, {ratio['hi']:.3f}]"
+    if worse:
+        return Verdict(LINEAR, False, f"rolled back: {worse}", rolled_back=True)
     if ratio["hi"] < 1.0:
         return Verdict(ITERATIVE, True, f"measured iterative/linear {interval}")
     reason = f"rolled back: iterative/linear {interval} is not below 1"

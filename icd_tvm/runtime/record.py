@@ -37,6 +37,7 @@ def make_record(job: Job) -> dict[str, Any]:
         "transform": result.transform if result else {},
         "graph_source": _source(job),
         "peers": measured.peer_info if measured else {},
+        "conditions": measured.conditions if measured else {},
         "stages": [
             {"stage": s.stage, "seconds": s.seconds, "ok": s.ok, "meta": s.meta}
             for s in job.progress.stages
@@ -106,7 +107,8 @@ def _arms(result: Compilation) -> dict[str, Any]:
     tokens = _tokens(result)
     arms = {}
     for name, samples in result.measured.samples.items():
-        arms[name] = {**arm_record(samples, tokens_per_call=tokens)}
+        counters = result.measured.counters.get(name, {})
+        arms[name] = {**arm_record(samples, tokens_per_call=tokens, **counters)}
         if name in result.arms:
             arm = result.arms[name]
             kernels = result.built[name].kernels if name in result.built else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icd_tvm.errors import VerificationError
+from icd_tvm.measure.gates import worse_counter
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, difference
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, linear_arm
@@ -20,8 +21,13 @@ def settle(job: Job) -> None:
     if job.failure is None:
         result, seed = job.result, job.config.seed
         ratio = result.measured.ratio(ITERATIVE, LINEAR, seed) if result.measured else None
+        counters = result.measured.counters if result.measured else {}
         result.verdict = decide(
-            result.equivalence, result.no_opportunity, ratio, iterative=job.iterative
+            result.equivalence,
+            result.no_opportunity,
+            ratio,
+            iterative=job.iterative,
+            worse=worse_counter(counters, ITERATIVE, LINEAR),
         )
         if not result.verdict.rolled_back:
             return
