@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from icd_tvm.relax_passes.repermute_pass import RepermutePass
     from icd_tvm.runtime.compile_model import compile_model
     from icd_tvm.runtime.correlations import collect_activations, collect_correlations
+    from icd_tvm.runtime.loaded import LoadedModel, load
     from icd_tvm.runtime.options import CompileOptions
     from icd_tvm.runtime.run import RunArtifacts, run
     from icd_tvm.tir_schedules.target import host_target, parse_target
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CompileOptions": "icd_tvm.runtime.options",
     "Config": "icd_tvm.config",
+    "LoadedModel": "icd_tvm.runtime.loaded",
     "RunArtifacts": "icd_tvm.runtime.run",
     "RepermutePass": "icd_tvm.relax_passes.repermute_pass",
     "build_cpu": "icd_tvm.relax_passes.lower_cpu",
@@ -40,6 +42,7 @@ _HOMES = {
     "fit_permutation": "icd_tvm.core.solver",
     "host_target": "icd_tvm.tir_schedules.target",
     "import_onnx": "icd_tvm.models.importer",
+    "load": "icd_tvm.runtime.loaded",
     "parse_target": "icd_tvm.tir_schedules.target",
     "run": "icd_tvm.runtime.run",
 }
@@ -47,6 +50,7 @@ _HOMES = {
 __all__ = [
     "CompileOptions",
     "Config",
+    "LoadedModel",
     "RepermutePass",
     "RunArtifacts",
     "build_cpu",
@@ -59,6 +63,7 @@ __all__ = [
     "fit_permutation",
     "host_target",
     "import_onnx",
+    "load",
     "parse_target",
     "run",
 ]

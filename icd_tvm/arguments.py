@@ -39,6 +39,14 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message, "see --help")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a device at a TVM RPC tracker."""
+    parser.add_argument(
+        "--rpc", metavar="TRACKER:PORT", help="time on a device that this TVM RPC tracker lends"
+    )
+    parser.add_argument("--rpc-key", metavar="KEY", help="key of that device at the tracker")
+
+
 def refused(error: IcdError, arguments: Sequence[str]) -> int:
     """Print a refusal as one line, after its traceback under ``--debug``; return exit status 2.
 

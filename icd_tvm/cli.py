@@ -5,6 +5,8 @@ examples:
   icd run -c configs/mock.json --override pipeline.mode=iterative --out runs/iter
   icd run --resume --out runs/iter
   icd pair -c configs/minilm-unit.yaml --out runs/pair
+  icd sweep -c configs/sweeps/rates.yaml --out runs/rates
+  icd bundle runs/iter -o iter.tar.gz
   icd explain model.onnx --dot groups.dot
 
 icd COMMAND --help says more; icd completion bash prints a completion script.
@@ -27,6 +29,7 @@ from icd_tvm.errors import ConfigError, IcdError
 COMMANDS = {
     "run": ("icd_tvm.commands.run", "everything in a run directory that can be resumed"),
     "pair": ("icd_tvm.commands.pair", "linear and iterative, compared"),
+    "sweep": ("icd_tvm.commands.sweep", "a grid of runs, resumable, with one summary"),
     "compile": ("icd_tvm.commands.compile", "one model, one result, no directory needed"),
     "explain": ("icd_tvm.commands.explain", "which axes may move, and what pins the others"),
     "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
@@ -34,6 +37,7 @@ COMMANDS = {
     "cache": ("icd_tvm.commands.cache", "look after the orders that earlier runs decided"),
     "report": ("icd_tvm.commands.report", "one HTML page about a run, or several compared"),
     "doctor": ("icd_tvm.commands.doctor", "what can be measured here, and how to enable the rest"),
+    "bundle": ("icd_tvm.commands.bundle", "a finished run as an archive for an offline host"),
     "schema": ("icd_tvm.commands.schema", "every configuration key"),
     "completion": ("icd_tvm.commands.completion", "completion script for bash or zsh"),
 }
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IcdError as error:
         return refused(error, arguments)
     except KeyboardInterrupt:
-        print("stopped; icd run --resume continues a run", file=sys.stderr)
+        print("stopped; --resume continues a run or a sweep", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -180,6 +180,20 @@ class MeasureKeys(Section):
     pin_threads: bool = Field(
         default=True, description="keep the calling thread on one CPU while it is timed"
     )
+    energy: bool = Field(
+        default=True, description="count energy where the machine has a counter (RAPL); a minute"
+    )
+    cache_model: bool = Field(
+        default=False, description="model the first two caches, kernel by kernel; some minutes"
+    )
+    rpc: str | None = Field(
+        default=None,
+        pattern=r"^([^\s:\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}$",
+        description="HOST:PORT of a TVM RPC tracker; times on a device it lends, not here",
+    )
+    rpc_key: str | None = Field(
+        default=None, min_length=1, description="key of the device at the tracker"
+    )
     ncu_metrics: list[str] = Field(
         default=[L2_HIT_RATE], description="GPU counters; unused on a CPU"
     )
@@ -195,6 +209,12 @@ class MeasureKeys(Section):
     @classmethod
     def _known_names(cls, names: list[str]) -> list[str]:
         return list(dict.fromkeys(ALIASES.get(name, name) for name in names))
+
+    @model_validator(mode="after")
+    def _device_has_key(self) -> MeasureKeys:
+        if (self.rpc is None) != (self.rpc_key is None):
+            raise ValueError("give both measure.rpc and measure.rpc_key, or neither")
+        return self
 
 
 class QualityKeys(Section):
@@ -224,6 +244,7 @@ class GateKeys(Section):
 class ReportKeys(Section):
     """Where results go."""
 
+    html: bool = Field(default=True, description="write report.html")
     out_dir: File | None = Field(default=None, description="the run directory; --out replaces it")
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from icd_tvm.cli import main
 from icd_tvm.core.access_graph import build_w, load_w, save_w
-from icd_tvm.core.cost import combined_cost, distance_cost, modularity
+from icd_tvm.core.combined_cost import combined_cost
+from icd_tvm.core.cost import distance_cost, modularity
 from icd_tvm.core.permutation import Constraint, load_permutation, save_permutation
 from icd_tvm.errors import ConfigError, IcdError, OutputError, PermutationError
 from icd_tvm.runtime import cache_archive

@@ -39,7 +39,7 @@ def test_specified_defaults() -> None:
     assert config.measure.ncu_metrics == [L2_HIT_RATE]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.*")), ids=lambda path: path.name)
 def test_examples_are_valid(path: Path) -> None:
     find_transforms(load_config(path))
 
@@ -149,7 +149,7 @@ def test_unreadable_file(tmp_path: Path, name: str) -> None:
         load_config(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("name", ["quant", "kv"])
+@pytest.mark.parametrize("name", ["kv"])
 def test_a_transform_without_a_pass_is_refused_with_a_reason(name: str) -> None:
     config = make_config(BASE, [f"transform.{name}=something"])
     with pytest.raises(ConfigError, match=f"transform.{name}"):

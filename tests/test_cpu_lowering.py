@@ -247,7 +247,7 @@ def test_the_transposed_kernel_takes_an_epilogue_with_a_residual() -> None:
 
 def test_choices_travel_with_the_module_and_the_build() -> None:
     mod = sparse_encoder(8)
-    executable, choices = lower_and_build(mod, TARGET, tune=False)
+    executable, choices, _ = lower_and_build(mod, TARGET, tune=False)
     assert len(choices) == 6 * TINY.layers - 2 * TINY.layers
     assert all(isinstance(choice, KernelChoice) for choice in choices.values())
     assert executable is not None

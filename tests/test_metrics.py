@@ -114,6 +114,14 @@ def test_null_needs_a_reason(record: dict, field: str) -> None:
         validate_metrics(record)
 
 
+def test_null_peers_need_a_reason(record: dict) -> None:
+    record["peers"] = None
+    with pytest.raises(MeasurementError, match="peers is null without a reason"):
+        validate_metrics(record)
+    record["not_measured"]["peers"] = "timed elsewhere"
+    validate_metrics(record)
+
+
 def test_undecided_is_allowed(record: dict) -> None:
     record["decision"]["accepted"] = None
     validate_metrics(record)
@@ -219,10 +227,10 @@ def test_command_line_knows_the_gates(record: dict) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ({"ept_j_per_tok": 1.0}, {"ept_j_per_tok": 1.1}, "energy"),
+        ({"joules_per_call": 1.0}, {"joules_per_call": 1.1}, "energy"),
         ({"l2_hit_pct": 70.0}, {"l2_hit_pct": 69.0}, "L2"),
-        ({"ept_j_per_tok": 1.0}, {"ept_j_per_tok": 0.9}, ""),
-        ({"ept_j_per_tok": 1.0}, {"l2_hit_pct": 1.0}, ""),
+        ({"joules_per_call": 1.0}, {"joules_per_call": 1.01}, ""),
+        ({"joules_per_call": 1.0}, {"l2_hit_pct": 1.0}, ""),
         ({}, {}, ""),
     ],
 )

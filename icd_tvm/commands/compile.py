@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from icd_tvm.arguments import Parser
+from icd_tvm.arguments import Parser, add_device
 from icd_tvm.commands.threads import set_threads
 from icd_tvm.runtime.options import CompileOptions, parse_shape, parse_state
 
@@ -52,6 +52,7 @@ def parser() -> Parser:
     add("--time-budget", type=float, default=30.0, help=HELP["time_budget"])
     add("--seed", type=int, default=0, help=HELP["seed"])
     add("--peer", help=HELP["peer"])
+    add_device(result)
     add("--out", type=Path, help=HELP["out"])
     add("-o", "--library", type=Path, help=HELP["library"])
     add("--no-measure", action="store_true", help=HELP["no_measure"])
@@ -82,6 +83,8 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         measure=not arguments.no_measure,
         explain=arguments.explain,
         quality=arguments.quality,
+        rpc=arguments.rpc,
+        rpc_key=arguments.rpc_key,
         opaque_states=tuple(parse_state(text) for text in arguments.opaque_state),
     )
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from icd_tvm.arguments import Parser
+from icd_tvm.arguments import Parser, add_device
 from icd_tvm.commands.threads import set_threads
 from icd_tvm.config import Config
 from icd_tvm.config_file import load_config
@@ -56,6 +56,7 @@ def add_config(result: Parser) -> None:
         help=HELP["override"],
     )
     result.add_argument("--out", type=Path, metavar="DIR", help=HELP["out"])
+    add_device(result)
 
 
 def config_from(arguments: argparse.Namespace) -> Config:
@@ -65,7 +66,14 @@ def config_from(arguments: argparse.Namespace) -> Config:
         path = arguments.out / "config.resolved.yaml"
     if path is None:
         raise ConfigError("no configuration is given", "icd run -c FILE --out DIR")
-    return load_config(path, arguments.override)
+    return load_config(path, [*arguments.override, *_device(arguments)])
+
+
+def _device(arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides that the flags of a device stand for."""
+    flags = {"rpc": arguments.rpc, "rpc_key": arguments.rpc_key}
+    # As JSON: an address like [::1]:9190 would be read as a list.
+    return [f"measure.{key}={json.dumps(value)}" for key, value in flags.items() if value]
 
 
 def run(arguments: argparse.Namespace) -> int:

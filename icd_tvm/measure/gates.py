@@ -10,6 +10,9 @@ from icd_tvm.measure.statistics import Ratio
 
 # Reasons used when a counter is missing and the record gives none.
 NO_REASON = "not measured"
+# Changes of a counter below these say nothing: a share, and percentage points.
+ENERGY_NOISE = 0.02
+L2_NOISE_POINTS = 0.5
 
 
 def evaluate_gates(
@@ -137,16 +140,16 @@ def worse_counter(
     Parameters
     ----------
     counters : mapping
-        Arm -> ``l2_hit_pct`` and ``ept_j_per_tok``, where they were read.
+        Arm -> ``joules_per_call`` and ``l2_hit_pct``, where they were read. A change up to
+        ``ENERGY_NOISE`` or ``L2_NOISE_POINTS`` is none: counters repeat no better.
     candidate, baseline : str
     """
     new, old = counters.get(candidate, {}), counters.get(baseline, {})
-    for field, title, sign in (
-        ("ept_j_per_tok", "energy per token", 1),
-        ("l2_hit_pct", "L2 hit rate", -1),
-    ):
-        if field in new and field in old and sign * new[field] > sign * old[field]:
-            return f"{title} went from {old[field]:.4g} to {new[field]:.4g}"
+    energy, hits = "joules_per_call", "l2_hit_pct"
+    if energy in new and energy in old and new[energy] > old[energy] * (1 + ENERGY_NOISE):
+        return f"energy went from {old[energy]:.4g} to {new[energy]:.4g} J per call"
+    if hits in new and hits in old and new[hits] < old[hits] - L2_NOISE_POINTS:
+        return f"L2 hit rate went from {old[hits]:.4g} to {new[hits]:.4g} %"
     return ""
 
 

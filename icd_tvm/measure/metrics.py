@@ -201,7 +201,7 @@ def arms_table(
     """
     shown = [
         name
-        for name in (record.get("peers", ()) if peers is None else peers)
+        for name in ((record.get("peers") or ()) if peers is None else peers)
         if name in record["arms"]
     ]
     head = ["arm", "median", "p5", "p95", "min", f"/{baseline}", "95 % interval", "P(faster)"]
@@ -237,8 +237,9 @@ def _ratio_cells(record: Mapping[str, Any], name: str, baseline: str) -> list[st
 def _nulls_without_reason(record: dict[str, Any]) -> list[str]:
     reasons = record["not_measured"]
     found = []
-    for name in ("equivalence", "quality"):
-        if record[name] is None and not reasons.get(name):
+    for name in ("equivalence", "quality", "peers"):
+        # Only what compares with other runtimes has peers.
+        if record.get(name, {}) is None and not reasons.get(name):
             found.append(f"{name} is null without a reason in not_measured")
     for arm, values in record["arms"].items():
         for name in OPTIONAL_FIELDS:

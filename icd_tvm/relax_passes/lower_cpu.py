@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
@@ -16,6 +16,24 @@ from icd_tvm.relax_passes.vector_legalize import legalize_map
 from icd_tvm.tir_schedules.cpu import cpu_rules
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
 from icd_tvm.tir_schedules.cpu.stack import register_pipeline
+
+
+class Lowered(NamedTuple):
+    """A compiled module.
+
+    Attributes
+    ----------
+    executable : tvm.runtime.vm.VMExecutable
+        As `build_cpu` returns it.
+    choices : dict of str to KernelChoice
+        Name of each matmul with zeros in its weight -> its kernel, and why.
+    mod : IRModule
+        What was compiled: calls of scheduled TIR functions.
+    """
+
+    executable: Any
+    choices: dict[str, KernelChoice]
+    mod: Any
 
 
 def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool = True) -> Any:
@@ -82,12 +100,12 @@ def build_cpu(
     tvm.runtime.vm.VMExecutable
         For ``relax.VirtualMachine(executable, tvm.cpu())``.
     """
-    return lower_and_build(mod, target, kernels=kernels, tune=tune)[0]
+    return lower_and_build(mod, target, kernels=kernels, tune=tune).executable
 
 
 def lower_and_build(
     mod: Any, target: Any, *, kernels: KernelChoice | None = None, tune: bool = True
-) -> tuple[Any, dict[str, KernelChoice]]:
+) -> Lowered:
     """Lower and compile a module for the CPU, and tell which matmul kernels it got.
 
     Parameters
@@ -97,12 +115,9 @@ def lower_and_build(
 
     Returns
     -------
-    executable : tvm.runtime.vm.VMExecutable
-        As `build_cpu` returns it.
-    choices : dict of str to KernelChoice
-        Name of each matmul with zeros in its weight -> its kernel, and why.
+    Lowered
     """
     with target:
         lowered = cpu_pipeline(target, kernels=kernels, tune=tune)(mod)
         executable = tvm.compile(lowered, target, tir_pipeline=register_pipeline())
-    return executable, read_kernels(lowered)
+    return Lowered(executable, read_kernels(lowered), lowered)

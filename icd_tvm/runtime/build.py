@@ -25,6 +25,8 @@ class Built:
         The kernel chosen for each matmul whose weight has zeros.
     states : StateOrder, optional
         The order in which the module keeps its opaque states. Callers see the original one.
+    lowered : tvm.IRModule, optional
+        What was compiled: calls of scheduled TIR functions.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Built:
         input_names: list[str],
         kernels: Mapping[str, str],
         states: StateOrder | None = None,
+        lowered: Any = None,
     ) -> None:
         self.executable = executable
+        self.lowered = lowered
         self.states = states or StateOrder()
         self.input_names = input_names
         self.kernels = dict(kernels)
@@ -65,17 +69,21 @@ class Built:
         """Write the library, weights inside, to ``path``."""
         self.executable.export_library(path)
 
+    def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the inputs as the module takes them: states in its own order."""
+        return dict(self.states.inputs_to_own({name: feeds[name] for name in self.input_names}))
+
     def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
-        own = self.states.inputs_to_own({name: feeds[name] for name in self.input_names})
+        own = self.own_feeds(feeds)
         return [tvm.runtime.tensor(np.asarray(own[n], order="C")) for n in self.input_names]
 
 
 def build(mod: Any, target: Any) -> Built:
     """Lower ``main`` of ``mod`` for ``target`` and load it."""
     names = [parameter.name for parameter in mod["main"].params]
-    executable, choices = lower_and_build(mod, target)
-    kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in choices.items()}
-    return Built(executable, names, kernels, StateOrder.read(mod))
+    lowered = lower_and_build(mod, target)
+    kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in lowered.choices.items()}
+    return Built(lowered.executable, names, kernels, StateOrder.read(mod), lowered.mod)
 
 
 def _flatten(outputs: list[Any]) -> list[Any]:

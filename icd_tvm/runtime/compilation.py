@@ -11,6 +11,7 @@ from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.relax_passes.verify_layout import Difference
 from icd_tvm.runtime.arms import DENSE, Arm
 from icd_tvm.runtime.build import Built
+from icd_tvm.runtime.counters import Counters
 from icd_tvm.runtime.decide import Verdict
 from icd_tvm.runtime.measure_arms import Measured
 
@@ -43,6 +44,8 @@ class Compilation:
         Why the new order cannot gain anything; empty if it can.
     measured : Measured or None
         None where nothing was timed.
+    counters : Counters
+        Energy and modelled caches, or why there are none.
     quality : dict or None
         Task quality of the arms, where it was asked for.
     verdict : Verdict
@@ -63,6 +66,7 @@ class Compilation:
     verified: list[str] = field(default_factory=list)
     no_opportunity: str = ""
     measured: Measured | None = None
+    counters: Counters = field(default_factory=Counters)
     quality: dict[str, Any] | None = None
     verdict: Verdict = field(default_factory=lambda: Verdict(DENSE, False, "nothing was done"))
     record: dict[str, Any] = field(default_factory=dict)

@@ -59,6 +59,8 @@ def summary(record: Mapping[str, Any]) -> str:
     decision, lines = record["decision"], []
     if record["arms"]:
         lines += [arms_table(record), ""]
+    if device := record.get("device"):
+        lines.append(f"timed on {device['key']} at {device['address']} ({device['cpu']})")
     lines += [f"{g['name']:8s} {g['status']}: {g['reason']}" for g in record["gates"]]
     if "mock" in record["graph_source"]:
         lines.append(

@@ -32,8 +32,10 @@ PAIRS = (
     ("linear", "identity"),
     ("random", "linear"),
     ("iterative", "dense"),
+    ("identity", "dense"),
     ("dense", "onnxruntime"),
     ("iterative", "onnxruntime"),
+    ("linear", "onnxruntime"),
 )
 
 
@@ -56,9 +58,8 @@ class Measured:
     conditions : dict
         What it ran under: ``clock`` {before, after}, ``threads`` (pinning), ``cold_cache_bytes``,
         ``stop_half_width``, ``rounds_asked``, ``time_evaluator`` by arm, ``overhead_s``.
-    counters : dict[str, dict[str, float]]
-        Hardware counters by arm, where some were read: ``l2_hit_pct``, ``dram_bytes``,
-        ``ept_j_per_tok``.
+    device : dict or None
+        The device that was timed over RPC; None for this machine.
     """
 
     samples: dict[str, Samples]
@@ -67,7 +68,7 @@ class Measured:
     peer_outputs: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     peer_differences: dict[str, float] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
-    counters: dict[str, dict[str, float]] = field(default_factory=dict)
+    device: dict[str, Any] | None = None
 
     @property
     def rounds(self) -> int:

@@ -37,6 +37,8 @@ class CompileOptions:
         Seconds the solver may spend over all groups.
     peer : str or None
         A peer to measure beside our arms.
+    rpc, rpc_key : str or None
+        ``HOST:PORT`` of a TVM RPC tracker and the key of the device there that is timed.
     out : Path or None
         Folder for ``metrics.json``.
     library : Path or None
@@ -70,6 +72,8 @@ class CompileOptions:
     explain: bool = False
     quality: str | None = None
     opaque_states: tuple[tuple[str, str], ...] = ()
+    rpc: str | None = None
+    rpc_key: str | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -92,7 +96,13 @@ class CompileOptions:
                 },
                 "solver": {"time_budget_s": self.time_budget_s, "k_blocks": None},
                 "transform": {"sparsity": self.sparsity, "quant": self.quant, "kv": self.kv},
-                "measure": {"enabled": self.measure, "peer": self.peer},
+                "measure": {
+                    "enabled": self.measure,
+                    "peer": self.peer,
+                    "energy": False,
+                    "rpc": self.rpc,
+                    "rpc_key": self.rpc_key,
+                },
                 "quality": {"metric": self.quality},
                 "target": self.target,
                 "threads": self.threads,

@@ -14,6 +14,7 @@ from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.runtime.compilation import Compilation
 from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.measure_arms import Measured
 from icd_tvm.runtime.run_folder import TRACEBACK
 
 NO_COUNTER = "no hardware counter was read on this target"
@@ -36,8 +37,10 @@ def make_record(job: Job) -> dict[str, Any]:
         "decision": _decision(job),
         "transform": result.transform if result else {},
         "graph_source": _source(job),
-        "peers": measured.peer_info if measured else {},
         "conditions": measured.conditions if measured else {},
+        "device": measured.device if measured else None,
+        "peers": _peers(job, measured),
+        "energy": result.counters.energy if result else {},
         "stages": [
             {"stage": s.stage, "seconds": s.seconds, "ok": s.ok, "meta": s.meta}
             for s in job.progress.stages
@@ -50,6 +53,12 @@ def make_record(job: Job) -> dict[str, Any]:
     }
     gates = evaluate_gates(record, quality_reference="identity", **job.config.gates.model_dump())
     return {**record, "gates": gates}
+
+
+def _peers(job: Job, measured: Measured | None) -> dict[str, Any] | None:
+    if job.config.measure.rpc is not None:
+        return None
+    return measured.peer_info if measured else {}
 
 
 def _failure(job: Job) -> dict[str, str] | None:
@@ -97,8 +106,26 @@ def _model(result: Compilation | None, source: str) -> dict[str, Any]:
             {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
             for spec in result.imported.inputs
         ],
+        "outputs": _outputs(result),
         "weights": {p.key: p.value for p in result.imported.model.metadata_props}.get("weights"),
     }
+
+
+def _outputs(result: Compilation) -> list[dict[str, Any]]:
+    returned = result.imported.mod["main"].ret_ty
+    types = getattr(returned, "fields", [returned])
+    return [
+        {"name": name, "shape": _sizes(kind.shape), "dtype": str(kind.dtype)}
+        for name, kind in zip(result.imported.outputs, types, strict=True)
+    ]
+
+
+def _sizes(shape: Any) -> list[int] | None:
+    """Return the sizes of a static shape, or None where values decide it (NonZero)."""
+    try:
+        return [int(size) for size in shape]
+    except TypeError:
+        return None
 
 
 def _arms(result: Compilation) -> dict[str, Any]:
@@ -107,14 +134,21 @@ def _arms(result: Compilation) -> dict[str, Any]:
     tokens = _tokens(result)
     arms = {}
     for name, samples in result.measured.samples.items():
-        counters = result.measured.counters.get(name, {})
-        arms[name] = {**arm_record(samples, tokens_per_call=tokens, **counters)}
+        arms[name] = {**arm_record(samples, tokens_per_call=tokens, **_energy(result, name))}
+        if name in result.counters.caches:
+            arms[name]["cache_model"] = result.counters.caches[name]
         if name in result.arms:
             arm = result.arms[name]
             kernels = result.built[name].kernels if name in result.built else {}
             more = {"same_module_as": arm.same_as, "removed_units": arm.removed, "kernels": kernels}
             arms[name] |= more
     return arms
+
+
+def _energy(result: Compilation, arm: str) -> dict[str, float]:
+    """Return the joules per token of an arm, where they were counted."""
+    counted, tokens = result.counters.energy.get(arm), _tokens(result)
+    return {"ept_j_per_tok": counted["joules_per_call"] / tokens} if counted and tokens else {}
 
 
 def _tokens(result: Compilation) -> int | None:
@@ -180,6 +214,10 @@ def _not_measured(job: Job) -> dict[str, str]:
     missing: dict[str, str] = dict.fromkeys(
         ("l2_hit_pct", "dram_bytes", "ept_j_per_tok"), NO_COUNTER
     )
+    if result is not None:
+        missing |= result.counters.reasons
+        if result.counters.energy:
+            missing["ept_j_per_tok"] = f"counted for {', '.join(result.counters.energy)} only"
     flags = {flag.stage: flag.reason for flag in job.flags}
     stopped = f"{job.failure.stage} failed: {job.failure.message}" if job.failure else ""
     if result is not None and _tokens(result) is None:
@@ -189,6 +227,8 @@ def _not_measured(job: Job) -> dict[str, str]:
         missing["quality"] = (
             asked if keys.quality.metric and asked else "no evaluation was asked for"
         )
+    if keys.measure.rpc is not None:
+        missing["peers"] = "the arms are timed on another device; peers run on this machine only"
     if result is None or not result.verified:
         missing["equivalence"] = stopped or "the arms were not found equal"
     if result is None or result.measured is None:

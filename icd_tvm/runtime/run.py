@@ -88,7 +88,7 @@ def run(
     target, transforms = prepare(checked)
     with RunFolder(_out_dir(checked, out)) as folder:
         begun = _begun(folder, checked, resume)
-        if begun and _finished(folder):
+        if begun and finished(folder):
             return _artifacts(folder)
         if not begun:
             folder.write_json(ENVIRONMENT, fingerprint())
@@ -174,7 +174,8 @@ def _begun(folder: RunFolder, config: Config, resume: bool) -> bool:
     return True
 
 
-def _finished(folder: RunFolder) -> bool:
+def finished(folder: RunFolder) -> bool:
+    """Return whether a run went through to its report there, without a failure."""
     last = (folder.events() or [{}])[-1]
     meta = last.get("meta") or {}
     done = last.get("stage") == State.REPORTED and last.get("ok") and meta.get("failure") is None

@@ -19,9 +19,21 @@ from icd_tvm.runtime.events import EventLog, read_events
 CONFIG, EVENTS, METRICS = "config.resolved.yaml", "events.jsonl", "metrics.json"
 PERM, GRAPH, GRAPH_AFTER = "perm.json", "W.npz", "W_after.npz"
 MEASURED, MODULE, REPORT = "measured.npz", "module.so", "report.csv"
+COUNTERS = "counters.json"
 ENVIRONMENT, TRACEBACK = "environment.json", "traceback.txt"
 _LOCK, _OWNER = ".lock", ".owner.json"
-_NAMES = (CONFIG, METRICS, PERM, GRAPH, GRAPH_AFTER, MEASURED, MODULE, ENVIRONMENT, TRACEBACK)
+_NAMES = (
+    CONFIG,
+    METRICS,
+    PERM,
+    GRAPH,
+    GRAPH_AFTER,
+    MEASURED,
+    COUNTERS,
+    MODULE,
+    ENVIRONMENT,
+    TRACEBACK,
+)
 LOCK_WAIT_S = 1.0
 
 

@@ -10,13 +10,15 @@ from icd_tvm.measure.statistics import cross_check
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
+from icd_tvm.runtime.counters import CACHES, ENERGY, count, read_counters
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
+from icd_tvm.runtime.measure_remote import measure_remotely
 from icd_tvm.runtime.measured_file import read_measured, save_measured
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.retry import retried
-from icd_tvm.runtime.run_folder import MEASURED
+from icd_tvm.runtime.run_folder import COUNTERS, MEASURED
 from icd_tvm.runtime.states import State
 
 # Seconds before the second and the third try.
@@ -31,15 +33,18 @@ def measure(job: Job, event: Stage) -> None:
         job.result.measured, job.result.quality, flags = read_measured(job.folder.path(MEASURED))
         for reason in flags:
             job.warn("measure", reason)
+        job.result.counters = read_counters(job.folder.path(COUNTERS))
         event.meta["from"] = "file"
         return
     before = len(job.flags)
     _time_arms(job)
     _evaluate(job)
+    _count(job)
     if job.config.pipeline.fixed_clock:
         _check_clock(job)
     if job.folder is not None:
         flags = [flag.reason for flag in job.flags[before:]]
+        job.folder.write_json(COUNTERS, job.result.counters.as_json())
         save_measured(job.folder.path(MEASURED), job.result.measured, job.result.quality, flags)
     event.meta["rounds"] = job.result.measured.rounds if job.result.measured else 0
 
@@ -54,7 +59,9 @@ def _time_arms(job: Job) -> None:
     """Time all arms beside the peer; without it where it fails; not at all where that fails."""
     if not job.config.measure.enabled:
         return
-    peer = job.config.measure.peer
+    keys = job.config.measure
+    # A peer is a process of this machine: nothing to compare with what another one does.
+    peer = keys.peer if keys.rpc is None else None
     for beside in dict.fromkeys((peer, None)):
         with job.progress.stage("measure") as stage:
             try:
@@ -74,6 +81,8 @@ def _time_arms(job: Job) -> None:
 def _timed(job: Job, peer: str | None) -> Measured:
     result = job.result
     feeds = random_inputs(result.imported, job.config.seed)
+    if job.config.measure.rpc is not None:
+        return measure_remotely(result.built, feeds, job.config, job.target)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
     measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
     measured.conditions["time_evaluator"] = {
@@ -88,6 +97,21 @@ def _timed(job: Job, peer: str | None) -> Measured:
             for name, outputs in measured.peer_outputs.items()
         }
     return measured
+
+
+def _count(job: Job) -> None:
+    """Count beside the clock; what is missing there is never an error."""
+    result, keys = job.result, job.config.measure
+    if result.measured is None or not (keys.energy or keys.cache_model):
+        return
+    if keys.rpc is not None:
+        reason = "counted on this machine only, not on a device behind RPC"
+        result.counters.reasons = dict.fromkeys((ENERGY, CACHES), reason)
+        return
+    with job.progress.stage("count") as stage:
+        feeds = random_inputs(result.imported, job.config.seed)
+        result.counters = count(result.built, feeds, keys, job.target)
+        stage.meta = dict(result.counters.reasons)
 
 
 def _evaluate(job: Job) -> None:

@@ -12,7 +12,7 @@ from icd_tvm.runtime.overhead import overhead
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.record import make_record
 from icd_tvm.runtime.reports import REPORTS
-from icd_tvm.runtime.run_folder import TRACEBACK
+from icd_tvm.runtime.run_folder import TRACEBACK, RunFolder
 
 
 def report(job: Job, event: Stage) -> None:
@@ -28,6 +28,7 @@ def report(job: Job, event: Stage) -> None:
     if job.folder is not None:
         for name, text in REPORTS.items():
             job.folder.write_text(name, text(record))
+        _page(job, job.folder)
         if job.failure is not None:
             job.folder.write_text(TRACEBACK, job.failure.trace)
         else:
@@ -39,6 +40,22 @@ def report(job: Job, event: Stage) -> None:
         "decision": record["decision"],
         "overhead": record["overhead"],
     }
+
+
+def _page(job: Job, folder: RunFolder) -> None:
+    """Write the HTML page; a run whose page cannot be drawn is still a run."""
+    if not job.config.report.html:
+        return
+    # Drawing needs a second of imports that nothing else here does.
+    from icd_tvm.report.page import write_report
+
+    with job.progress.stage("page") as stage:
+        try:
+            stage.meta = {"file": write_report(folder.root).name}
+        except OutputError:
+            raise
+        except Exception as error:
+            job.warn("page", f"report.html is left out: {error}")
 
 
 def _export(job: Job) -> None:

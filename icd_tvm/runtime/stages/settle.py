@@ -21,13 +21,12 @@ def settle(job: Job) -> None:
     if job.failure is None:
         result, seed = job.result, job.config.seed
         ratio = result.measured.ratio(ITERATIVE, LINEAR, seed) if result.measured else None
-        counters = result.measured.counters if result.measured else {}
         result.verdict = decide(
             result.equivalence,
             result.no_opportunity,
             ratio,
             iterative=job.iterative,
-            worse=worse_counter(counters, ITERATIVE, LINEAR),
+            worse=worse_counter(result.counters.by_arm(), ITERATIVE, LINEAR),
         )
         if not result.verdict.rolled_back:
             return

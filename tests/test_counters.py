@@ -1,0 +1,106 @@
+"""Counters of a run: energy from a stand-in counter, caches as a model, reasons for the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icd_tvm.config import MeasureKeys
+from icd_tvm.errors import MeasurementError
+from icd_tvm.measure.energy import EnergyRecord
+from icd_tvm.models.importer import import_onnx
+from icd_tvm.models.inputs import random_inputs
+from icd_tvm.models.registry import build as build_model
+from icd_tvm.runtime import counters as module
+from icd_tvm.runtime.build import build
+from icd_tvm.runtime.counters import Counters, count, read_counters
+from icd_tvm.runtime.run import run
+from icd_tvm.tir_schedules.target import parse_target
+
+V3 = parse_target("x86-64-v3", 1)
+
+
+@pytest.fixture(scope="module")
+def arms() -> Any:
+    imported = import_onnx(build_model("bert-mini-random"))
+    built = build(imported.mod, V3)
+    return {"dense": built, "random": built, "linear": built}, random_inputs(imported, 0)
+
+
+def test_nothing_asked_for_is_nothing_counted(arms: Any) -> None:
+    found = count(*arms, MeasureKeys(energy=False), V3)
+    assert (found.energy, found.caches) == ({}, {})
+    assert set(found.reasons) == {"ept_j_per_tok", "cache_model"}
+    assert all("not asked for" in reason for reason in found.reasons.values())
+
+
+def test_caches_are_modelled_for_the_arms_that_are_compared(
+    arms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_counter", lambda: (None, "no RAPL here"))
+    found = count(*arms, MeasureKeys(cache_model=True), V3)
+    assert set(found.caches) == {"dense", "linear"}
+    assert found.caches["dense"] == found.caches["linear"]
+    assert found.caches["dense"]["source"] == "model"
+    assert found.reasons == {"ept_j_per_tok": "no RAPL here"}
+
+
+def test_energy_comes_from_the_counter_or_with_the_reason(
+    arms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_counter", lambda: (object(), ""))
+    record = EnergyRecord("rapl", 0.5, None, 30.0, 1.0)
+    monkeypatch.setattr(module, "measure_energy", lambda callers, _: dict.fromkeys(callers, record))
+    found = count(*arms, MeasureKeys(), V3)
+    assert found.energy["linear"]["joules_per_call"] == 0.5
+    assert set(found.energy) == {"dense", "linear"}
+
+    def stalled(*_: Any) -> Any:
+        raise MeasurementError("the rapl counter stood still")
+
+    monkeypatch.setattr(module, "measure_energy", stalled)
+    assert "stood still" in count(*arms, MeasureKeys(), V3).reasons["ept_j_per_tok"]
+
+
+def test_counters_survive_a_file_and_a_damaged_one_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "counters.json"
+    kept = Counters({"dense": {"joules_per_call": 1.0}}, {}, {"cache_model": "why"})
+    path.write_text(json.dumps(kept.as_json()))
+    assert read_counters(path) == kept
+    for text in ("{", "[]", '{"else": 1}'):
+        path.write_text(text)
+        assert "counters.json" in read_counters(path).reasons["ept_j_per_tok"]
+
+
+def test_a_run_records_energy_per_token_its_gate_and_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joules = {"dense": 4.0, "linear": 2.0, "iterative": 1.0}
+
+    def measured(callers: Any, _: Any) -> Any:
+        return {name: EnergyRecord("rapl", joules[name], None, 30.0, 1.0) for name in callers}
+
+    monkeypatch.setattr(module, "open_counter", lambda: (object(), ""))
+    monkeypatch.setattr(module, "measure_energy", measured)
+    config = {
+        "model": {"name": "bert-mini-random"},
+        "transform": {"sparsity": "unit:0.5"},
+        "pipeline": {"repeats": 30, "warmup_iter": 2},
+        "measure": {"cache_model": True},
+        "target": "x86-64-v3",
+        "threads": 1,
+    }
+    artifacts = run(config, out=tmp_path / "run")
+    arms = artifacts.metrics["arms"]
+    assert arms["iterative"]["ept_j_per_tok"] == 1.0 / 16
+    assert arms["iterative"]["source"]["ept_j_per_tok"] == "measured"
+    assert "iterative only" in artifacts.metrics["not_measured"]["ept_j_per_tok"]
+    assert arms["linear"]["cache_model"]["source"] == "model"
+    gate = next(gate for gate in artifacts.gates if gate["name"] == "energy")
+    assert (gate["status"], gate["value"]) == ("pass", 50.0)
+    page = artifacts.paths["report.html"].read_text("utf-8")
+    assert "model" in page
+    assert page.rstrip().endswith("</html>")
