@@ -221,7 +221,8 @@ class QualityKeys(Section):
     """Task quality of the arms."""
 
     metric: str | None = Field(
-        default=None, description="stsb or stsb:PAIRS (MiniLM, needs the data)"
+        default=None,
+        description="stsb, sst2, bytes or wikitext; NAME:N takes N samples",
     )
 
 
