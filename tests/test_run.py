@@ -26,6 +26,7 @@ from icd_tvm.errors import (
     OutputError,
     PermutationError,
 )
+from icd_tvm.measure.latency import StopRule
 from icd_tvm.measure.metrics import validate_metrics
 from icd_tvm.runtime import orders
 from icd_tvm.runtime.events import EventLog, read_events
@@ -119,12 +120,16 @@ def test_conditions_and_overhead(finished: RunArtifacts) -> None:
     assert 0 < overhead["profiling_s"] < overhead["run_s"]
 
 
-def test_cold_caches_and_an_early_stop(model: Path, tmp_path: Path) -> None:
-    keys = {"cold_cache": True, "stop_half_width": 1.0, "pin_threads": False}
+def test_cold_caches_and_an_early_stop(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(StopRule, "met", lambda rule, _: asked.append(rule.half_width) or True)
+    keys = {"cold_cache": True, "stop_half_width": 0.25, "pin_threads": False}
     config = settings(model, measure=keys, pipeline={"repeats": 60, "warmup_iter": 0})
     found = quietly(config, tmp_path).metrics
     assert found["conditions"]["cold_cache_bytes"] > 0
-    # A width that anything meets: the rule stops at its first look.
+    assert asked == [0.25]
     assert found["arms"]["linear"]["lat_ms"]["n"] == 30
     assert found["conditions"]["rounds_asked"] == 60
     assert found["conditions"]["threads"]["pinned"] is False
