@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from icd_tvm.adapters.kvcache import KVCache, apply_kvcache
-from icd_tvm.errors import MissingDependencyError
-from icd_tvm.measure.quality import DATA_HINT, data_dir
+from icd_tvm.measure.datasets import token_windows
+from icd_tvm.measure.quality_plugins import token_losses
 from icd_tvm.models.decoder import SMOLLM2
 from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
 from icd_tvm.models.smollm2 import decoder_weights, smollm2_file, smollm2_tokenizer
@@ -60,24 +60,6 @@ def cases(quick: bool) -> Iterator[Case]:
     for dtype in ("int8", "fp8_e4m3"):
         yield Case(0.0, "key_norm", dtype=dtype)
         yield Case(0.3, "attention_mass", dtype=dtype, queries=RECENT_QUERIES)
-
-
-def windows(count: int, length: int) -> list[np.ndarray]:
-    folder = data_dir()
-    path = None if folder is None else folder / "wikitext2" / "valid.txt"
-    if path is None or not path.is_file():
-        raise MissingDependencyError("WikiText-2 (wikitext2/valid.txt) not found", DATA_HINT)
-    text = path.read_text(encoding="utf-8")[: 8 * count * length]
-    ids = smollm2_tokenizer().encode(text)
-    return [np.array(ids[i * length : (i + 1) * length]) for i in range(count)]
-
-
-def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Negative log likelihood of each target, in nats."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=-1, keepdims=True)
-    total = np.log(np.exp(wide - top).sum(axis=-1)) + top[:, 0]
-    return total - wide[np.arange(len(targets)), targets]
 
 
 def output_error(whole: DecoderRun, small: KVCache, context: int) -> float:
@@ -126,11 +108,11 @@ def measure(
             {
                 "error": output_error(whole, small, context),
                 "agree": float((run.logits[:-1].argmax(axis=-1) == best).mean()),
-                "loss": losses(run.logits[:-1], targets).mean(),
+                "loss": token_losses(run.logits[:-1], targets).mean(),
                 "meta": meta,
             }
         )
-    return losses(logits, targets), rows
+    return token_losses(logits, targets), rows
 
 
 def summary(case: Case, rows: list[dict[str, Any]], base: float) -> dict[str, Any]:
@@ -175,7 +157,7 @@ def main() -> None:
     count = 1 if arguments.quick else arguments.windows
     chosen = list(cases(arguments.quick))
     baseline, found = [], []
-    for ids in windows(count, arguments.context + arguments.tokens):
+    for ids in token_windows(smollm2_tokenizer(), count, arguments.context + arguments.tokens):
         base, rows = measure(weights, ids, chosen, arguments.context, arguments.block)
         baseline.append(base)
         found.append(rows)

@@ -23,17 +23,22 @@ from typing import Any
 
 import numpy as np
 import onnx
-from kv_quality import windows
 
 from icd_tvm._tvm import relax
 from icd_tvm.adapters.kv_spec import KVSpec
+from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
 from icd_tvm.measure.peers import OrtPeer, compare_with_peer
 from icd_tvm.measure.statistics import ratio, summarise
 from icd_tvm.models.decoder import SMOLLM2, build_decoder_step, cache_states
 from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
 from icd_tvm.models.importer import import_onnx
-from icd_tvm.models.smollm2 import build_smollm2_step, decoder_weights, smollm2_file
+from icd_tvm.models.smollm2 import (
+    build_smollm2_step,
+    decoder_weights,
+    smollm2_file,
+    smollm2_tokenizer,
+)
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
 from icd_tvm.runtime.build import Built, build
 from icd_tvm.tir_schedules.target import host_target
@@ -76,7 +81,7 @@ def run_steps(
 
 def verify(context: int, tokens: int, block: int) -> Iterator[dict[str, Any]]:
     weights = decoder_weights(smollm2_file(), SMOLLM2)
-    ids = windows(1, context + tokens)[0]
+    ids = token_windows(smollm2_tokenizer(), 1, context + tokens)[0]
     whole = run_decoder(SMOLLM2, weights, ids[:context], with_attention=True)
     best = run_decoder(
         SMOLLM2, weights, ids[context:], past=(whole.keys, whole.values), start=context

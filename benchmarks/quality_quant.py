@@ -25,7 +25,10 @@ import numpy as np
 
 from icd_tvm._tvm import apply_pass
 from icd_tvm.errors import MissingDependencyError
-from icd_tvm.measure.quality import DATA_HINT, agreement, data_dir, stsb_spearman
+from icd_tvm.measure.datasets import byte_windows, token_windows
+from icd_tvm.measure.quality import agreement, stsb_spearman
+from icd_tvm.measure.quality_plugins import make_task, spread_rows
+from icd_tvm.measure.quality_task import QualityTask
 from icd_tvm.models.calibration import calibration_batches
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.minilm import build_minilm
@@ -133,16 +136,11 @@ def typeseg(limit: int | None) -> Task:
         raise MissingDependencyError("typeseg is not installed", "pip install typeseg==0.2.7")
     path = Path(spec.origin).parent / "data" / "mamba_al.onnx"
     imported = import_onnx(path, {"ids": [WINDOW]})
-    with np.load(_data("pygments", "windows_T512.npz")) as stored:
-        ids, labels = stored["ids"].astype(np.int64), stored["labels"].astype(np.int64)
-    chosen = np.linspace(0, len(ids) - 1, limit or WINDOWS).astype(int)
-    others = np.setdiff1d(np.arange(len(ids)), chosen)
-    calibration = others[np.linspace(0, len(others) - 1, TYPESEG_CALIBRATION).astype(int)]
-
-    def judge(built: Built) -> tuple[float, np.ndarray]:
-        found = np.stack([built.run_all({"ids": ids[i]})[0].argmax(-1) for i in chosen])
-        return 100 * float(np.mean(found == labels[chosen, None])), found
-
+    ids, _ = byte_windows()
+    count = limit or WINDOWS
+    others = np.setdiff1d(np.arange(len(ids)), spread_rows(len(ids), count))
+    calibration = others[spread_rows(len(others), TYPESEG_CALIBRATION)]
+    judge = judged(make_task(f"bytes:{count}", imported.inputs))
     return Task(
         "typeseg",
         imported.mod,
@@ -151,37 +149,26 @@ def typeseg(limit: int | None) -> Task:
         _same,
         "byte accuracy in %",
         "share of equal classes",
-        f"{len(chosen)} windows of {WINDOW} bytes; calibrated on {len(calibration)} others",
+        f"{count} windows of {WINDOW} bytes; calibrated on {len(calibration)} others",
     )
 
 
 def smollm2(limit: int | None) -> Task:
     imported = import_onnx(build_smollm2(SMOL_SEQ))
-    text = _data("wikitext2", "valid.txt").read_text("utf-8")
-    tokens = np.asarray(smollm2_tokenizer().encode(text[:200_000]), np.int64)
-    windows = tokens[: len(tokens) // SMOL_SEQ * SMOL_SEQ].reshape(-1, 1, SMOL_SEQ)
-    name = imported.inputs[0].name
-    evaluated, rest = windows[: limit or SMOL_WINDOWS], windows[8:]
-
-    def judge(built: Built) -> tuple[float, np.ndarray]:
-        losses, top = [], []
-        for window in evaluated:
-            logits = built.run_all({name: window})[0][0, :-1].astype(np.float64)
-            shifted = logits - logits.max(-1, keepdims=True)
-            normal = np.log(np.exp(shifted).sum(-1))
-            losses.append(normal - shifted[np.arange(SMOL_SEQ - 1), window[0, 1:]])
-            top.append(logits.argmax(-1))
-        return float(np.exp(np.mean(losses))), np.stack(top)
-
+    name, count = imported.inputs[0].name, limit or SMOL_WINDOWS
+    # The first eight windows are never calibrated on.
+    rest = token_windows(smollm2_tokenizer(), 8 + SMOL_CALIBRATION, SMOL_SEQ)[8:, None]
+    task = make_task(f"wikitext:{count}", imported.inputs)
+    judge = judged(task, "perplexity")
     return Task(
         "smollm2",
         imported.mod,
-        [{name: window} for window in rest[:SMOL_CALIBRATION]],
+        [{name: window} for window in rest],
         judge,
         _same,
         "perplexity",
         "share of equal next tokens",
-        f"{len(evaluated)} windows of {SMOL_SEQ} tokens; calibrated on {SMOL_CALIBRATION} others",
+        f"{count} windows of {SMOL_SEQ} tokens; calibrated on {SMOL_CALIBRATION} others",
     )
 
 
@@ -189,11 +176,15 @@ def _same(reference: np.ndarray, found: np.ndarray) -> float:
     return float(np.mean(reference == found))
 
 
-def _data(*parts: str) -> Path:
-    folder = data_dir()
-    if folder is None:
-        raise MissingDependencyError("no evaluation data found", DATA_HINT)
-    return folder.joinpath(*parts)
+def judged(task: QualityTask, figure: str | None = None) -> Callable[[Built], Any]:
+    """Return a judge: the metric x 100, or a figure of the task; and the classes it chose."""
+
+    def judge(built: Built) -> tuple[float, np.ndarray]:
+        score = task.evaluate(lambda feeds: built.run_all(feeds)[0])
+        value = score.points if figure is None else score.figures[figure]
+        return value, score.outputs.argmax(-1)
+
+    return judge
 
 
 def rows(task: Task, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:

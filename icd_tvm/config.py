@@ -172,6 +172,18 @@ class MeasureKeys(Section):
     peer: Literal["onnxruntime"] | None = Field(
         default=None, description="another runtime on the same model, in a process of its own"
     )
+    cold_cache: bool = Field(
+        default=False, description="empty the caches before every call; not beside a peer"
+    )
+    stop_half_width: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="stop once iterative/linear is known to this share of it; not beside a peer",
+    )
+    pin_threads: bool = Field(
+        default=True, description="keep the calling thread on one CPU while it is timed"
+    )
     energy: bool = Field(
         default=True, description="count energy where the machine has a counter (RAPL); a minute"
     )
@@ -191,6 +203,12 @@ class MeasureKeys(Section):
     )
     power_sample_hz: float = Field(default=10.0, gt=0, le=1000, description="samples of GPU power")
 
+    @model_validator(mode="after")
+    def _alone(self) -> MeasureKeys:
+        if self.peer is not None and (self.cold_cache or self.stop_half_width is not None):
+            raise ValueError("measure.cold_cache and measure.stop_half_width exclude measure.peer")
+        return self
+
     @field_validator("ncu_metrics")
     @classmethod
     def _known_names(cls, names: list[str]) -> list[str]:
@@ -207,7 +225,8 @@ class QualityKeys(Section):
     """Task quality of the arms."""
 
     metric: str | None = Field(
-        default=None, description="stsb or stsb:PAIRS (MiniLM, needs the data)"
+        default=None,
+        description="stsb, sst2, bytes or wikitext; NAME:N takes N samples",
     )
     budget: float | None = Field(
         default=None,
@@ -233,6 +252,9 @@ class GateKeys(Section):
     energy_gain_pct: float = Field(default=15.0, description="least reduction of J per token, %")
     quality_loss_points: float = Field(
         default=0.1, ge=0, description="largest change of quality, points"
+    )
+    quality_agreement: float = Field(
+        default=0.995, ge=0, le=1, description="least agreement with the outputs before the change"
     )
 
 

@@ -105,7 +105,7 @@ def full_record() -> dict[str, Any]:
         "delta_points": 0.0,
     }
     found["energy"] = {"iterative": {"source": "planted", "joules_per_call": 0.25}}
-    found["events_overhead_s"] = 0.05
+    found["overhead"] = {"events_pct": 0.05, "profiling_pct": 1.25}
     return found
 
 

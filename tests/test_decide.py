@@ -2,8 +2,10 @@
 
 import pytest
 
+from icd_tvm.measure.gates import worse_counter
 from icd_tvm.measure.statistics import Ratio
 from icd_tvm.relax_passes.verify_layout import Difference
+from icd_tvm.runtime.counters import Counters
 from icd_tvm.runtime.decide import decide
 
 EQUAL = Difference(1e-6, 1e-6)
@@ -52,3 +54,15 @@ def test_no_opportunity_says_why() -> None:
 
 def test_linear_mode_keeps_linear() -> None:
     assert decide(EQUAL, "", None, iterative=False).arm == "linear"
+
+
+def test_a_worse_counter_rolls_back_however_fast() -> None:
+    verdict = decide(EQUAL, "", _ratio(0.7, 0.75, 0.8), worse="energy per token went up")
+    assert (verdict.arm, verdict.accepted, verdict.rolled_back) == ("linear", False, True)
+    assert "energy" in verdict.reason
+
+
+def test_energy_is_compared_where_both_arms_were_counted() -> None:
+    counted = {arm: {"joules_per_call": j} for arm, j in (("linear", 1.0), ("iterative", 1.2))}
+    assert "energy" in worse_counter(Counters(energy=counted).by_arm(), "iterative", "linear")
+    assert worse_counter(Counters().by_arm(), "iterative", "linear") == ""

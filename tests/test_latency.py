@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from icd_tvm.errors import ConfigError, MeasurementError
 from icd_tvm.measure import latency
-from icd_tvm.measure.latency import StopRule, balanced_orders, interleave
+from icd_tvm.measure.latency import Account, StopRule, balanced_orders, interleave
 
 
 class Clock:
@@ -83,6 +83,17 @@ def test_between_and_cold_cache_are_outside_the_timed_region(clock: Clock) -> No
     )
     assert len(calls) == 14
     np.testing.assert_allclose(samples["a"], 1e-8)
+
+
+def test_seconds_are_accounted_for(clock: Clock) -> None:
+    account = Account()
+    between = clock.call(10**6)
+    arms = {"a": clock.call(10**9), "b": clock.call(10**8)}
+    interleave(arms, repeats=30, warmup=2, between=between, account=account)
+    assert account.calls_s == pytest.approx(32 * 1.1)
+    assert account.prepare_s == pytest.approx(64 * 1e-3)
+    # This clock moves in nothing else.
+    assert account.overhead_s == pytest.approx(0, abs=1e-6)
 
 
 def test_budget_stops_after_the_least_repeats(clock: Clock) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from icd_tvm.commands.run import GATES
 from icd_tvm.errors import ConfigError, MeasurementError, OutputError
-from icd_tvm.measure.gates import evaluate_gates
+from icd_tvm.measure.gates import evaluate_gates, failed_gates, worse_counter
 from icd_tvm.measure.metrics import (
     SCHEMA,
     arm_record,
@@ -33,7 +34,11 @@ def record() -> dict:
         "arms": {name: arm_record(s, tokens_per_call=128) for name, s in samples.items()},
         "ratios": {"iterative/linear": ratio(samples["iterative"], samples["linear"])},
         "equivalence": {"max_abs": 1e-6, "max_rel": np.float32(1e-7)},
-        "quality": {"metric": "spearman", "arms": {"dense": 0.867, "iterative": 0.8665}},
+        "quality": {
+            "metric": "spearman",
+            "arms": {"dense": 0.867, "iterative": 0.8665},
+            "changes": {"iterative/dense": {"agreement": 0.999, "interval_points": [-0.2, 0.1]}},
+        },
         "groups": [],
         "gates": [],
         "decision": {"accepted": True, "reason": "faster"},
@@ -176,6 +181,9 @@ def test_gates_pass_and_unmeasured(record: dict) -> None:
     assert found["latency"]["value"] == pytest.approx(40)
     assert found["l2"]["reason"] == "no counters"
     assert found["quality"]["value"] == pytest.approx(-0.05)
+    assert found["latency"]["interval"] == pytest.approx([40, 40])
+    assert found["quality"]["interval"] == [-0.2, 0.1]
+    assert found["l2"]["interval"] is None
     record["gates"] = list(found.values())
     validate_metrics(record)
 
@@ -186,6 +194,50 @@ def test_gates_fail(record: dict, quality: float) -> None:
     found = gates(record, latency_gain_pct=50)
     assert found["latency"]["status"] == "fail"
     assert found["quality"]["status"] == "fail"
+
+
+def test_equal_quality_of_other_outputs_fails(record: dict) -> None:
+    change = record["quality"]["changes"]["iterative/dense"]
+    change["agreement"] = 0.9
+    assert gates(record)["quality"]["status"] == "fail"
+    assert gates(record, quality_agreement=0.9)["quality"]["status"] == "pass"
+    record["quality"]["changes"] = {}
+    unknown = gates(record)["quality"]
+    assert (unknown["status"], unknown["value"]) == ("not measured", None)
+    assert "agreement" in unknown["reason"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [((), ["quality"]), (("latency",), []), (("l2",), ["l2"]), (("energy", "quality"), 2)],
+)
+def test_gates_that_stop_a_caller(record: dict, asked: tuple, names: list | int) -> None:
+    record["quality"]["arms"]["iterative"] = 0.8
+    found = failed_gates(list(gates(record).values()), asked)
+    if isinstance(names, int):
+        assert len(found) == names
+    else:
+        assert [line.split(":")[0] for line in found] == names
+
+
+def test_command_line_knows_the_gates(record: dict) -> None:
+    assert tuple(gates(record)) == GATES
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ({"joules_per_call": 1.0}, {"joules_per_call": 1.1}, "energy"),
+        ({"l2_hit_pct": 70.0}, {"l2_hit_pct": 69.0}, "L2"),
+        ({"joules_per_call": 1.0}, {"joules_per_call": 1.01}, ""),
+        ({"joules_per_call": 1.0}, {"l2_hit_pct": 1.0}, ""),
+        ({}, {}, ""),
+    ],
+)
+def test_a_worse_counter_is_named(old: dict, new: dict, said: str) -> None:
+    found = worse_counter({"linear": old, "iterative": new}, "iterative", "linear")
+    assert found.startswith(said)
+    assert bool(found) is bool(said)
 
 
 def test_counters_are_gated(record: dict) -> None:

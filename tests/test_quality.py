@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 
 import numpy as np
@@ -16,6 +17,7 @@ from icd_tvm.errors import (
     ShapeError,
 )
 from icd_tvm.measure import quality
+from icd_tvm.measure.datasets import CHECKSUMS
 from icd_tvm.models import minilm
 from icd_tvm.models.registry import build
 
@@ -105,14 +107,16 @@ def test_mean_pool_ignores_masked_tokens():
 # Data
 
 
-def write_split(folder, text):
+def write_split(folder, text, monkeypatch):
+    name = "stsb/stsb-en-dev.csv"
+    monkeypatch.setitem(CHECKSUMS, name, hashlib.sha256(text.encode()).hexdigest())
     (folder / "stsb").mkdir()
     (folder / "stsb" / "stsb-en-dev.csv").write_text(text, encoding="utf-8")
 
 
 def test_pairs_are_read_from_the_named_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("ICD_DATA", str(tmp_path))
-    write_split(tmp_path, '"a, b",c,2.5\nd,e,0\n')
+    write_split(tmp_path, '"a, b",c,2.5\nd,e,0\n', monkeypatch)
     assert quality.data_dir() == tmp_path
     assert quality.stsb_pairs() == [("a, b", "c", 2.5), ("d", "e", 0.0)]
     assert quality.stsb_pairs(limit=1) == [("a, b", "c", 2.5)]
@@ -125,7 +129,7 @@ def test_pairs_are_read_from_the_named_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["a,b\n", "a,b,high\n"])
 def test_damaged_table(tmp_path, monkeypatch, text):
     monkeypatch.setenv("ICD_DATA", str(tmp_path))
-    write_split(tmp_path, text)
+    write_split(tmp_path, text, monkeypatch)
     with pytest.raises(ModelFileError, match="not a table"):
         quality.stsb_pairs()
 

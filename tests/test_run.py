@@ -26,6 +26,7 @@ from icd_tvm.errors import (
     OutputError,
     PermutationError,
 )
+from icd_tvm.measure.latency import StopRule
 from icd_tvm.measure.metrics import validate_metrics
 from icd_tvm.runtime import orders
 from icd_tvm.runtime.events import EventLog, read_events
@@ -104,6 +105,50 @@ def test_report(finished: RunArtifacts) -> None:
     arms = {row["name"] for row in rows if row["section"] == "arms"}
     assert arms == set(finished.metrics["arms"])
     assert {"ratios", "groups", "decision", "gates"} <= {row["section"] for row in rows}
+
+
+def test_conditions_and_overhead(finished: RunArtifacts) -> None:
+    found = finished.metrics["conditions"]
+    assert found["rounds_asked"] == finished.metrics["arms"]["linear"]["lat_ms"]["n"] == 30
+    assert set(found["time_evaluator"]) == set(finished.metrics["arms"])
+    assert all(check["n"] == 20 and check["min"] > 0 for check in found["time_evaluator"].values())
+    assert set(found["clock"]) == {"before", "after"}
+    assert found["threads"]["pinned"] or found["threads"]["reason"]
+    assert found["cold_cache_bytes"] == 0
+    overhead = finished.metrics["overhead"]
+    events = read_events(finished.paths["events.jsonl"])
+    assert overhead["run_s"] >= 0.9 * (events[-2]["t_end"] - events[0]["t_start"])
+    assert overhead["events_pct"] == pytest.approx(100 * overhead["events_s"] / overhead["run_s"])
+    assert 0 < overhead["profiling_s"] < overhead["run_s"]
+
+
+def test_cold_caches_and_an_early_stop(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(StopRule, "met", lambda rule, _: asked.append(rule.half_width) or True)
+    keys = {"cold_cache": True, "stop_half_width": 0.25, "pin_threads": False}
+    config = settings(model, measure=keys, pipeline={"repeats": 60, "warmup_iter": 0})
+    found = quietly(config, tmp_path).metrics
+    assert found["conditions"]["cold_cache_bytes"] > 0
+    assert asked == [0.25]
+    assert found["arms"]["linear"]["lat_ms"]["n"] == 30
+    assert found["conditions"]["rounds_asked"] == 60
+    assert found["conditions"]["threads"]["pinned"] is False
+
+
+def test_a_failed_gate_is_an_exit_status(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No gain reaches 1000 %, whatever the clock says.
+    quietly(settings(model, gates={"latency_gain_pct": 1000.0}), tmp_path)
+    command = ["run", "--resume", "--quiet", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert main([*command, "--fail-on-gate"]) == 3
+    assert "gate latency: fail" in capsys.readouterr().err
+    assert main([*command, "--fail-on-gate", "energy"]) == 3
+    assert "gate energy: not measured" in capsys.readouterr().err
+    assert main([*command, "--fail-on-gate", "beauty"]) == 2
 
 
 def test_module_equals_the_reference(model: Path, tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Ratios between equal arms hold 1, planted slowdowns are found, noise is flagged."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from icd_tvm.errors import MeasurementError
-from icd_tvm.measure.statistics import describe, noise, p_faster, ratio, summarise
+from icd_tvm.measure.statistics import cross_check, describe, noise, p_faster, ratio, summarise
 
 SEEDS = range(100)
 
@@ -38,6 +40,60 @@ def test_equal_arms_hold_one(rounds: int, phases: bool) -> None:
         holds += value["lo"] <= 1 <= value["hi"]
         assert 0.2 <= value["p_faster"] <= 0.8
     assert holds >= 95
+
+
+def gaussian(rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """Log times of two equal arms, [rounds, 2]: independent noise of 2 %."""
+    return rng.normal(0, 0.02, (rounds, 2))
+
+
+def student(rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """Heavy tails on both sides, 2 % scale."""
+    return 0.02 * rng.standard_t(2.5, (rounds, 2)).clip(-15, 60)
+
+
+def wander(rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """A random walk that both arms of a round share: a drifting clock."""
+    return gaussian(rng, rounds) + np.cumsum(rng.normal(0, 0.003, rounds))[:, None]
+
+
+def bursts(rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """Runs of rounds, 8 on average, in which every call is hit by itself and up to doubled."""
+    hit, start = np.zeros(rounds, bool), 0
+    while start < rounds:
+        start += rng.geometric(1 / 40)
+        length = rng.geometric(1 / 8)
+        hit[start : start + length] = True
+        start += length
+    own = rng.exponential(0.5, (rounds, 2))
+    return rng.normal(0, 0.01, (rounds, 2)) + np.where(hit[:, None], own, 0)
+
+
+def levels(rng: np.random.Generator, rounds: int) -> np.ndarray:
+    """A clock with two levels, 30 % apart, that stays for 50 rounds on average."""
+    level = np.cumsum(rng.random(rounds) < 0.02) % 2
+    return gaussian(rng, rounds) + 0.3 * level[:, None]
+
+
+@pytest.mark.parametrize("shape", [gaussian, student, wander, bursts, levels])
+def test_equal_arms_and_a_planted_slowdown(shape: Callable[..., np.ndarray]) -> None:
+    equal = balanced = found = 0
+    for seed in SEEDS:
+        times = 1e-3 * np.exp(shape(np.random.default_rng(seed), 150))
+        same = ratio(times[:, 0], times[:, 1], seed, resamples=500)
+        equal += same["lo"] <= 1 <= same["hi"]
+        balanced += 0.2 <= same["p_faster"] <= 0.8
+        found += ratio(1.05 * times[:, 0], times[:, 1], seed, resamples=500)["lo"] > 1
+    assert equal >= 95
+    assert balanced == 100
+    assert found >= 95
+
+
+def test_another_timer_is_compared_by_its_minimum() -> None:
+    found = cross_check([0.002, 0.003, 0.004], [0.004, 0.009])
+    assert found == {"median": 3.0, "min": 2.0, "n": 3, "min_over_ours": 0.5}
+    with pytest.raises(MeasurementError, match="other holds"):
+        cross_check([], [1.0])
 
 
 def test_five_per_cent_slowdown_is_found() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from icd_tvm.arguments import Parser, add_device
 from icd_tvm.commands.threads import set_threads
@@ -21,10 +22,14 @@ HELP = {
     "dry_run": "check the inputs, print the plan, write nothing",
     "quality_budget": "points the sparsity may cost (quality.budget)",
     "reuse_perm": "take the orders of this perm.json instead of solving",
+    "fail_on_gate": "exit with 3 if a gate failed; with names, if one of those did not pass",
 }
+GATES = ("latency", "l2", "energy", "quality")
+GATE_FAILED = 3
 EXAMPLES = """  icd run -c configs/mock.json --override pipeline.mode=iterative --out runs/iter
   icd run -c configs/minilm-unit.yaml --out runs/unit --dry-run
   icd run --resume --out runs/unit
+  icd run -c configs/minilm-unit.yaml --out runs/ci --fail-on-gate latency quality
 """
 
 
@@ -38,6 +43,7 @@ def parser() -> Parser:
         "--quality-budget", type=float, metavar="POINTS", help=HELP["quality_budget"]
     )
     result.add_argument("--reuse-perm", type=Path, metavar="FILE", help=HELP["reuse_perm"])
+    result.add_argument("--fail-on-gate", nargs="*", choices=GATES, help=HELP["fail_on_gate"])
     result.add_common("print the metrics record instead of a table")
     return result
 
@@ -81,7 +87,7 @@ def _device(arguments: argparse.Namespace) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run, resume or plan; the exit status is 2 where the run failed."""
+    """Run, resume or plan; the exit status is 2 where the run failed, 3 where a gate did."""
     config = config_from(arguments)
     set_threads(config.threads)
     from icd_tvm.runtime.compile_model import summary
@@ -100,7 +106,18 @@ def run(arguments: argparse.Namespace) -> int:
         progress=Progress(arguments.quiet),
     )
     print(json.dumps(artifacts.metrics) if arguments.json else summary(artifacts.metrics))
-    return _told(artifacts.folder, artifacts.failure)
+    told = _told(artifacts.folder, artifacts.failure)
+    return told or gated(artifacts.gates, arguments.fail_on_gate)
+
+
+def gated(gates: list[dict[str, Any]], asked: list[str] | None) -> int:
+    """Print the gates that must stop a caller; return the exit status."""
+    from icd_tvm.measure.gates import failed_gates
+
+    found = [] if asked is None else failed_gates(gates, asked)
+    for line in found:
+        print(f"gate {line}", file=sys.stderr)
+    return GATE_FAILED if found else 0
 
 
 def _told(folder: Path, failure: dict[str, str] | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from icd_tvm.measure.metrics import GateRecord
@@ -10,6 +10,9 @@ from icd_tvm.measure.statistics import Ratio
 
 # Reasons used when a counter is missing and the record gives none.
 NO_REASON = "not measured"
+# Changes of a counter below these say nothing: a share, and percentage points.
+ENERGY_NOISE = 0.02
+L2_NOISE_POINTS = 0.5
 
 
 def evaluate_gates(
@@ -22,6 +25,7 @@ def evaluate_gates(
     l2_gain_points: float = 10.0,
     energy_gain_pct: float = 15.0,
     quality_loss_points: float = 0.1,
+    quality_agreement: float = 0.995,
 ) -> list[GateRecord]:
     """Hold a record against the goals.
 
@@ -42,11 +46,16 @@ def evaluate_gates(
     quality_loss_points : float
         Largest absolute change of the quality metric, percentage points: a metric can rise under
         damage, so a rise is no licence.
+    quality_agreement : float
+        Least agreement of the candidate's outputs with the reference's, 0 to 1: share of equal
+        decisions, or mean cosine where the outputs are vectors. Both must hold.
 
     Returns
     -------
     list of GateRecord
-        ``latency``, ``l2``, ``energy``, ``quality``, each pass, fail or not measured.
+        ``latency``, ``l2``, ``energy``, ``quality``, each pass, fail or not measured;
+        ``interval`` is [lo, hi] of the value with 95 % confidence, null where it has none (a
+        counter is one reading of each arm).
     """
     arms = record["arms"]
     pair = (arms.get(candidate), arms.get(baseline))
@@ -54,7 +63,7 @@ def evaluate_gates(
         _latency(record["ratios"].get(f"{candidate}/{baseline}"), latency_gain_pct),
         _counter(record, "l2", "l2_hit_pct", pair, l2_gain_points, relative=False),
         _counter(record, "energy", "ept_j_per_tok", pair, energy_gain_pct, relative=True),
-        _quality(record, candidate, quality_reference, quality_loss_points),
+        _quality(record, (candidate, quality_reference), quality_loss_points, quality_agreement),
     ]
 
 
@@ -64,7 +73,8 @@ def _latency(ratio: Ratio | None, threshold: float) -> GateRecord:
     gain = 100 * (1 - ratio["median"])
     least = 100 * (1 - ratio["hi"])
     reason = f"{gain:.1f} % less time, at least {least:.1f} % with 95 % confidence"
-    return _known("latency", gain, threshold, gain >= threshold, reason)
+    interval = [least, 100 * (1 - ratio["lo"])]
+    return _known("latency", gain, threshold, gain >= threshold, reason, interval)
 
 
 def _counter(
@@ -89,22 +99,73 @@ def _counter(
 
 
 def _quality(
-    record: Mapping[str, Any], candidate: str, reference: str, threshold: float
+    record: Mapping[str, Any], pair: tuple[str, str], threshold: float, floor: float
 ) -> GateRecord:
-    values = (record["quality"] or {}).get("arms", {})
-    if candidate not in values or reference not in values:
-        missing = f"no quality of {candidate} and {reference}"
+    found = record["quality"] or {}
+    values, name = found.get("arms", {}), "/".join(pair)
+    if any(arm not in values for arm in pair):
+        missing = f"no quality of {' and '.join(pair)}"
         return _unknown("quality", threshold, record["not_measured"].get("quality", missing))
-    delta = 100 * (values[candidate] - values[reference])
-    reason = f"the metric changed by {delta:+.3f} points against {reference}"
-    return _known("quality", delta, threshold, abs(delta) <= threshold, reason)
+    change = found.get("changes", {}).get(name)
+    if change is None:
+        return _unknown("quality", threshold, f"the agreement {name} was not measured")
+    delta, agreed = 100 * (values[pair[0]] - values[pair[1]]), change["agreement"]
+    reason = (
+        f"the metric changed by {delta:+.3f} points against {pair[1]}, outputs agree to "
+        f"{agreed:.4f} (at least {floor:g})"
+    )
+    passed = abs(delta) <= threshold and agreed >= floor
+    return _known("quality", delta, threshold, passed, reason, change.get("interval_points"))
 
 
-def _known(name: str, value: float, threshold: float, passed: bool, reason: str) -> GateRecord:
+def failed_gates(gates: Sequence[Mapping[str, Any]], asked: Collection[str]) -> list[str]:
+    """Return the gates that a caller should stop at, each with its reason.
+
+    Parameters
+    ----------
+    gates : sequence of GateRecord
+    asked : collection of str
+        Gates that must pass: one that was not measured counts. Empty: any that failed.
+    """
+    wrong = [g for g in gates if g["status"] == "fail" or (g["status"] != "pass" and asked)]
+    chosen = [gate for gate in wrong if not asked or gate["name"] in asked]
+    return [f"{gate['name']}: {gate['status']}, {gate['reason']}" for gate in chosen]
+
+
+def worse_counter(
+    counters: Mapping[str, Mapping[str, float]], candidate: str, baseline: str
+) -> str:
+    """Say which measured counter is worse in the candidate; empty where none is.
+
+    Parameters
+    ----------
+    counters : mapping
+        Arm -> ``joules_per_call`` and ``l2_hit_pct``, where they were read. A change up to
+        ``ENERGY_NOISE`` or ``L2_NOISE_POINTS`` is none: counters repeat no better.
+    candidate, baseline : str
+    """
+    new, old = counters.get(candidate, {}), counters.get(baseline, {})
+    energy, hits = "joules_per_call", "l2_hit_pct"
+    if energy in new and energy in old and new[energy] > old[energy] * (1 + ENERGY_NOISE):
+        return f"energy went from {old[energy]:.4g} to {new[energy]:.4g} J per call"
+    if hits in new and hits in old and new[hits] < old[hits] - L2_NOISE_POINTS:
+        return f"L2 hit rate went from {old[hits]:.4g} to {new[hits]:.4g} %"
+    return ""
+
+
+def _known(
+    name: str,
+    value: float,
+    threshold: float,
+    passed: bool,
+    reason: str,
+    interval: list[float] | None = None,
+) -> GateRecord:
     return GateRecord(
         name=name,
         status="pass" if passed else "fail",
         value=value,
+        interval=interval,
         threshold=threshold,
         reason=reason,
     )
@@ -112,5 +173,10 @@ def _known(name: str, value: float, threshold: float, passed: bool, reason: str)
 
 def _unknown(name: str, threshold: float, reason: str) -> GateRecord:
     return GateRecord(
-        name=name, status="not measured", value=None, threshold=threshold, reason=reason
+        name=name,
+        status="not measured",
+        value=None,
+        interval=None,
+        threshold=threshold,
+        reason=reason,
     )

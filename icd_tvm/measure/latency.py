@@ -50,6 +50,30 @@ class StopRule:
         return True
 
 
+@dataclass
+class Account:
+    """Where the seconds of measuring went.
+
+    Attributes
+    ----------
+    calls_s : float
+        Inside the arms, warm-up included.
+    prepare_s : float
+        Asked for before the calls: emptied caches and the like.
+    total_s : float
+        All of it; what is left is the cost of measuring.
+    """
+
+    calls_s: float = 0.0
+    prepare_s: float = 0.0
+    total_s: float = 0.0
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds that went neither into the arms nor into what was asked for."""
+        return max(0.0, self.total_s - self.calls_s - self.prepare_s)
+
+
 def interleave(
     arms: Mapping[str, Arm],
     *,
@@ -61,6 +85,7 @@ def interleave(
     between: Callable[[], object] | None = None,
     stop: StopRule | None = None,
     cold_cache_bytes: int = 0,
+    account: Account | None = None,
 ) -> dict[str, Samples]:
     """Time every arm once a round, in an order that is balanced over positions.
 
@@ -87,6 +112,8 @@ def interleave(
         Size of a buffer written before every timed call, outside the timed region; choose more
         than the last-level cache. 0 leaves the caches warm. The buffer is written by the calling
         thread, so private caches of other cores may keep their lines.
+    account : Account, optional
+        Where the seconds go that this call takes.
 
     Returns
     -------
@@ -99,16 +126,19 @@ def interleave(
         No arms, a count out of range, a stop rule naming an unknown arm, or an arm that raised.
     """
     _check(arms, repeats, warmup, min_repeats, stop)
-    prepare = _preparation(between, cold_cache_bytes)
+    spent = Account() if account is None else account
+    began = time.perf_counter()
+    prepare = _preparation(between, cold_cache_bytes, spent)
     orders = balanced_orders(len(arms), seed)
     names = list(arms)
     deadline = None if budget_s is None else time.perf_counter() + budget_s
     rows: list[list[float]] = []
     with _collector_off():
-        _warm_up(arms, orders, prepare, warmup, budget_s)
+        _warm_up(arms, orders, prepare, warmup, budget_s, spent)
         look = max(min_repeats, 1)
         while len(rows) < repeats:
             rows.append(_round(arms, names, next(orders), prepare))
+            spent.calls_s += sum(rows[-1])
             done = len(rows)
             if done < min_repeats:
                 continue
@@ -118,6 +148,7 @@ def interleave(
                 if stop.met(_columns(names, rows)):
                     break
                 look = int(done * LOOK_GROWTH) + 1
+    spent.total_s += time.perf_counter() - began
     return _columns(names, rows)
 
 
@@ -175,27 +206,30 @@ def _warm_up(
     prepare: Callable[[], None] | None,
     rounds: int,
     budget_s: float | None,
+    spent: Account,
 ) -> None:
     names = list(arms)
     start = time.perf_counter()
     for _ in range(rounds):
-        _round(arms, names, next(orders), prepare)
+        spent.calls_s += sum(_round(arms, names, next(orders), prepare))
         if budget_s is not None and time.perf_counter() - start > WARMUP_SHARE * budget_s:
             return
 
 
 def _preparation(
-    between: Callable[[], object] | None, cold_cache_bytes: int
+    between: Callable[[], object] | None, cold_cache_bytes: int, spent: Account
 ) -> Callable[[], None] | None:
     if between is None and cold_cache_bytes <= 0:
         return None
     buffer = np.ones(max(cold_cache_bytes, 0), dtype=np.uint8)
 
     def prepare() -> None:
+        start = time.perf_counter()
         if between is not None:
             between()
         if buffer.size:
             np.add(buffer, 1, out=buffer)
+        spent.prepare_s += time.perf_counter() - start
 
     return prepare
 

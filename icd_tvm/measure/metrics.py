@@ -43,6 +43,7 @@ class GateRecord(TypedDict):
     name: str
     status: Literal["pass", "fail", "not measured"]
     value: float | None
+    interval: list[float] | None
     threshold: float
     reason: str
 

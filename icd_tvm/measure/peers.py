@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.errors import MeasurementError, ModelFileError
-from icd_tvm.measure.latency import Samples, interleave
+from icd_tvm.measure.latency import Account, Samples, interleave
 
 Array = npt.NDArray[Any]
 
@@ -248,6 +248,7 @@ def compare_with_peer(
     settle_s: float = SETTLE_S,
     budget_s: float | None = None,
     seed: int = 0,
+    account: Account | None = None,
 ) -> dict[str, Samples]:
     """Time our arms and other runtimes in turns.
 
@@ -275,6 +276,8 @@ def compare_with_peer(
         Wall-clock seconds; at least one block is taken.
     seed : int
         Seed of the order inside our blocks.
+    account : Account, optional
+        Where the seconds of our turns go.
 
     Returns
     -------
@@ -303,6 +306,7 @@ def compare_with_peer(
                     warmup=block_warmup + extra,
                     min_repeats=block_repeats,
                     seed=seed + block,
+                    account=account,
                 )
                 for arm, values in samples.items():
                     taken[arm].append(values)

@@ -23,7 +23,7 @@ from icd_tvm.errors import (
 from icd_tvm.models.tokenize import encode
 
 DATA_VARIABLE = "ICD_DATA"
-DATA_HINT = f"set {DATA_VARIABLE} to the folder that holds stsb/"
+DATA_HINT = f"set {DATA_VARIABLE} to the folder that holds stsb/, sst2/ and the others"
 
 Feeds = dict[str, NDArray[np.int64]]
 Runner = Callable[[Feeds], NDArray[Any]]
@@ -116,12 +116,11 @@ def stsb_pairs(split: str = "dev", limit: int | None = None) -> list[tuple[str, 
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit {limit} is below 1")
-    folder = data_dir()
-    if folder is None:
-        raise MissingDependencyError("no evaluation data found", DATA_HINT)
-    path = folder / "stsb" / f"stsb-en-{split}.csv"
-    if not path.is_file():
-        raise MissingDependencyError(f"STS-B split {split!r} not found: {path}", DATA_HINT)
+    if split not in ("train", "dev"):
+        raise MissingDependencyError(f"STS-B split {split!r} not found", "known: train, dev")
+    from icd_tvm.measure.datasets import dataset_file
+
+    path = dataset_file(f"stsb/stsb-en-{split}.csv")
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.reader(stream))[:limit]
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,10 +28,22 @@ class TaskScore:
         The metric x 100.
     outputs : ndarray of float, [n, d]
         Vectors that are compared with another model's.
+    figures : mapping of str to float
+        More of the task: ``nll`` in nats, ``perplexity``.
+    items : float64 [samples], optional
+        What the metric is the mean of (fractions), sample by sample.
+    logits : bool
+        The outputs are logits of classes.
+    samples : int
+        What the metric was measured on; 0: the rows of ``outputs``.
     """
 
     points: float
     outputs: NDArray[Any]
+    figures: Mapping[str, float] = field(default_factory=dict)
+    items: NDArray[np.float64] | None = None
+    logits: bool = False
+    samples: int = 0
 
 
 class QualityTask(Protocol):
@@ -107,7 +119,7 @@ class StsbTask:
         if np.ptp(cosines) == 0 or np.ptp(scores) == 0:
             raise MeasurementError(f"Spearman is undefined on {self.source}")
         value = float(stats.spearmanr(cosines, scores).statistic)
-        return TaskScore(100 * value, vectors)
+        return TaskScore(100 * value, vectors, samples=len(self._pairs))
 
     def _embed(self, run: Run) -> NDArray[Any]:
         vectors: NDArray[Any] | None = None

@@ -7,6 +7,7 @@ falls on both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -43,6 +44,15 @@ class Ratio(TypedDict):
     hi: float
     min: float
     p_faster: float
+
+
+class CrossCheck(TypedDict):
+    """Another timer on the same arm: median and minimum in ms, and its minimum over ours."""
+
+    median: float
+    min: float
+    n: int
+    min_over_ours: float
 
 
 class Noise(TypedDict):
@@ -90,7 +100,7 @@ def ratio(
     b: npt.ArrayLike,
     seed: int = 0,
     *,
-    resamples: int = 2000,
+    resamples: int = 1000,
     level: float = 0.95,
 ) -> Ratio:
     """Compare two arms that were timed in the same rounds.
@@ -127,15 +137,58 @@ def ratio(
     Politis and Romano, "A circular block-resampling procedure for stationary data", 1992;
     Hesterberg, "What teachers should know about the bootstrap", 2015 (expanded percentiles).
     """
-    first, second = _checked(a, "a"), _checked(b, "b")
-    if first.size != second.size:
-        raise MeasurementError(
-            f"cannot pair {first.size} samples with {second.size}",
-            "time both arms in the same interleaved run",
-        )
-    length = max(1, round(first.size ** (1 / 3)))
-    draws = _bootstrap_ratios(first, second, length, np.random.default_rng(seed), resamples)
-    tail = _expanded_tail_pct(first.size / length, level)
+    return ratios({"a": a, "b": b}, [("a", "b")], seed, resamples=resamples, level=level)["a/b"]
+
+
+def ratios(
+    samples: Mapping[str, npt.ArrayLike],
+    pairs: Sequence[tuple[str, str]],
+    seed: int = 0,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> dict[str, Ratio]:
+    """Compare pairs of arms that were timed in the same rounds: :func:`ratio` of each.
+
+    The same rounds are drawn for every pair, so the medians of an arm are taken once.
+
+    Parameters
+    ----------
+    samples : mapping of str to array_like of float, shape [n]
+        Seconds per call of each arm, sample i of all from round i.
+    pairs : sequence of (str, str)
+        Arms of ``samples``.
+    seed, resamples, level
+        See :func:`ratio`.
+
+    Returns
+    -------
+    dict of str to Ratio
+        ``a/b`` -> comparison.
+
+    Raises
+    ------
+    MeasurementError
+        Empty, unequal or non-positive samples.
+    """
+    used = dict.fromkeys(name for pair in pairs for name in pair)
+    checked = {name: _checked(samples[name], name) for name in used}
+    sizes = {name: array.size for name, array in checked.items()}
+    for a, b in pairs:
+        if sizes[a] != sizes[b]:
+            raise MeasurementError(
+                f"cannot pair {sizes[a]} samples with {sizes[b]}",
+                "time both arms in the same interleaved run",
+            )
+    drawn = {n: _rounds_drawn(n, seed, resamples) for n in set(sizes.values())}
+    medians = {name: np.median(x[drawn[x.size]], axis=1) for name, x in checked.items()}
+    return {
+        f"{a}/{b}": _ratio(checked[a], checked[b], medians[a] / medians[b], level) for a, b in pairs
+    }
+
+
+def _ratio(first: Samples, second: Samples, draws: Samples, level: float) -> Ratio:
+    tail = _expanded_tail_pct(first.size / _block_length(first.size), level)
     lo, hi = (float(v) for v in np.percentile(draws, [tail, 100 - tail]))
     return Ratio(
         median=float(np.median(first) / np.median(second)),
@@ -150,6 +203,29 @@ def p_faster(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Return the share of paired rounds in which ``a`` took less time than ``b`` (ties half)."""
     first, second = _checked(a, "a"), _checked(b, "b")
     return float(np.mean((first < second) + 0.5 * (first == second)))
+
+
+def cross_check(other: npt.ArrayLike, ours: npt.ArrayLike) -> CrossCheck:
+    """Compare another timer with our samples of the same arm.
+
+    Parameters
+    ----------
+    other, ours : array_like of float, shapes [m] and [n]
+        Seconds per call. They were taken at different times, so the minima are compared: a slow
+        phase of the machine raises the medians of one of them.
+
+    Raises
+    ------
+    MeasurementError
+        No samples, or a sample that is not a positive finite number.
+    """
+    seconds = _checked(other, "other")
+    return CrossCheck(
+        median=1e3 * float(np.median(seconds)),
+        min=1e3 * float(seconds.min()),
+        n=int(seconds.size),
+        min_over_ours=float(seconds.min() / _checked(ours, "ours").min()),
+    )
 
 
 def noise(samples: npt.ArrayLike) -> Noise:
@@ -200,14 +276,16 @@ def describe(name: str, value: Ratio, rounds: int) -> str:
     )
 
 
-def _bootstrap_ratios(
-    a: Samples, b: Samples, length: int, rng: np.random.Generator, resamples: int
-) -> Samples:
-    n = a.size
-    blocks = -(-n // length)
-    starts = rng.integers(0, n, size=(resamples, blocks, 1))
-    index = ((starts + np.arange(length)) % n).reshape(resamples, -1)[:, :n]
-    return np.asarray(np.median(a[index], axis=1) / np.median(b[index], axis=1))
+def _rounds_drawn(rounds: int, seed: int, resamples: int) -> npt.NDArray[np.int64]:
+    """Return the rounds of every bootstrap draw, [resamples, rounds]."""
+    length, rng = _block_length(rounds), np.random.default_rng(seed)
+    starts = rng.integers(0, rounds, size=(resamples, -(-rounds // length), 1))
+    index = (starts + np.arange(length)) % rounds
+    return np.asarray(index.reshape(resamples, -1)[:, :rounds])
+
+
+def _block_length(rounds: int) -> int:
+    return max(1, round(rounds ** (1 / 3)))
 
 
 def _expanded_tail_pct(independent: float, level: float) -> float:

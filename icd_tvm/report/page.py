@@ -294,10 +294,12 @@ def _stages_chart(record: Mapping[str, Any]) -> Markup | None:
 
 
 def _overhead(record: Mapping[str, Any]) -> str:
-    """Return what writing events cost this run, where the record knows."""
-    spent = as_number(record.get("events_overhead_s"))
-    seconds = [as_number(dig(stage, "seconds")) for stage in as_list(record.get("stages"))]
-    total = sum(value for value in seconds if value is not None)
-    if spent is None or not total:
+    """Return what writing events and profiling cost this run, where the record knows."""
+    found = as_mapping(record.get("overhead"))
+    events, profiling = (as_number(found.get(f"{name}_pct")) for name in ("events", "profiling"))
+    if events is None:
         return ""
-    return f"Writing events took {spent:.3f} s, {100 * spent / total:.2f} % of the stages' time."
+    said = f"Of the run's time, writing events took {events:.3f} %"
+    if profiling is None:
+        return f"{said}; profiling: {text(found.get('reason') or 'not measured')}."
+    return f"{said} and profiling, without the timed calls, {profiling:.2f} %."

@@ -42,6 +42,12 @@ class Counters:
     caches: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
+    def by_arm(self) -> dict[str, dict[str, float]]:
+        """Return what was measured: arm -> ``joules_per_call``."""
+        return {
+            arm: {"joules_per_call": found["joules_per_call"]} for arm, found in self.energy.items()
+        }
+
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return asdict(self)

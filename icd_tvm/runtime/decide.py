@@ -31,6 +31,7 @@ def decide(
     *,
     iterative: bool = True,
     tolerance: float = FP32_TOLERANCE,
+    worse: str = "",
 ) -> Verdict:
     """Decide which arm to keep.
 
@@ -46,6 +47,8 @@ def decide(
         False if only the linear order was asked for.
     tolerance : float
         Largest relative difference that passes as equal.
+    worse : str
+        Which measured counter (energy, L2 hits) is worse; empty if none is.
     """
     if not iterative:
         return Verdict(LINEAR, False, "linear mode: the order decided before the transform is kept")
@@ -62,6 +65,8 @@ def decide(
     if ratio is None:
         return Verdict(LINEAR, None, "not measured: a new order is never accepted unmeasured")
     interval = f"{ratio['median']:.3f} [{ratio['lo']:.3f}, {ratio['hi']:.3f}]"
+    if worse:
+        return Verdict(LINEAR, False, f"rolled back: {worse}", rolled_back=True)
     if ratio["hi"] < 1.0:
         return Verdict(ITERATIVE, True, f"measured iterative/linear {interval}")
     reason = f"rolled back: iterative/linear {interval} is not below 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,17 @@ import numpy as np
 import onnx
 
 from icd_tvm.config import Config
-from icd_tvm.measure.latency import Samples, interleave
+from icd_tvm.errors import IcdError, MeasurementError
+from icd_tvm.measure.conditions import clock, pinned
+from icd_tvm.measure.environment import last_level_cache_bytes
+from icd_tvm.measure.latency import Account, Samples, StopRule, interleave
 from icd_tvm.measure.peers import OrtPeer, compare_with_peer
-from icd_tvm.measure.statistics import Ratio, Summary, ratio, summarise
+from icd_tvm.measure.statistics import Ratio, Summary, ratio, ratios, summarise
 
 # Calls of each side in one turn; a turn must be long against the time that threads take to settle.
 BLOCK_REPEATS = 20
+# The buffer that empties the caches, in sizes of the last-level cache.
+COLD_CACHE_SIZES = 2
 # The pairs that every report shows, where both arms were timed.
 PAIRS = (
     ("iterative", "linear"),
@@ -50,6 +56,9 @@ class Measured:
         Outputs of each peer on the timed inputs, by ONNX name.
     peer_differences : dict[str, float]
         Largest relative difference of each peer's outputs from those of the dense arm.
+    conditions : dict
+        What it ran under: ``clock`` {before, after}, ``threads`` (pinning), ``cold_cache_bytes``,
+        ``stop_half_width``, ``rounds_asked``, ``time_evaluator`` by arm, ``overhead_s``.
     device : dict or None
         The device that was timed over RPC; None for this machine.
     """
@@ -59,6 +68,7 @@ class Measured:
     peer_info: dict[str, dict[str, str]] = field(default_factory=dict)
     peer_outputs: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     peer_differences: dict[str, float] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
     device: dict[str, Any] | None = None
 
     @property
@@ -78,8 +88,8 @@ class Measured:
 
     def ratios(self, seed: int = 0) -> dict[str, Ratio]:
         """Return every pair of :data:`PAIRS` that was timed."""
-        found = {f"{a}/{b}": self.ratio(a, b, seed) for a, b in PAIRS}
-        return {name: value for name, value in found.items() if value is not None}
+        timed = [pair for pair in PAIRS if set(pair) <= set(self.samples)]
+        return ratios(self.samples, timed, seed)
 
 
 def measure_arms(
@@ -109,23 +119,89 @@ def measure_arms(
     MeasurementError
         If an arm or the peer fails.
     """
-    keys = config.pipeline
+    account, began = Account(), time.perf_counter()
+    before = clock()
+    overhead = time.perf_counter() - began
     if peer is None:
+        measured = _alone(callers, feeds, config, account)
+    else:
+        measured = _with_peer(callers, model, feeds, config, peer, account)
+    began = time.perf_counter()
+    measured.conditions |= {
+        "clock": {"before": before, "after": clock()},
+        "rounds_asked": config.pipeline.repeats,
+        "stop_half_width": config.measure.stop_half_width,
+    }
+    overhead += time.perf_counter() - began + account.overhead_s
+    measured.conditions["overhead_s"] = overhead
+    return measured
+
+
+def _alone(
+    callers: Mapping[str, Callable[[], Any]],
+    feeds: Mapping[str, np.ndarray],
+    config: Config,
+    account: Account,
+) -> Measured:
+    keys = config.measure
+    pairs = [pair for pair in PAIRS if set(pair) <= set(callers)][:1]
+    width = keys.stop_half_width
+    cold = COLD_CACHE_SIZES * last_level_cache_bytes() if keys.cold_cache else 0
+    _first_calls(callers)
+    with pinned(keys.pin_threads) as threads:
         samples = interleave(
-            callers, repeats=keys.repeats, warmup=keys.warmup_iter, seed=config.seed
+            callers,
+            repeats=config.pipeline.repeats,
+            warmup=config.pipeline.warmup_iter,
+            seed=config.seed,
+            stop=StopRule(pairs, width) if width is not None and pairs else None,
+            cold_cache_bytes=cold,
+            account=account,
         )
-        return Measured(samples, feeds)
-    blocks = -(-keys.repeats // BLOCK_REPEATS)
+    return Measured(samples, feeds, conditions={"threads": threads, "cold_cache_bytes": cold})
+
+
+def _with_peer(
+    callers: Mapping[str, Callable[[], Any]],
+    model: onnx.ModelProto,
+    feeds: Mapping[str, np.ndarray],
+    config: Config,
+    peer: str,
+    account: Account,
+) -> Measured:
+    blocks = -(-config.pipeline.repeats // BLOCK_REPEATS)
     threads = config.threads or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="icd-model-") as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
-        with OrtPeer(path, feeds, threads) as running:
+        _first_calls(callers)
+        # The peer's process starts before the pinning, so that it does not inherit it.
+        with (
+            OrtPeer(path, feeds, threads) as running,
+            pinned(config.measure.pin_threads) as pinning,
+        ):
             samples = compare_with_peer(
                 callers,
                 {peer: running},
                 blocks=blocks,
                 block_repeats=BLOCK_REPEATS,
                 seed=config.seed,
+                account=account,
             )
-            return Measured(samples, feeds, {peer: running.info}, {peer: running.outputs})
+            conditions = {"threads": pinning, "cold_cache_bytes": 0}
+            info, outputs = {peer: running.info}, {peer: running.outputs}
+            return Measured(samples, feeds, info, outputs, conditions=conditions)
+
+
+def _first_calls(callers: Mapping[str, Callable[[], Any]]) -> None:
+    """Run every arm once: TVM starts its workers, and binds them, at the first call."""
+    for name, call in callers.items():
+        try:
+            call()
+        except IcdError:
+            raise
+        except Exception as error:
+            raise MeasurementError(
+                f"arm {name!r} failed: {type(error).__name__}: {error}",
+                "run the arm alone to see the failure",
+            ) from error

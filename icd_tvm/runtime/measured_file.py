@@ -26,6 +26,7 @@ def save_measured(
         "arms": list(measured.samples) if measured else [],
         "peer_info": measured.peer_info if measured else {},
         "peer_differences": measured.peer_differences if measured else {},
+        "conditions": measured.conditions if measured else {},
         "device": measured.device if measured else None,
         "quality": quality,
         "flags": flags,
@@ -60,6 +61,7 @@ def read_measured(path: Path) -> tuple[Measured | None, dict[str, Any] | None, l
         if not meta["measured"]:
             return None, meta["quality"], meta["flags"]
         found = Measured(samples, {}, meta["peer_info"], {}, meta["peer_differences"])
+        found.conditions = meta["conditions"]
         found.device = meta.get("device")
         return found, meta["quality"], meta["flags"]
     except (ConfigError, ValueError, KeyError, TypeError, RecursionError) as error:

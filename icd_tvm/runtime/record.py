@@ -37,6 +37,7 @@ def make_record(job: Job) -> dict[str, Any]:
         "decision": _decision(job),
         "transform": result.transform if result else {},
         "graph_source": _source(job),
+        "conditions": measured.conditions if measured else {},
         "device": measured.device if measured else None,
         "peers": _peers(job, measured),
         "energy": result.counters.energy if result else {},

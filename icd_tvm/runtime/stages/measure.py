@@ -6,6 +6,7 @@ from functools import partial
 
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.environment import fingerprint
+from icd_tvm.measure.statistics import cross_check
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.counters import CACHES, ENERGY, count, read_counters
@@ -21,6 +22,8 @@ from icd_tvm.runtime.states import State
 
 # Seconds before the second and the third try.
 PAUSES_S = (0.5, 2.0)
+# Calls of each arm that TVM's own timer takes, as a check of our clock.
+EVALUATOR_REPEATS = 20
 
 
 def measure(job: Job, event: Stage) -> None:
@@ -81,6 +84,11 @@ def _timed(job: Job, peer: str | None) -> Measured:
         return measure_remotely(result.built, feeds, job.config, job.target)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
     measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
+    measured.conditions["time_evaluator"] = {
+        name: cross_check(built.evaluate_time(feeds, EVALUATOR_REPEATS), measured.samples[name])
+        for name, built in result.built.items()
+        if name in measured.samples
+    }
     if measured.peer_outputs:
         dense = result.built[DENSE].run_all(feeds)
         measured.peer_differences = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from icd_tvm.errors import OutputError
 from icd_tvm.files import write_atomically
 from icd_tvm.measure.metrics import write_metrics
 from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.overhead import overhead
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.record import make_record
 from icd_tvm.runtime.reports import REPORTS
@@ -14,9 +17,12 @@ from icd_tvm.runtime.run_folder import TRACEBACK, RunFolder
 
 def report(job: Job, event: Stage) -> None:
     """Write everything a user reads; the record is in memory where there is no folder."""
+    began = time.perf_counter()
     _export(job)
+    record_began = time.perf_counter()
     record = make_record(job)
-    record["events_overhead_s"] = job.log.overhead_s
+    now = time.perf_counter()
+    record["overhead"] = overhead(job, now - record_began, now - began)
     if job.metrics is not None:
         write_metrics(job.metrics, record)
     if job.folder is not None:
@@ -32,7 +38,7 @@ def report(job: Job, event: Stage) -> None:
     event.meta |= {
         "failure": job.failure.code if job.failure else None,
         "decision": record["decision"],
-        "events_overhead_s": job.log.overhead_s,
+        "overhead": record["overhead"],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icd_tvm.errors import VerificationError
+from icd_tvm.measure.gates import worse_counter
 from icd_tvm.relax_passes.verify_layout import difference, order_tolerance
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, linear_arm
 from icd_tvm.runtime.build import Built, build
@@ -25,6 +26,7 @@ def settle(job: Job) -> None:
             ratio,
             iterative=job.iterative,
             tolerance=result.tolerance.value,
+            worse=worse_counter(result.counters.by_arm(), ITERATIVE, LINEAR),
         )
         if not result.verdict.rolled_back:
             return
