@@ -97,7 +97,7 @@ def test_an_unpacked_bundle(unpacked: Path, expected: np.ndarray) -> None:
 
 def test_loading_leaves_the_compiler_out(finished: Path) -> None:
     code = (
-        "import sys, numpy, icd_tvm; y = icd_tvm.load(sys.argv[1])(numpy.ones((4, 16), 'f4'))['y'];"
+        "import sys, numpy, icd_tvm; y = icd_tvm.load(sys.argv[1])(numpy.ones((4, 64), 'f4'))['y'];"
         "import tvm.base; print(tvm.base._RUNTIME_ONLY, *tvm.base._LOADED_LIBS, y.sum())"
     )
     done = subprocess.run(
@@ -138,7 +138,7 @@ def test_an_output_whose_shape_values_decide(finished: Path, tmp_path: Path) -> 
         ((), {}, "input 'x' is missing"),
         ((X, X), {}, "2 inputs are given, the model has 1"),
         ((), {"x": X, "z": X}, "unknown input 'z'"),
-        ((X[:2],), {}, r"shape \(2, 16\), not \(4, 16\)"),
+        ((X[:2],), {}, r"shape \(2, 64\), not \(4, 64\)"),
         ((X.astype(np.float64),), {}, r"dtype float64.*astype\('float32'\)"),
     ],
 )
@@ -235,7 +235,7 @@ def _run(unpacked: Path, tmp_path: Path, *flags: str, **more: str) -> tuple[np.n
 
 def test_it_runs(unpacked: Path, finished: Path, tmp_path: Path) -> None:
     y, text = _run(unpacked, tmp_path)
-    assert text == "y float32 (4, 16)\n"
+    assert text == "y float32 (4, 64)\n"
     np.testing.assert_array_equal(y, icd_tvm.load(finished)(X)["y"])
 
 

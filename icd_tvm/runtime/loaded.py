@@ -148,8 +148,8 @@ def load(path: str | Path) -> LoadedModel:
     --------
     >>> import icd_tvm
     >>> model = icd_tvm.load(run_folder)
-    >>> model({"x": np.ones((4, 16), "float32")})["y"].shape
-    (4, 16)
+    >>> model({"x": np.ones((4, 64), "float32")})["y"].shape
+    (4, 64)
     >>> icd_tvm.load("no/such/run")
     Traceback (most recent call last):
     icd_tvm.errors.ModelFileError: 'no/such/run' does not exist

@@ -84,8 +84,8 @@ def _no_opportunity(job: Job) -> str:
         return "the order decided before the transform is the best one after it"
     sparsity = result.transform.get("sparsity")
     if sparsity is not None and not sparsity["entries"]:
-        reason = sparsity.get("why") or unchanged_because(sparsity)
-        return f"sparsity {job.config.transform.sparsity} changed nothing: {reason}"
+        reason = sparsity.get("why") or f"it changed nothing: {unchanged_because(sparsity)}"
+        return f"sparsity {job.config.transform.sparsity}: {reason}"
     reasons = [decision.stats.get("reason", "") for decision in result.after]
     return next(filter(None, reasons), "no matmul weight has structure on a free axis")
 
