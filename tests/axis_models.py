@@ -20,7 +20,7 @@ op, nn = relax.op, relax.op.nn
 TARGET = tvm.target.Target({"kind": "llvm", "opt-level": 1})
 
 # Hypothesis examples a property; the nightly profile sets more.
-EXAMPLES = int(os.environ.get("ICD_TEST_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("ICD_TEST_EXAMPLES", "200"))
 Expected = list[tuple[int, str]]
 
 

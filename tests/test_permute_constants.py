@@ -75,7 +75,10 @@ def assert_same_function(mini: MiniModel, groups: AxisGroups, other: Any, index:
         strict=True,
     )
     for before, after, axes in outputs:
-        np.testing.assert_allclose(after, select(before, axes, index), rtol=1e-4, atol=2e-5)
+        expected = select(before, axes, index)
+        # Sums in another order differ by the rounding of the largest terms, not of the result.
+        scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+        np.testing.assert_allclose(after, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
 def constants(mod: Any) -> list[tuple[str, np.ndarray]]:
@@ -642,7 +645,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=max(EXAMPLES // 2, 10), deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(PIECES), st.integers(2, 9)), min_size=1, max_size=5),
     st.integers(0, 99),
