@@ -5,7 +5,7 @@ same to rounding. Weights of the light convnets are all equal in the file, which
 permutation, so they are replaced by random ones first.
 
 Run: python benchmarks/axis_groups.py [NAME | FILE.onnx[:INPUT=SHAPE] ...]
-     python benchmarks/axis_groups.py --parameters mamba-2.8b-step-random --folder /tmp/mamba
+     python benchmarks/axis_groups.py --parameters mamba-2.8b-step-random --folder runs/parameters
 The second form imports with the weights as parameters (11 GB on disk), in a process of its own, and
 prints the peak resident memory of import and analysis beside the size of the weights.
 """

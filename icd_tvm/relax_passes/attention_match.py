@@ -2,13 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from icd_tvm.relax_passes.relax_graph import Dataflow, operands, scalar_constant, static_shape
+from icd_tvm._tvm import relax
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    is_float32,
+    operands,
+    scalar_constant,
+    static_shape,
+)
 
 
 class Refused(Exception):
     """Carries the reason why a softmax is not part of a supported attention."""
+
+
+def replace_attentions(
+    mod: Any, match: Callable[[Dataflow, Any], Any], rewriter: Callable[[Any, list[Any], Any], Any]
+) -> tuple[Any, list[str], dict[str, str]]:
+    """Replace every attention that ``match`` accepts.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Left untouched.
+    match : callable
+        (flow, variable of a softmax) -> a match with a ``result``; raises :class:`Refused`.
+    rewriter : callable
+        (module, matches, flow) -> the mutator that replaces the results.
+
+    Returns
+    -------
+    mod : tvm.IRModule
+    fused : list of str
+        Names of the results that were replaced.
+    refusals : dict of str to str
+        Name of each softmax that was left alone -> the reason.
+    """
+    mod, fused, refusals = mod.clone(), [], {}
+    for name, func in mod.functions_items():
+        if not isinstance(func, relax.Function):
+            continue
+        flow, found = Dataflow(func), []
+        for var in list(flow.values):
+            if flow.call(var, "relax.nn.softmax") is None:
+                continue
+            try:
+                found.append(match(flow, var))
+            except Refused as refusal:
+                refusals[str(var.name)] = str(refusal)
+        fused += [str(one.result.name) for one in found]
+        mutator = rewriter(mod, found, flow)
+        new = mutator.visit_expr(func)
+        mod = mutator.builder_.get()
+        mod[name] = new
+    return relax.transform.DeadCodeElimination()(mod), fused, refusals
+
+
+def match_softmax(flow: Dataflow, probabilities: Any) -> tuple[Any, tuple[int, ...]]:
+    """Return the call of softmax over the last of four static float32 axes, and its shape."""
+    softmax = flow.call(probabilities, "relax.nn.softmax")
+    shape = need(static_shape(softmax), "its shape is not static")
+    require(len(shape) == 4, f"its input has {len(shape)} axes, not 4")
+    require(int(softmax.attrs.axis) in (-1, 3), "it does not run over the last axis")
+    require(is_float32(softmax), "it is not float32")
+    return softmax, shape
 
 
 def match_scores(flow: Dataflow, scores: Any) -> tuple[Any, float, Any]:

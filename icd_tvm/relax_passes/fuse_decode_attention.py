@@ -10,9 +10,9 @@ import numpy as np
 
 from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
 from icd_tvm.relax_passes.attention_match import (
-    Refused,
     match_scores,
-    need,
+    match_softmax,
+    replace_attentions,
     require,
     strip_scale,
     user_of,
@@ -63,38 +63,16 @@ class FuseDecodeAttention:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with every supported attention replaced."""
-        mod = mod.clone()
-        self.refusals, self.fused = {}, []
-        for name, func in mod.functions_items():
-            if not isinstance(func, relax.Function):
-                continue
-            flow = Dataflow(func)
-            found = self._find(flow)
-            self.fused += [str(match.result.name) for match in found]
-            rewriter = _Rewriter(mod, found, self.target, flow)
-            new = rewriter.visit_expr(func)
-            mod = rewriter.builder_.get()
-            mod[name] = new
-        return relax.transform.DeadCodeElimination()(mod)
-
-    def _find(self, flow: Dataflow) -> list[DecodeMatch]:
-        found = []
-        for var in list(flow.values):
-            if flow.call(var, "relax.nn.softmax") is None:
-                continue
-            try:
-                found.append(_match(flow, var, self.target))
-            except Refused as refusal:
-                self.refusals[str(var.name)] = str(refusal)
-        return found
+        mod, self.fused, self.refusals = replace_attentions(
+            mod,
+            lambda flow, var: _match(flow, var, self.target),
+            lambda mod, found, flow: _Rewriter(mod, found, self.target, flow),
+        )
+        return mod
 
 
 def _match(flow: Dataflow, probabilities: Any, target: Any) -> DecodeMatch:
-    softmax = flow.call(probabilities, "relax.nn.softmax")
-    shape = need(static_shape(softmax), "its shape is not static")
-    require(len(shape) == 4, f"its input has {len(shape)} axes, not 4")
-    require(int(softmax.attrs.axis) in (-1, 3), "it does not run over the last axis")
-    require(is_float32(softmax), "it is not float32")
+    softmax, shape = match_softmax(flow, probabilities)
     batch, heads, queries, slots = shape
     require(queries == 1, f"it has {queries} queries, not 1")
     product, scale, mask = match_scores(flow, softmax.args[0])
