@@ -119,7 +119,9 @@ def _looked_up(job: Job, when: str, mod: Any) -> tuple[CacheEntry, str]:
     keys, facts = job.config.cache, made_from(job)
     # What the transforms made, not only what they were asked for: one may have been left out, or
     # have seen other data.
-    transforms = {**facts["transforms"], "module": model_hash(mod["main"])}
+    incoming = mod.same_as(job.result.imported.mod)
+    module = job.model_hash if incoming else model_hash(mod["main"])
+    transforms = {**facts["transforms"], "module": module}
     key = cache_key(
         model_hash=job.model_hash,
         task=f"{facts['task']}/{when}",
