@@ -28,7 +28,7 @@ from icd_tvm._tvm import relax
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
-from icd_tvm.measure.peers import OrtPeer, compare_with_peer
+from icd_tvm.measure.peers import Peer, compare_with_peer
 from icd_tvm.measure.statistics import ratio, summarise
 from icd_tvm.models.decoder import SMOLLM2, build_decoder_step, cache_states
 from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
@@ -181,7 +181,7 @@ def timing(slots: int, drops: list[float], blocks: int, repeats: int, block: int
         found = arms(model, slots, drops, block)
         del model
         calls = {name: built.caller(feeds(size)) for name, (built, size) in found.items()}
-        with OrtPeer(path, feeds(slots), 1) as peer:
+        with Peer("onnxruntime", path, feeds(slots), 1) as peer:
             got = built_logits(found["whole"][0], feeds(slots))
             error = float(np.abs(got - peer.outputs["logits"]).max())
             samples = compare_with_peer(

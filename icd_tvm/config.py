@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from icd_tvm.measure.peer_worker import PEERS
+
 Mode = Literal["linear", "iterative"]
 Source = Literal["tir", "trace", "mock"]
 Repermute = Literal["auto", "never", "delta", "always"]
@@ -169,8 +171,10 @@ class MeasureKeys(Section):
     enabled: bool = Field(
         default=True, description="false times nothing, so no new order is accepted"
     )
-    peer: Literal["onnxruntime"] | None = Field(
-        default=None, description="another runtime on the same model, in a process of its own"
+    peer: list[str] = Field(
+        default=[],
+        description="other runtimes on the same model, each in a process of its own: a name, "
+        "names with commas or a list of " + ", ".join(PEERS),
     )
     cold_cache: bool = Field(
         default=False, description="empty the caches before every call; not beside a peer"
@@ -203,9 +207,24 @@ class MeasureKeys(Section):
     )
     power_sample_hz: float = Field(default=10.0, gt=0, le=1000, description="samples of GPU power")
 
+    @field_validator("peer", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",")]
+        return value or []
+
+    @field_validator("peer")
+    @classmethod
+    def _known_peers(cls, names: list[str]) -> list[str]:
+        unknown = [name for name in names if name not in PEERS]
+        if unknown:
+            raise ValueError(f"unknown peer {unknown[0]!r} (known: {', '.join(PEERS)})")
+        return list(dict.fromkeys(names))
+
     @model_validator(mode="after")
     def _alone(self) -> MeasureKeys:
-        if self.peer is not None and (self.cold_cache or self.stop_half_width is not None):
+        if self.peer and (self.cold_cache or self.stop_half_width is not None):
             raise ValueError("measure.cold_cache and measure.stop_half_width exclude measure.peer")
         return self
 

@@ -83,6 +83,7 @@ def test_overrides_are_typed(override: str, found: Any) -> None:
         ("graph.source=trace", ["graph.trace"]),
         ("measure={cold_cache: true, peer: onnxruntime}", ["cold_cache", "peer"]),
         ("measure={stop_half_width: 0.01, peer: onnxruntime}", ["stop_half_width", "peer"]),
+        ("measure.peer=openvin", ["measure.peer", "openvin", "openvino"]),
         ("measure.stop_half_width=0", ["stop_half_width"]),
         ("gates.quality_agreement=1.5", ["quality_agreement"]),
         ("gates.l2_gain_points=.inf", ["finite"]),
@@ -191,6 +192,19 @@ def test_options_are_a_configuration() -> None:
     assert config.model.name == "bert-mini-random"
     assert (config.pipeline.repeats, config.pipeline.warmup_iter) == (100, 25)
     assert config.transform.sparsity == "unit:0.5"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("null", []),
+        ("onnxruntime", ["onnxruntime"]),
+        ("'openvino-int8, onnxruntime,openvino-int8'", ["openvino-int8", "onnxruntime"]),
+        ("[torch, deepsparse]", ["torch", "deepsparse"]),
+    ],
+)
+def test_peers_are_a_name_or_names(given: str, found: list[str]) -> None:
+    assert make_config(BASE, [f"measure.peer={given}"]).measure.peer == found
 
 
 def test_differences_name_key_old_and_new() -> None:

@@ -1,9 +1,11 @@
 """Peers: right outputs, clear errors when a worker fails or dies, no worker left behind."""
 
+import contextlib
 import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from icd_tvm.errors import MeasurementError, ModelFileError
 from icd_tvm.measure import peer_worker
-from icd_tvm.measure.peers import OrtPeer, Peer, compare_with_peer
+from icd_tvm.measure.peers import Peer, PeerError, compare_with_peer
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -43,7 +45,7 @@ def alive(pid: int) -> bool:
 
 
 def test_outputs_and_times(model: Path) -> None:
-    with OrtPeer(model, {"x": X}, 1) as peer:
+    with Peer("onnxruntime", model, {"x": X}, 1) as peer:
         np.testing.assert_allclose(peer.outputs["out/y:0"], X @ W)
         assert peer.info["runtime"] == "onnxruntime"
         times = peer.run(5)
@@ -62,7 +64,7 @@ def test_takes_turns_with_our_arms(model: Path) -> None:
 
         return call
 
-    with OrtPeer(model, {"x": X}, 1) as peer:
+    with Peer("onnxruntime", model, {"x": X}, 1) as peer:
         samples = compare_with_peer(
             {"a": arm("a"), "b": arm("b")},
             {"onnxruntime": peer},
@@ -81,7 +83,7 @@ def test_takes_turns_with_our_arms(model: Path) -> None:
 
 
 def test_budget_stops_after_a_block(model: Path) -> None:
-    with OrtPeer(model, {"x": X}, 1) as peer:
+    with Peer("onnxruntime", model, {"x": X}, 1) as peer:
         samples = compare_with_peer(
             {"a": int}, {"p": peer}, blocks=9, block_repeats=2, settle_s=0.0, budget_s=0.0
         )
@@ -99,7 +101,7 @@ def test_turns_are_symmetric_and_start_with_thrown_away_calls(
         return np.arange(count) + 1.0
 
     monkeypatch.setattr(Peer, "run", run)
-    peer = OrtPeer(model, {"x": X}, 1)
+    peer = Peer("onnxruntime", model, {"x": X}, 1)
     samples = compare_with_peer(
         {"a": lambda: order.append("a")},
         {"p": peer},
@@ -114,31 +116,31 @@ def test_turns_are_symmetric_and_start_with_thrown_away_calls(
 
 def test_missing_model() -> None:
     with pytest.raises(ModelFileError, match=r"no model file 'absent\.onnx'"):
-        OrtPeer("absent.onnx", {}, 1).__enter__()
+        Peer("onnxruntime", "absent.onnx", {}, 1).__enter__()
 
 
 def test_broken_model(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(MeasurementError, match="onnxruntime peer failed"):
-        OrtPeer(path, {"x": X}, 1).__enter__()
+        Peer("onnxruntime", path, {"x": X}, 1).__enter__()
 
 
 def test_wrong_input_name(model: Path) -> None:
     with pytest.raises(MeasurementError, match="onnxruntime peer failed") as caught:
-        OrtPeer(model, {"z": X}, 1).__enter__()
+        Peer("onnxruntime", model, {"z": X}, 1).__enter__()
     assert "inputs z" in caught.value.hint
 
 
 def test_killed_worker(model: Path) -> None:
-    with OrtPeer(model, {"x": X}, 1) as peer:
+    with Peer("onnxruntime", model, {"x": X}, 1) as peer:
         os.kill(peer.pid, signal.SIGKILL)
         with pytest.raises(MeasurementError, match="exit status -9"):
             peer.run(3, timeout_s=20)
 
 
 def test_stuck_worker_is_stopped(model: Path) -> None:
-    with OrtPeer(model, {"x": X}, 1) as peer:
+    with Peer("onnxruntime", model, {"x": X}, 1) as peer:
         pid = peer.pid
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(MeasurementError, match="did not answer within 0 s"):
@@ -149,16 +151,48 @@ def test_stuck_worker_is_stopped(model: Path) -> None:
 
 
 def test_unknown_backend(model: Path) -> None:
-    class Unknown(Peer):
-        backend = "nonesuch"
+    with pytest.raises(PeerError, match=r"unknown peer 'nonesuch'.*onnxruntime, onnxruntime-int8"):
+        Peer("nonesuch", model, {"x": X}, 1)
 
-    with pytest.raises(MeasurementError, match="nonesuch"):
-        Unknown(model, {"x": X}, 1).__enter__()
+
+def test_missing_runtime_says_how_to_get_it(model: Path, tmp_path: Path) -> None:
+    # A Python without site packages has numpy no more than the runtime.
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(PeerError, match="No module named 'numpy'"):
+        Peer("torch", model, {"x": X}, 1, python=str(bare)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("backend", "tolerance"),
+    [
+        ("onnxruntime-int8", 0.02),
+        ("openvino", 1e-5),
+        ("openvino-bf16", 0.02),
+        ("openvino-int8", 0.02),
+        ("torch", 1e-5),
+        ("torch-bf16", 0.02),
+        ("deepsparse", 1e-5),
+    ],
+)
+def test_every_runtime_agrees(model: Path, backend: str, tolerance: float) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            peer = stack.enter_context(Peer(backend, model, {"x": X}, 1))
+        except PeerError as error:
+            if "ModuleNotFoundError" not in str(error):
+                raise
+            pytest.skip(str(error))
+        expected = X @ W
+        error = np.abs(peer.outputs["out/y:0"] - expected).max() / np.abs(expected).max()
+        assert error <= tolerance
+        assert peer.run(2).shape == (2,)
 
 
 def test_peer_needs_a_with_statement(model: Path) -> None:
     with pytest.raises(MeasurementError, match="with statement"):
-        OrtPeer(model, {"x": X}, 1).run(1)
+        Peer("onnxruntime", model, {"x": X}, 1).run(1)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +212,7 @@ def test_bad_comparison(arms: dict, peers: dict, options: dict, message: str) ->
 
 def test_bad_thread_count(model: Path) -> None:
     with pytest.raises(MeasurementError, match="threads = 0"):
-        OrtPeer(model, {"x": X}, 0)
+        Peer("onnxruntime", model, {"x": X}, 0)
 
 
 def test_worker_protocol(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

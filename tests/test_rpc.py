@@ -342,4 +342,4 @@ def test_flags_are_overrides(model: Path, tmp_path: Path) -> None:
     config.write_text(f"model: {{path: {model}}}\nmeasure: {{peer: onnxruntime}}\n")
     flags = ["-c", str(config), "--rpc", "[::1]:9190", "--rpc-key", "h200"]
     keys = config_from(parser().parse_args(flags)).measure
-    assert (keys.rpc, keys.rpc_key, keys.peer) == ("[::1]:9190", "h200", "onnxruntime")
+    assert (keys.rpc, keys.rpc_key, keys.peer) == ("[::1]:9190", "h200", ["onnxruntime"])

@@ -104,19 +104,19 @@ def test_failing_transform_is_left_out(
 def test_failing_measurement(
     broken: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries: list[str | None] = []
+    tries: list[list[str]] = []
     real = measure.measure_arms
 
-    def failing(callers: Any, proto: Any, feeds: Any, config: Any, peer: str | None) -> Any:
-        tries.append(peer)
-        if broken == "all" or peer:
+    def failing(callers: Any, proto: Any, feeds: Any, config: Any, peers: list[str]) -> Any:
+        tries.append(list(peers))
+        if broken == "all" or peers:
             raise MeasurementError("no clock")
-        return real(callers, proto, feeds, config, peer)
+        return real(callers, proto, feeds, config, peers)
 
     monkeypatch.setattr(measure, "measure_arms", failing)
     found = quietly(settings(model, measure={"peer": "onnxruntime"}), tmp_path)
     assert found.failure is None
-    assert tries[:4] == ["onnxruntime"] * 3 + [None]
+    assert tries[:4] == [["onnxruntime"]] * 3 + [[]]
     assert "no clock" in found.metrics["flags"][0]["reason"]
     if broken == "all":
         assert (len(tries), found.metrics["arms"]) == (6, {})
@@ -124,6 +124,18 @@ def test_failing_measurement(
         assert "no clock" in found.metrics["not_measured"]["lat_ms"]
     else:
         assert set(found.metrics["arms"]) >= {"linear", "iterative"}
+
+
+def test_only_the_failing_peer_is_left_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICD_PYTHON_OPENVINO", str(tmp_path / "no-python"))
+    peers = {"peer": "openvino,onnxruntime"}
+    found = quietly(settings(model, measure=peers), tmp_path / "run")
+    assert "onnxruntime" in found.metrics["arms"]
+    assert list(found.metrics["peers"]) == ["onnxruntime"]
+    (flag,) = [f["reason"] for f in found.metrics["flags"] if f["stage"] == "measure"]
+    assert flag.startswith("peer openvino could not be timed")
 
 
 def test_unequal_outputs_are_rolled_back(

@@ -24,7 +24,7 @@ HELP = {
     "repeats": "timed calls per arm, at least 30",
     "time_budget": "seconds the solver may spend",
     "seed": "of the inputs, the solver and the random arm",
-    "peer": "measure this peer beside our arms: onnxruntime",
+    "peer": "measure these runtimes beside our arms: onnxruntime, openvino-int8, ... with commas",
     "out": "folder for metrics.json",
     "library": "write the accepted arm's compiled library here",
     "no_measure": "do not time anything; no order is accepted on speed",

@@ -1,9 +1,10 @@
 """Worker process of a peer runtime: loads a model, then times it on request.
 
-Started by :mod:`icd_tvm.measure.peers` as ``python -m icd_tvm.measure.peer_worker BACKEND MODEL
-FEEDS OUTPUTS THREADS``. It reads one command a line from its standard input (``run N`` or
-``quit``) and answers with one JSON object a line. Between commands it is blocked on the pipe. It
-ends when the pipe closes, so it cannot outlive its parent.
+Started by :mod:`icd_tvm.measure.peers` with the arguments ``BACKEND MODEL FEEDS OUTPUTS THREADS``.
+It reads one command a line from its standard input (``run N`` or ``quit``) and answers with one
+JSON object a line. Between commands it is blocked on the pipe. It ends when the pipe closes, so it
+cannot outlive its parent. The source runs under any Python 3.10+ that has numpy and the runtime,
+so it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,7 +47,103 @@ def onnxruntime_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, 
     return step, {"runtime": "onnxruntime", "version": onnxruntime.__version__}
 
 
-BACKENDS: dict[str, Backend] = {"onnxruntime": onnxruntime_backend}
+def onnxruntime_int8(model: Path, feeds: Feeds, threads: int) -> tuple[Step, dict[str, str]]:
+    """Quantise dynamically with ONNX Runtime's own tool (u8 activations, s8 per channel), load."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory(prefix="icd-int8-") as folder:
+        path = Path(folder) / "int8.onnx"
+        quantize_dynamic(str(model), str(path), per_channel=True, weight_type=QuantType.QInt8)
+        step, info = onnxruntime_backend(path, feeds, threads)
+    return step, {**info, "precision": "int8, dynamic"}
+
+
+def openvino_backend(
+    model: Path, feeds: Feeds, threads: int, precision: str = "f32", quantise: bool = False
+) -> tuple[Step, dict[str, str]]:
+    """Load a model in OpenVINO: latency hint, one stream, static shapes of the feeds."""
+    import openvino
+
+    core = openvino.Core()
+    graph = core.read_model(str(model))
+    graph.reshape({name: list(array.shape) for name, array in feeds.items()})
+    info = {"runtime": "openvino", "version": openvino.__version__, "precision": precision}
+    inputs = dict(feeds)
+    if quantise:
+        import nncf
+
+        # Speed does not depend on the scales: one sample, the run's own inputs, calibrates them.
+        data = nncf.Dataset([inputs])
+        kind = nncf.ModelType.TRANSFORMER
+        graph = nncf.quantize(graph, data, model_type=kind, subset_size=1)
+        info |= {"precision": "int8, static", "nncf": nncf.__version__}
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": precision,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(graph, "CPU", settings).create_infer_request()
+
+    def step() -> Outputs:
+        found = request.infer(inputs, share_inputs=True, share_outputs=True)
+        return {port.any_name: array for port, array in found.items()}
+
+    return step, info
+
+
+def torch_backend(
+    model: Path, feeds: Feeds, threads: int, precision: str = "f32"
+) -> tuple[Step, dict[str, str]]:
+    """Run the graph in PyTorch (through onnx2torch), eagerly, on the CPU."""
+    import onnx
+    import onnx2torch
+    import torch
+
+    torch.set_num_threads(threads)
+    proto = onnx.load(str(model))
+    module = onnx2torch.convert(proto).eval()
+    names = [value.name for value in proto.graph.output]
+    held = {value.name for value in proto.graph.initializer}
+    order = [value.name for value in proto.graph.input if value.name not in held]
+    inputs = [torch.from_numpy(feeds[name]) for name in order]
+
+    def step() -> Outputs:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+            found = module(*inputs)
+        tensors = [found] if isinstance(found, torch.Tensor) else found
+        return {n: t.float().numpy() for n, t in zip(names, tensors, strict=True)}
+
+    return step, {"runtime": "torch", "version": torch.__version__, "precision": precision}
+
+
+def deepsparse_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, dict[str, str]]:
+    """Load a model in DeepSparse; its last release wants IR version 9 and opset 17 at most."""
+    import deepsparse
+
+    engine = deepsparse.Engine(str(model), batch_size=None, num_cores=threads)
+    inputs = [np.ascontiguousarray(feeds[name]) for name in engine.input_names]
+
+    def step() -> Outputs:
+        return dict(zip(engine.output_names, engine.run(inputs, val_inp=False), strict=True))
+
+    return step, {"runtime": "deepsparse", "version": str(deepsparse.__version__)}
+
+
+BACKENDS: dict[str, Backend] = {
+    "onnxruntime": onnxruntime_backend,
+    "onnxruntime-int8": onnxruntime_int8,
+    "openvino": openvino_backend,
+    "openvino-bf16": partial(openvino_backend, precision="bf16"),
+    "openvino-int8": partial(openvino_backend, quantise=True),
+    "torch": torch_backend,
+    "torch-bf16": partial(torch_backend, precision="bf16"),
+    "deepsparse": deepsparse_backend,
+}
+
+
+#: Names of the runtimes that can run beside our arms.
+PEERS = tuple(BACKENDS)
 
 
 def time_steps(step: Step, count: int) -> list[int]:

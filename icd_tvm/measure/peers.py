@@ -26,7 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.errors import MeasurementError, ModelFileError
+from icd_tvm.measure import peer_worker
 from icd_tvm.measure.latency import Account, Samples, interleave
+from icd_tvm.measure.peer_worker import PEERS
 
 Array = npt.NDArray[Any]
 
@@ -37,13 +39,21 @@ SETTLE_LIMIT_S = 1.0
 TICK_S = 0.02
 
 
+class PeerError(MeasurementError):
+    """A peer that cannot run; ``backend`` names it."""
+
+    def __init__(self, backend: str, message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.backend = backend
+
+
 class Peer:
     """A runtime in a worker process that waits on a pipe between its turns.
 
-    A subclass names its backend of :mod:`icd_tvm.measure.peer_worker`.
-
     Parameters
     ----------
+    backend : str
+        One of :data:`icd_tvm.measure.peer_worker.PEERS`.
     model_path : path
         ONNX file.
     feeds : mapping of str to array
@@ -51,7 +61,10 @@ class Peer:
     threads : int
         Threads inside an operator.
     start_timeout_s : float
-        Seconds for the worker to load the model and run it once.
+        Seconds for the worker to load (and quantise) the model and run it once.
+    python : str, optional
+        Interpreter that has the runtime: default the environment variable
+        ``ICD_PYTHON_<RUNTIME>`` (``ICD_PYTHON_DEEPSPARSE``: it wants an older numpy), then ours.
 
     Attributes
     ----------
@@ -64,22 +77,27 @@ class Peer:
     ------
     ModelFileError
         On entry: the model file does not exist.
-    MeasurementError
-        On entry or during :meth:`run`: the worker failed, died or did not answer in time.
+    PeerError
+        The backend is unknown. On entry or during :meth:`run`: the worker failed, died or did not
+        answer in time.
     """
-
-    backend = ""
 
     def __init__(
         self,
+        backend: str,
         model_path: str | os.PathLike[str],
         feeds: Mapping[str, Array],
         threads: int,
         *,
-        start_timeout_s: float = 180.0,
+        start_timeout_s: float = 300.0,
+        python: str | None = None,
     ) -> None:
+        if backend not in PEERS:
+            raise PeerError(backend, f"unknown peer {backend!r}", f"known: {', '.join(PEERS)}")
         if threads < 1:
             raise MeasurementError(f"threads = {threads} is below 1", "pass 1 or more")
+        self.backend = backend
+        self.python = python or _interpreter(backend)
         self.model_path = Path(model_path)
         self.feeds = dict(feeds)
         self.threads = threads
@@ -167,15 +185,27 @@ class Peer:
         feeds: dict[str, Any] = dict(self.feeds)
         np.savez(folder / "feeds.npz", **feeds)
         self._log = self._cleanup.enter_context((folder / "stderr.txt").open("w+b"))
-        command = [sys.executable, "-m", "icd_tvm.measure.peer_worker", self.backend]
-        command += [str(self.model_path), str(folder / "feeds.npz"), str(folder / "out.npz")]
-        self._process = subprocess.Popen(
-            [*command, str(self.threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
+        # As source, not as a module: another interpreter need not have this package, and a script's
+        # folder on the path would put our statistics.py before the standard library's.
+        command = [self.python, "-c", Path(peer_worker.__file__).read_text(), self.backend]
+        command += [
+            str(self.model_path.resolve()),
+            str(folder / "feeds.npz"),
+            str(folder / "out.npz"),
+        ]
+        try:
+            self._process = subprocess.Popen(
+                [*command, str(self.threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                cwd=folder,
+                text=True,
+            )
+        except OSError as error:
+            raise PeerError(
+                self.backend, f"the {self.backend} peer did not start: {error}", "check the path"
+            ) from None
         self._answers = queue.Queue()
         reader = threading.Thread(
             target=_read_lines, args=(self._process.stdout, self._answers.put), daemon=True
@@ -189,8 +219,10 @@ class Peer:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            raise MeasurementError(
-                f"the {self.backend} peer is not running", "use it inside a with statement"
+            raise PeerError(
+                self.backend,
+                f"the {self.backend} peer is not running",
+                "use it inside a with statement",
             )
         return self._process
 
@@ -202,7 +234,8 @@ class Peer:
             if process is not None:
                 process.kill()
                 _stop(process)
-            raise MeasurementError(
+            raise PeerError(
+                self.backend,
                 f"the {self.backend} peer did not answer within {timeout_s:.0f} s",
                 "it was stopped; allow more time or use fewer repeats",
             ) from None
@@ -210,31 +243,36 @@ class Peer:
             raise self._death("died")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise MeasurementError(
+            raise PeerError(
+                self.backend,
                 f"the {self.backend} peer failed: {answer['error']}",
-                f"model {self.model_path.name}, inputs {', '.join(self.feeds)}",
+                self._hint(answer["error"]),
             )
         return answer
 
-    def _death(self, what: str) -> MeasurementError:
+    def _hint(self, error: str) -> str:
+        if error.startswith("ModuleNotFoundError"):
+            name = f"ICD_PYTHON_{_runtime(self.backend)}"
+            return f"pip install 'icd_tvm[peers]', or set {name} to a Python that has it"
+        return f"model {self.model_path.name}, inputs {', '.join(self.feeds)}"
+
+    def _death(self, what: str) -> PeerError:
         process = self._running()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
-        return MeasurementError(
+        return PeerError(
+            self.backend,
             f"the {self.backend} peer {what} with exit status {process.returncode}",
             _tail(self._log) or "it printed nothing",
         )
 
 
-class OrtPeer(Peer):
-    """ONNX Runtime on the CPU: default graph optimisations, ``threads`` intra-op threads."""
+def _runtime(backend: str) -> str:
+    return backend.partition("-")[0].upper()
 
-    backend = "onnxruntime"
 
-    def __enter__(self) -> OrtPeer:
-        """Start the worker and wait until it has run once."""
-        super().__enter__()
-        return self
+def _interpreter(backend: str) -> str:
+    return os.environ.get(f"ICD_PYTHON_{_runtime(backend)}") or sys.executable
 
 
 def compare_with_peer(

@@ -1,11 +1,12 @@
-"""Time our arms interleaved in this process, and a peer in a process of its own, in turns."""
+"""Time our arms interleaved in this process, and peers, each in a process of its own, in turns."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.conditions import clock, pinned
 from icd_tvm.measure.environment import last_level_cache_bytes
 from icd_tvm.measure.latency import Account, Samples, StopRule, interleave
-from icd_tvm.measure.peers import OrtPeer, compare_with_peer
+from icd_tvm.measure.peers import Peer, compare_with_peer
 from icd_tvm.measure.statistics import Ratio, Summary, ratio, ratios, summarise
 
 # Calls of each side in one turn; a turn must be long against the time that threads take to settle.
@@ -97,35 +98,35 @@ def measure_arms(
     model: onnx.ModelProto,
     feeds: Mapping[str, np.ndarray],
     config: Config,
-    peer: str | None = None,
+    peers: Sequence[str] = (),
 ) -> Measured:
-    """Time all arms, and a peer.
+    """Time all arms, and peers beside them.
 
     Parameters
     ----------
     callers : Mapping[str, Callable]
         Our arms; each call runs the model once.
     model : onnx.ModelProto
-        What the peer runs.
+        What the peers run.
     feeds : Mapping[str, numpy.ndarray]
-        The peer's inputs.
+        The peers' inputs.
     config : Config
         Repeats, warm-up, threads and seed.
-    peer : str, optional
-        ``onnxruntime``.
+    peers : sequence of str
+        Names of :data:`icd_tvm.measure.peer_worker.PEERS`.
 
     Raises
     ------
     MeasurementError
-        If an arm or the peer fails.
+        If an arm fails; :class:`icd_tvm.measure.peers.PeerError` if a peer does.
     """
     account, began = Account(), time.perf_counter()
     before = clock()
     overhead = time.perf_counter() - began
-    if peer is None:
-        measured = _alone(callers, feeds, config, account)
+    if peers:
+        measured = _with_peers(callers, model, feeds, config, peers, account)
     else:
-        measured = _with_peer(callers, model, feeds, config, peer, account)
+        measured = _alone(callers, feeds, config, account)
     began = time.perf_counter()
     measured.conditions |= {
         "clock": {"before": before, "after": clock()},
@@ -161,36 +162,36 @@ def _alone(
     return Measured(samples, feeds, conditions={"threads": threads, "cold_cache_bytes": cold})
 
 
-def _with_peer(
+def _with_peers(
     callers: Mapping[str, Callable[[], Any]],
     model: onnx.ModelProto,
     feeds: Mapping[str, np.ndarray],
     config: Config,
-    peer: str,
+    peers: Sequence[str],
     account: Account,
 ) -> Measured:
     blocks = -(-config.pipeline.repeats // BLOCK_REPEATS)
     threads = config.threads or os.cpu_count() or 1
-    with tempfile.TemporaryDirectory(prefix="icd-model-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="icd-model-"))
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
         _first_calls(callers)
-        # The peer's process starts before the pinning, so that it does not inherit it.
-        with (
-            OrtPeer(path, feeds, threads) as running,
-            pinned(config.measure.pin_threads) as pinning,
-        ):
-            samples = compare_with_peer(
-                callers,
-                {peer: running},
-                blocks=blocks,
-                block_repeats=BLOCK_REPEATS,
-                seed=config.seed,
-                account=account,
-            )
-            conditions = {"threads": pinning, "cold_cache_bytes": 0}
-            info, outputs = {peer: running.info}, {peer: running.outputs}
-            return Measured(samples, feeds, info, outputs, conditions=conditions)
+        # The peers' processes start before the pinning, so that they do not inherit it.
+        running = {name: stack.enter_context(Peer(name, path, feeds, threads)) for name in peers}
+        pinning = stack.enter_context(pinned(config.measure.pin_threads))
+        samples = compare_with_peer(
+            callers,
+            running,
+            blocks=blocks,
+            block_repeats=BLOCK_REPEATS,
+            seed=config.seed,
+            account=account,
+        )
+        conditions = {"threads": pinning, "cold_cache_bytes": 0}
+        info = {name: peer.info for name, peer in running.items()}
+        outputs = {name: peer.outputs for name, peer in running.items()}
+        return Measured(samples, feeds, info, outputs, conditions=conditions)
 
 
 def _first_calls(callers: Mapping[str, Callable[[], Any]]) -> None:

@@ -36,7 +36,7 @@ class CompileOptions:
     time_budget_s : float
         Seconds the solver may spend over all groups.
     peer : str or None
-        A peer to measure beside our arms.
+        Peers to measure beside our arms, with commas between the names.
     rpc, rpc_key : str or None
         ``HOST:PORT`` of a TVM RPC tracker and the key of the device there that is timed.
     out : Path or None

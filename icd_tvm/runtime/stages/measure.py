@@ -6,6 +6,7 @@ from functools import partial
 
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.environment import fingerprint
+from icd_tvm.measure.peers import PeerError
 from icd_tvm.measure.statistics import cross_check
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
@@ -55,35 +56,38 @@ def _finished_before(job: Job) -> bool:
 
 
 def _time_arms(job: Job) -> None:
-    """Time all arms beside the peer; without it where it fails; not at all where that fails."""
-    if not job.config.measure.enabled:
-        return
+    """Time all arms beside the peers; without those that fail; not at all where that fails."""
     keys = job.config.measure
+    if not keys.enabled:
+        return
     # A peer is a process of this machine: nothing to compare with what another one does.
-    peer = keys.peer if keys.rpc is None else None
-    for beside in dict.fromkeys((peer, None)):
-        with job.progress.stage("measure") as stage:
+    peers = list(keys.peer) if keys.rpc is None else []
+    with job.progress.stage("measure") as stage:
+        while job.result.measured is None:
             try:
                 job.result.measured = retried(
-                    partial(_timed, job, beside),
+                    partial(_timed, job, peers),
                     MeasurementError,
                     lambda text: job.progress.warn(f"measure: {text}"),
                     PAUSES_S,
                 )
                 stage.meta = {"rounds": job.result.measured.rounds}
-                return
             except (IcdError, OSError) as error:
-                who = "our arms" if beside is None else f"peer {beside}"
+                failed = [error.backend] if isinstance(error, PeerError) else list(peers)
+                who = f"peer {' and '.join(failed)}" if failed else "our arms"
                 job.warn("measure", f"{who} could not be timed: {error}")
+                if not failed:
+                    return
+                peers = [name for name in peers if name not in failed]
 
 
-def _timed(job: Job, peer: str | None) -> Measured:
+def _timed(job: Job, peers: list[str]) -> Measured:
     result = job.result
     feeds = result.inputs(job.config.seed)
     if job.config.measure.rpc is not None:
         return measure_remotely(result.built, feeds, job.config, job.target)
     callers = {name: built.caller(feeds) for name, built in result.built.items()}
-    measured = measure_arms(callers, result.imported.model, feeds, job.config, peer)
+    measured = measure_arms(callers, result.imported.model, feeds, job.config, peers)
     measured.conditions["time_evaluator"] = {
         name: cross_check(built.evaluate_time(feeds, EVALUATOR_REPEATS), measured.samples[name])
         for name, built in result.built.items()
