@@ -1,0 +1,185 @@
+"""Our arms beside ONNX Runtime, OpenVINO, PyTorch and DeepSparse: one run a case, turn by turn.
+
+Each case is one ``icd compile`` in a process of its own, as a user would run it; every peer has a
+process of its own too, with the same threads and inputs. The ratio that counts is against the
+fastest peer of the case, by medians and by minima.
+
+    pip install 'icd_tvm[peers]'      # DeepSparse: a Python of its own, ICD_PYTHON_DEEPSPARSE
+    python benchmarks/cpu_peers.py [--only gemm] [--quick] [--out docs/results/cpu-peers.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+FLOAT_PEERS = ("onnxruntime", "openvino", "torch", "deepsparse")
+INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
+W8A8 = "int8:w8a8:smooth0.75"
+# (rows, reduced axis, columns) of the products of BERT-base, MiniLM and SmolLM2.
+GEMMS = (
+    (128, 768, 3072),
+    (128, 3072, 768),
+    (128, 768, 768),
+    (128, 384, 1536),
+    (128, 1536, 384),
+    (128, 384, 384),
+    (128, 576, 1536),
+    (384, 768, 3072),
+    (32, 768, 3072),
+)
+# The bars are the issue's: ours over the fastest peer of the same precision.
+UNIT = "unit:0.5"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with one transform, and the peers beside it.
+
+    Attributes
+    ----------
+    name : str
+    arm : str
+        The arm of ours that is compared.
+    bar : float
+        Largest ratio to the fastest peer.
+    peers : tuple of str
+    flags : tuple of str
+        Of ``icd compile``; the model comes first.
+    """
+
+    name: str
+    arm: str
+    bar: float
+    peers: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+def gemm_cases(folder: Path) -> Iterator[Case]:
+    """Yield every product in fp32 and in bytes."""
+    for m, k, n in GEMMS:
+        path = folder / f"gemm-{m}-{k}-{n}.onnx"
+        onnx.save(gemm(m, k, n), path)
+        name = f"GEMM {m} x {k} x {n}"
+        yield Case(f"{name} fp32", "dense", 1.0, FLOAT_PEERS, (str(path),))
+        # The only product of a model is its last one, which is left alone unless it is named.
+        flags = (str(path), "--quant", "none; weight=int8:w8a8")
+        yield Case(f"{name} int8", "linear", 1.0, INT8_PEERS, flags)
+
+
+def gemm(m: int, k: int, n: int) -> onnx.ModelProto:
+    """Return ``y = x @ weight`` as a model, with random weights."""
+    weight = np.random.default_rng(0).normal(0, k**-0.5, (k, n)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"], "product")],
+        "gemm",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [m, n])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=9)
+
+
+def model_cases(folder: Path) -> Iterator[Case]:
+    """Yield MiniLM and BERT-base at every length and batch, in each form."""
+    for model, sizes in (
+        ("minilm", ((32, 1), (128, 1), (384, 1), (128, 8))),
+        ("bert-base-random", ((32, 1), (128, 1), (384, 1))),
+    ):
+        for seq, batch in sizes:
+            path = folder / f"{model}-{seq}-{batch}.onnx"
+            command = ["-m", "icd_tvm.models", model, "--seq", str(seq), "--batch", str(batch)]
+            subprocess.run(
+                [sys.executable, *command, "-o", str(path)], check=True, stdout=subprocess.DEVNULL
+            )
+            name = f"{model} S={seq} batch {batch}"
+            quant = ("--quant", W8A8)
+            both = (*INT8_PEERS, "openvino-bf16")
+            yield Case(f"{name} fp32", "dense", 0.95, FLOAT_PEERS, (str(path),))
+            yield Case(f"{name} W8A8", "linear", 0.95, both, (str(path), *quant))
+            unit = (str(path), "--sparsity", UNIT, *quant)
+            yield Case(f"{name} {UNIT} + W8A8", "iterative", 0.65, both, unit)
+
+
+def run(case: Case, threads: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Compile and measure one case; return its line of the table, or why there is none."""
+    command = [sys.executable, "-m", "icd_tvm.compile", *case.flags, "--threads", str(threads)]
+    command += ["--repeats", str(rounds), "--peer", ",".join(case.peers), "--out", str(folder)]
+    fresh = {**os.environ, "ICD_CACHE_DIR": str(folder.with_suffix(".cache"))}
+    done = subprocess.run(command, env=fresh, capture_output=True, text=True)
+    line: dict[str, Any] = {"case": case.name, "threads": threads, "arm": case.arm, "bar": case.bar}
+    if done.returncode:
+        return {**line, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    record = json.loads((folder / "metrics.json").read_text())
+    times = {name: arm["lat_ms"] for name, arm in record["arms"].items()}
+    return {**line, "not_measured": record["not_measured"], "peers": record["peers"]} | ratios(
+        case, times, record
+    )
+
+
+def ratios(case: Case, times: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return medians and minima, and the ratios to the fastest peer by each."""
+    present = [name for name in case.peers if name in times]
+    shown = [case.arm, *(a for a in ("dense", "linear") if a != case.arm), *present]
+    found: dict[str, Any] = {
+        "ms": {name: [times[name]["median"], times[name]["min"]] for name in shown if name in times}
+    }
+    flags = [flag["reason"] for flag in record["flags"]]
+    if not present or case.arm not in times:
+        return {**found, "failed": "; ".join(flags) or f"no arm {case.arm}"}
+    for key in ("median", "min"):
+        fastest = min(present, key=lambda name: times[name][key])
+        found[key] = times[case.arm][key] / times[fastest][key]
+        found[f"fastest_{key}"] = fastest
+    return {**found, "missing": [name for name in case.peers if name not in times], "flags": flags}
+
+
+def show(line: dict[str, Any]) -> str:
+    """Return a line of the Markdown table."""
+    head = f"| {line['case']} | {line['threads']} |"
+    if "failed" in line:
+        return f"{head} failed: {line['failed']} | | | |"
+    times = ", ".join(f"{name} {ms[0]:.2f}" for name, ms in line["ms"].items())
+    verdict = "met" if line["median"] <= line["bar"] else "MISSED"
+    ratio = f"{line['median']:.3f} / {line['min']:.3f} of {line['fastest_median']}"
+    return f"{head} {times} | {ratio} | {line['bar']:.2f} | {verdict} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="40 rounds instead of 200")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, help="JSON of all lines")
+    arguments = parser.parse_args()
+    rounds = 40 if arguments.quick else 200
+    print("| case | threads | median ms | ours / fastest peer (median / min) | bar | |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    lines = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for case in (*gemm_cases(folder), *model_cases(folder)):
+            if arguments.only.lower() not in case.name.lower():
+                continue
+            for threads in arguments.threads:
+                lines.append(run(case, threads, rounds, folder / f"run-{len(lines)}"))
+                print(show(lines[-1]), flush=True)
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(lines, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
