@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 FLOAT_PEERS = ("onnxruntime", "openvino", "torch", "deepsparse")
 INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
-W8A8 = "int8:w8a8:smooth0.75"
+W8A8 = "int8:w8a8:attention:smooth0.75"
 # (rows, reduced axis, columns) of the products of BERT-base, MiniLM and SmolLM2.
 GEMMS = (
     (128, 768, 3072),

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,17 +15,21 @@ from icd_tvm._tvm import GenericConst, apply_pass, const_name, named_const, rela
 from icd_tvm.adapters.activation_statistics import activation_statistics
 from icd_tvm.adapters.quant import apply_quant, parse_quant
 from icd_tvm.adapters.sparsity import parse_sparsity
-from icd_tvm.errors import TransformError, VerificationError
+from icd_tvm.errors import ConfigError, TransformError, VerificationError
+from icd_tvm.models.bert import BERT_MINI, build_bert, random_bert_weights
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.registry import build
 from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
+from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.layer_rules import LayerRules, parse_layer_rules
 from icd_tvm.relax_passes.permute_constants import PermuteConstants
+from icd_tvm.relax_passes.quantize_attention import attention_products
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.verify_layout import FP32_TOLERANCE, VerifyLayout, order_tolerance
+from icd_tvm.runtime.build import build as build_module
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.runtime.order_file import output_widths
 from icd_tvm.tir_schedules.target import host_target
@@ -523,3 +528,63 @@ def _codes(mod: object) -> list:
         mod["main"], lambda e: found.append(e) if isinstance(e, GenericConst) else None
     )
     return found
+
+
+# -- attentions
+
+
+ATTENTION = "int8:w8a8:attention"
+
+
+def _attention_quantised(imported: object) -> tuple:
+    spec = parse_quant(ATTENTION)
+    requests = quant_requests(imported.mod, spec)
+    batches = [random_inputs(imported, seed) for seed in (1, 2)]
+    target = tvm.target.Target({"kind": "llvm", "opt-level": 0})
+    pass_ = ApplyQuant(spec, calibrate(imported.mod, requests, batches, target))
+    return pass_, requests, pass_(imported.mod)
+
+
+def test_attentions_multiply_bytes_and_stay_close(bert: tuple) -> None:
+    model, imported, feeds = bert
+    pass_, requests, quantised = _attention_quantised(imported)
+    entries = pass_.meta["quant"]["attention"]
+    assert len(requests) == 12 + 3 * len(entries) > 12
+    assert not any(entry["skipped"] for entry in entries)
+    for entry in entries:
+        assert entry["scales"]["key"][1] == entry["scales"]["value"][1] == 0
+    fuse = FuseAttention(host_target())
+    fuse(quantised)
+    assert (len(fuse.fused), fuse.refusals) == (len(entries), {})
+    [plain] = run_ort(model, feeds)
+    [found] = run_imported(_Imported(quantised, imported), feeds)
+    [fused] = build_module(quantised, host_target()).run_all(feeds)
+    # A value on the edge between two codes may be rounded either way.
+    assert np.linalg.norm(fused - found) <= 5e-3 * np.linalg.norm(found)
+    assert 1e-4 * np.linalg.norm(plain) < np.linalg.norm(found - plain)
+    assert np.linalg.norm(found - plain) <= 0.03 * np.linalg.norm(plain)
+
+
+def test_attentions_without_statistics_stay_with_a_reason(bert: tuple) -> None:
+    imported = bert[1]
+    pass_ = ApplyQuant(parse_quant(ATTENTION))
+    with pytest.warns(RuntimeWarning, match="needs statistics"):
+        pass_(imported.mod)
+    entries = pass_.meta["quant"]["attention"]
+    assert entries
+    assert all(e["skipped"] and "needs statistics" in e["why"] for e in entries)
+
+
+def test_heads_that_are_no_fours_stay_with_a_reason() -> None:
+    config = replace(BERT_MINI, hidden=36, heads=6, ffn=64)
+    mod = import_onnx(build_bert(config, random_bert_weights(config, 0), 8, 1)).mod
+    products, refusals = attention_products(mod["main"])
+    assert products == []
+    assert all("columns in fours" in why for why in refusals.values())
+    assert len(refusals) == config.layers
+
+
+@pytest.mark.parametrize("text", ["int8:attention", "int8:w8a8-dynamic:attention"])
+def test_attention_needs_static_scales(text: str) -> None:
+    with pytest.raises(ConfigError, match="no static scales for attention"):
+        parse_quant(text)

@@ -24,6 +24,7 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
     rowlist_matmul,
     vrow_matmul,
 )
+from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
@@ -531,6 +532,84 @@ def test_attention_of_a_fully_masked_row_is_the_mean() -> None:
     mask = np.full((1, 1, 1, 5), -3.4028235e38, np.float32)
     actual = run(attention(shape, target), [q, k, v, mask], (1, 3, 16), target)
     assert_close(actual, np.broadcast_to(v.mean(axis=1, keepdims=True), (1, 3, 16)))
+
+
+SCALES = ByteScales(query=0.03, query_zero=117, key=0.025, value=0.02, weight=1 / 255)
+
+
+def byte_reference(shape: AttentionShape, q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Return attention in float64 with its probabilities rounded to codes."""
+
+    def heads(rows: Array, offset: int, scale: float, zero: int = 0) -> Array:
+        part = rows[:, :, offset : offset + shape.width].astype(np.float64)
+        split = part.reshape(*part.shape[:2], shape.heads, -1).transpose(0, 2, 1, 3)
+        return (split - zero) * scale
+
+    query = heads(q, shape.offsets[0], SCALES.query, SCALES.query_zero)
+    key = heads(k, shape.offsets[1], SCALES.key)
+    weights = special.softmax(query @ key.transpose(0, 1, 3, 2) * shape.scale + mask, axis=-1)
+    codes = np.minimum(np.rint(weights / SCALES.weight), 255) * SCALES.weight
+    out = codes @ heads(v, shape.offsets[2], SCALES.value)
+    return out.transpose(0, 2, 1, 3).reshape(shape.batch, shape.queries, shape.width)
+
+
+@few
+@given(
+    batch=st.integers(1, 2),
+    queries=st.integers(1, 20),
+    keys=st.integers(1, 40),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 16, 20, 32]),
+    merged=st.booleans(),
+    own_mask=st.booleans(),
+    count=threads,
+    cpu=st.sampled_from([None, "x86-64-v3"]),
+)
+def test_byte_attention(
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    merged: bool,
+    own_mask: bool,
+    count: int,
+    cpu: str | None,
+) -> None:
+    target = host_target(count) if cpu is None else parse_target(cpu, count)
+    width = heads * head_dim
+    mask_batch = batch if own_mask else 1
+    shape = AttentionShape(batch, queries, keys, heads, head_dim, 0.3, mask_batch, (width,) * 3)
+    shape = shape.merged() if merged else shape
+    rng = np.random.default_rng(queries * 100 + keys)
+    q, k, v = (
+        rng.integers(low, low + 256, (batch, length, stride)).astype(dtype)
+        for low, length, stride, dtype in zip(
+            (0, -128, -128), (queries, keys, keys), shape.strides, ("u1", "i1", "i1"), strict=True
+        )
+    )
+    mask = np.where(rng.random((mask_batch, 1, 1, keys)) < 0.4, -3.4028235e38, 0)
+    mask[..., 0] = 0
+    mask = mask.astype(np.float32)
+    args = [q, k, v, mask, *SCALES.arrays()]
+    actual = run(byte_attention(shape, target), args, (batch, queries, width), target)
+    expected = byte_reference(shape, q, k, v, mask)
+    # A probability on the edge between two codes may fall to either side.
+    step = SCALES.weight * SCALES.value * 128
+    assert np.abs(actual - expected).max() <= step + 1e-5
+    assert np.mean(np.abs(actual - expected) > 1e-5) < 0.02
+
+
+def test_bad_byte_attentions_are_refused() -> None:
+    good = {"batch": 1, "queries": 3, "keys": 3, "heads": 2, "head_dim": 4, "scale": 1.0}
+    for change, word in (
+        ({"queries": 0}, "at least 1"),
+        ({"head_dim": 6, "strides": (12,) * 3}, "heads of 6 columns"),
+        ({"keys": MAX_KEYS + 1}, "may overflow"),
+    ):
+        sizes = {**good, "mask_batch": 1, "strides": (8, 8, 8), **change}
+        with pytest.raises(ShapeError, match=word):
+            byte_attention(AttentionShape(**sizes), host_target(1))
 
 
 def test_attention_remembers_its_shape() -> None:

@@ -15,6 +15,7 @@ from icd_tvm._tvm import GenericConst, const_name, named_const, relax, tvm
 from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
+from icd_tvm.relax_passes.attention_match import Codes
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline, lower_and_build
@@ -337,8 +338,12 @@ def attention_module(
     out_axes: list[int] | None = None,
     mask_first: bool = False,
     returns: bool = False,
+    codes: dict[str, Codes] | None = None,
 ) -> Any:
-    """Return softmax attention as exporters write it, with one part changed."""
+    """Return softmax attention as exporters write it, with one part changed.
+
+    ``codes`` sends operands through them: q, k, v, p (probabilities).
+    """
     rows = (BATCH, LENGTH, WIDTH)
     split = (BATCH, LENGTH, HEADS, DIM)
 
@@ -349,16 +354,25 @@ def attention_module(
         def scaled(x: Any, step: Any) -> Any:
             return x if step is None else emit(getattr(relax.op, step[0])(x, scalar(step[1])))
 
+        def coded(x: Any, name: str) -> Any:
+            code = (codes or {}).get(name)
+            if code is None:
+                return x
+            parameters = scalar(code.scale), relax.const(code.zero, code.dtype)
+            small = emit(relax.op.quantize(x, *parameters, axis=1, out_dtype=code.dtype))
+            return emit(relax.op.dequantize(small, *parameters, axis=1))
+
         query = scaled(heads(q, [0, 2, 1, 3]), before)
         if twice:
             key = emit(relax.op.permute_dims(heads(k, [0, 2, 1, 3]), [0, 1, 3, 2]))
         else:
             key = heads(k, key_axes or [0, 2, 3, 1])
-        scores = scaled(emit(relax.op.matmul(query, key)), after)
+        scores = scaled(emit(relax.op.matmul(coded(query, "q"), coded(key, "k"))), after)
         if m is not None:
             scores = emit(relax.op.add(m, scores) if mask_first else relax.op.add(scores, m))
         weights = emit(relax.op.nn.softmax(scores, axis=axis), name_hint="weights")
-        context = emit(relax.op.matmul(weights, heads(v, [0, 2, 1, 3])))
+        values = coded(heads(v, [0, 2, 1, 3]), "v")
+        context = emit(relax.op.matmul(coded(weights, "p"), values))
         context = emit(relax.op.permute_dims(context, out_axes or [0, 2, 1, 3]))
         out = emit(relax.op.reshape(context, rows), name_hint="out")
         if returns:
@@ -423,6 +437,60 @@ def test_attention_that_differs_is_left_alone_with_a_reason(
     assert "attention" not in calls(after)
     assert reason in fuse.refusals["weights"]
     assert fuse.fused == []
+
+
+CODES = {
+    "q": Codes("uint8", 0.02, 130),
+    "k": Codes("int8", 0.025, 0),
+    "v": Codes("int8", 0.03, 0),
+    "p": Codes("uint8", 1 / 255, 0),
+}
+
+
+def rounded(x: Array, code: Codes) -> Array:
+    info = np.iinfo(code.dtype)
+    steps = np.clip(np.rint(x.astype(np.float64) / code.scale) + code.zero, info.min, info.max)
+    return (steps - code.zero) * code.scale
+
+
+@pytest.mark.parametrize("before", [None, ("divide", 2.0)])
+def test_quantised_attention_multiplies_bytes(before: Any) -> None:
+    mod = attention_module(codes=CODES, before=before)
+    fuse = FuseAttention(TARGET)
+    after = fuse(mod)
+    assert calls(after) == [*["relax.quantize"] * 3, "byte_attention"]
+    assert (fuse.fused, fuse.refusals) == (["out"], {})
+    q, k, v = (random(BATCH, LENGTH, WIDTH, seed=s) for s in range(3))
+    mask = random(BATCH, 1, 1, LENGTH, seed=9)
+
+    def heads(x: Array) -> Array:
+        return x.reshape(BATCH, LENGTH, HEADS, DIM).transpose(0, 2, 1, 3)
+
+    query = rounded(q / (1.0 if before is None else 2.0), CODES["q"])
+    scores = heads(query) @ heads(rounded(k, CODES["k"])).transpose(0, 1, 3, 2)
+    weights = special.softmax(scores * 0.25 + mask, axis=-1)
+    out = rounded(weights, CODES["p"]) @ heads(rounded(v, CODES["v"]))
+    expected = out.transpose(0, 2, 1, 3).reshape(BATCH, LENGTH, WIDTH)
+    # A value on the edge between two codes may fall to either side.
+    error = np.abs(execute(mod, q, k, v, mask) - expected)
+    assert np.quantile(error, 0.9) < 1e-5
+    assert error.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"q": None}, "only some operands of its products are quantised"),
+        ({"p": None}, "only some operands of its products are quantised"),
+        ({"k": Codes("uint8", 0.1, 0)}, "its operands are ('uint8', 'uint8', 'int8', 'uint8')"),
+        ({"v": Codes("int8", 0.1, 3)}, "the zero point of its keys, values or probabilities"),
+    ],
+)
+def test_other_codes_are_left_alone_with_a_reason(change: dict[str, Any], reason: str) -> None:
+    mod = attention_module(codes={**CODES, **change})
+    fuse = FuseAttention(TARGET)
+    assert "byte_attention" not in calls(fuse(mod))
+    assert reason in fuse.refusals["weights"]
 
 
 def test_unfused_attention_still_computes_the_same() -> None:

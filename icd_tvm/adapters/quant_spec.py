@@ -35,6 +35,7 @@ EXAMPLES = (
     "int4:group128:act-order:compensate",
     "int4:group128:salient0.01",
     "int8:w8a8",
+    "int8:w8a8:attention",
     "int8:w8a8-dynamic:smooth0.5",
     "fp8_e4m3",
     "fp8_e5m2",
@@ -43,6 +44,7 @@ PARTS = (
     *("tensor", "channel", "group128"),
     *(*METHODS, "asym", "act-order", "compensate"),
     *ACTIVATIONS,
+    "attention",
 )
 SHARES = ("salient0.01", "smooth0.5")
 
@@ -76,6 +78,8 @@ class QuantSpec:
         Share of the input's range that moves into the weights (:func:`migrate_scales`), in
         [0, 1); 0 moves nothing. The input is divided in the norm before where nothing else
         reads that, else at run time.
+    attention : bool
+        Whether the products of attentions are quantised too, by static scales.
     """
 
     dtype: Dtype
@@ -88,11 +92,12 @@ class QuantSpec:
     compensate: bool = False
     activations: Activations = "float"
     smooth: float = 0.0
+    attention: bool = False
 
     @property
     def weights_only(self) -> QuantSpec:
         """The same request with activations in floating point."""
-        return replace(self, activations="float", smooth=0.0)
+        return replace(self, activations="float", smooth=0.0, attention=False)
 
     def __str__(self) -> str:
         """Canonical text; ``parse_quant(str(spec)) == spec``."""
@@ -105,6 +110,7 @@ class QuantSpec:
         parts += [f"salient{self.salient!r}"] if self.salient else []
         parts += ["compensate"] if self.compensate else []
         parts += [text for text, kind in ACTIVATIONS.items() if kind == self.activations]
+        parts += ["attention"] if self.attention else []
         return ":".join([*parts, f"smooth{self.smooth!r}"] if self.smooth else parts)
 
 
@@ -118,7 +124,8 @@ def parse_quant(text: str) -> QuantSpec:
         order after colons: ``tensor``, ``channel`` or ``groupG`` (also ``gG``); ``ptq-minmax``,
         ``ptq-kld`` or ``ptq-mse``; ``asym``; ``act-order``; ``salientR``; ``compensate``;
         ``w8a8``, ``w8a8-kld``, ``w8a8-mse`` (static activations) or ``w8a8-dynamic``;
-        ``smoothR``. Without a granularity int4 takes ``group128`` and the others ``channel``.
+        ``attention`` (with static activations); ``smoothR``. Without a granularity int4 takes
+        ``group128`` and the others ``channel``.
 
     Returns
     -------
@@ -193,6 +200,8 @@ def checked(spec: QuantSpec) -> QuantSpec:
 
 
 def _checked_activations(spec: QuantSpec) -> QuantSpec:
+    if spec.attention and spec.activations in ("float", "dynamic"):
+        raise ConfigError(f"{spec} has no static scales for attention", "add w8a8")
     if spec.activations == "float":
         if spec.smooth:
             raise ConfigError(
@@ -228,6 +237,8 @@ def _with_part(spec: QuantSpec, part: str, text: str) -> tuple[QuantSpec, str]:
         return replace(spec, act_order=True), "order"
     if part == "compensate":
         return replace(spec, compensate=True), "compensation"
+    if part == "attention":
+        return replace(spec, attention=True), "attention"
     if part in ACTIVATIONS:
         return replace(spec, activations=ACTIVATIONS[part]), "activations"
     if part.startswith("salient"):

@@ -8,6 +8,7 @@ from icd_tvm._tvm import PyExprMutator, apply_pass, mutator, relax, tvm
 from icd_tvm.adapters.activation_statistics import ActivationStatistics
 from icd_tvm.adapters.quant import QuantSpec, parse_quant
 from icd_tvm.errors import TransformError
+from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.emit_quantized import (
     dequantized,
     dynamic_activation,
@@ -24,8 +25,9 @@ from icd_tvm.relax_passes.quant_plan import (
     QuantRules,
     Statistics,
     plan_weight,
-    quant_requests,
+    weight_requests,
 )
+from icd_tvm.relax_passes.quantize_attention import QuantizeAttention, attention_products
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 __all__ = ["ApplyQuant", "QuantRules", "parse_quant", "quant_requests"]
@@ -33,9 +35,31 @@ __all__ = ["ApplyQuant", "QuantRules", "parse_quant", "quant_requests"]
 _TABLE = "a table read by index: only weights of matmuls are quantised"
 
 
+def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statistic]:
+    """Return the statistics that ``spec`` wants of ``mod``: of its weights and its attentions.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+    spec : QuantSpec or LayerRules
+
+    Returns
+    -------
+    dict of str to Statistic
+        As :func:`icd_tvm.relax_passes.quant_plan.weight_requests`; where the request for all
+        layers quantises attentions also ``"activation"`` of both operands of their products.
+    """
+    rules = as_rules(spec)
+    requests = weight_requests(mod, rules)
+    if rules.default.attention:
+        for one in attention_products(mod["main"])[0]:
+            requests |= dict.fromkeys(one.requests, "activation")
+    return requests
+
+
 @tvm.transform.module_pass(opt_level=0, name="ApplyQuant")
 class ApplyQuant:
-    """Quantise the constant weights of matmuls, and their inputs where asked.
+    """Quantise the constant weights of matmuls; their inputs and attentions where asked.
 
     The result is standard QDQ, as the ONNX importer makes it of a model that arrives quantised
     (:mod:`icd_tvm.relax_passes.emit_quantized`). The order of every axis stays as it is; groups
@@ -56,10 +80,11 @@ class ApplyQuant:
     ----------
     meta : dict
         ``{"quant": {spec, rules, seed, delta_layout, bytes_before, bytes_after, quantised,
-        unmatched_rules, entries}}``, also added to ``icd.transform_meta``. There is one entry for
-        every weight, with the reason where it was left as it is. ``delta_layout`` says that a
-        layout decided before holds no longer: elements changed their size, or groups lie
-        scattered (their order stands in the entry).
+        unmatched_rules, entries, attention}}``, also added to ``icd.transform_meta``. There is
+        one entry for every weight, and for every attention where those were asked for, with the
+        reason where it was left as it is. ``delta_layout`` says that a layout decided before
+        holds no longer: elements changed their size, or groups lie scattered (their order stands
+        in the entry).
 
     Raises
     ------
@@ -102,6 +127,11 @@ class ApplyQuant:
         self.meta = {"quant": self._record(entries, self.rules.unmatched([*layers, *tables]))}
         if products:
             smoothed["main"] = _Quantiser(smoothed, products).visit_expr(smoothed["main"])
+        spec = self.rules.default
+        if spec.attention:
+            attention = QuantizeAttention(self.statistics, spec.activations)
+            smoothed = apply_pass(attention, smoothed)
+            self.meta["quant"]["attention"] = attention.entries
         return with_transform_meta(smoothed, self.meta)
 
     def _smoothing(self, mod: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icd_tvm._tvm import relax
@@ -13,6 +14,19 @@ from icd_tvm.relax_passes.relax_graph import (
     scalar_constant,
     static_shape,
 )
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How an operand was quantised: ``(code - zero) * scale``, one scale for all of it."""
+
+    dtype: str
+    scale: float
+    zero: int
+
+    def divided(self, factor: float) -> Codes:
+        """Return the codes of what was multiplied by ``factor`` before it was quantised."""
+        return replace(self, scale=self.scale / factor)
 
 
 class Refused(Exception):
@@ -105,6 +119,21 @@ def strip_scale(flow: Dataflow, expr: Any) -> tuple[Any, float]:
             return expr, scale
         scale = scale / number if times is None else scale * number
         expr = inner
+
+
+def strip_codes(flow: Dataflow, expr: Any) -> tuple[Any, Codes | None]:
+    """Strip a trip through codes of one constant scale; return what was quantised, and how."""
+    restored = flow.call(expr, "relax.dequantize")
+    made = flow.call(restored.args[0], "relax.quantize") if restored is not None else None
+    if made is None:
+        return expr, None
+    numbers = [
+        [scalar_constant(flow.resolve(arg)) for arg in call.args[1:3]] for call in (made, restored)
+    ]
+    scale, zero = numbers[0]
+    same = numbers[0] == numbers[1] and scale is not None and zero is not None
+    require(same, "an operand has codes of more than one scale")
+    return made.args[0], Codes(str(made.ty.dtype), float(scale or 0.0), int(zero or 0))
 
 
 def user_of(flow: Dataflow, var: Any, op: str, what: str) -> Any:

@@ -16,6 +16,8 @@ import numpy as np
 from icd_tvm._tvm import Call, Op, relax, tvm
 from icd_tvm.errors import ConfigError, TransformError
 
+# Behind the name of a matmul: its right operand, which is no constant in an attention.
+RIGHT = ":right"
 Statistic = Literal["moment", "gram", "rows", "activation", "activation+gram"]
 
 
@@ -29,7 +31,7 @@ class CollectActivationStats:
         Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
         ``"gram"`` (float32 [K, K], X^T X), ``"rows"`` (float32 [min(M, row_cap), K], tokens
         of X), ``"activation"`` or ``"activation+gram"`` (float32 [M, K], X itself) of its left
-        operand X [M, K].
+        operand X [M, K], or of its right one where the name ends in :data:`RIGHT`.
     row_cap : int
         The most rows of one ``"rows"`` output. Where there are more tokens, as many are drawn
         without replacement, the same ones in every call.
@@ -60,7 +62,7 @@ class CollectActivationStats:
         return mod
 
     def _with_statistics(self, func: Any) -> Any:
-        operands = _left_operands(func, self.requests)
+        operands = _operands(func, self.requests)
         builder = relax.BlockBuilder()
         with builder.function("main", list(func.params), attrs=dict(func.attrs or {})):
             with builder.dataflow():
@@ -95,13 +97,15 @@ class CollectActivationStats:
         return relax.op.take(rows, relax.const(np.sort(drawn)), axis=0, mode="clip")
 
 
-def _left_operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, Any]:
-    found = {
-        binding.var.name: binding.value.args[0]
-        for block in func.body.blocks
-        for binding in block.bindings
-        if binding.var.name in requests and _is_matmul(binding.value)
-    }
+def _operands(func: Any, requests: Mapping[str, Statistic]) -> dict[str, Any]:
+    found = {}
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            if not _is_matmul(binding.value):
+                continue
+            for side, name in enumerate((binding.var.name, binding.var.name + RIGHT)):
+                if name in requests:
+                    found[name] = binding.value.args[side]
     missing = sorted(set(requests) - set(found))
     if missing:
         raise TransformError(f"cannot calibrate: no matmul named {missing[0]!r} in the module")

@@ -95,8 +95,10 @@ def _rows(builder: Any, table: Any, weight: QuantizedTensor, name: str) -> Any:
     return builder.emit(relax.op.take(table, index, axis=0, mode="clip"))
 
 
-def static_activation(builder: Any, data: Any, scale: tuple[float, int]) -> Any:
-    """Return ``data`` after a trip through uint8.
+def static_activation(
+    builder: Any, data: Any, scale: tuple[float, int], dtype: str = "uint8"
+) -> Any:
+    """Return ``data`` after a trip through bytes.
 
     Parameters
     ----------
@@ -104,15 +106,17 @@ def static_activation(builder: Any, data: Any, scale: tuple[float, int]) -> Any:
     data : relax.Expr
         float32.
     scale : (float, int)
-        Scale, and the uint8 code of 0.0.
+        Scale, and the code of 0.0.
+    dtype : {"uint8", "int8"}
+        Of the codes.
     """
     name = getattr(data, "name", "")
     parameters = (
         named_const(np.asarray(scale[0], np.float32), f"{name}.scale"),
-        named_const(np.asarray(scale[1], np.uint8), f"{name}.zero_point"),
+        named_const(np.asarray(scale[1], dtype), f"{name}.zero_point"),
     )
     axis = min(1, int(data.ty.ndim) - 1)
-    codes = builder.emit(relax.op.quantize(data, *parameters, axis=axis, out_dtype="uint8"))
+    codes = builder.emit(relax.op.quantize(data, *parameters, axis=axis, out_dtype=dtype))
     return builder.emit(relax.op.dequantize(codes, *parameters, axis=axis, out_dtype="float32"))
 
 

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
+from icd_tvm._tvm import PyExprMutator, mutator, named_const, relax, tvm
+from icd_tvm.errors import ConfigError
 from icd_tvm.relax_passes.attention_match import (
+    Codes,
+    Refused,
     match_scores,
     match_softmax,
     replace_attentions,
     require,
+    strip_codes,
     strip_scale,
     user_of,
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_float32, static_shape
 from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention
+from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
+from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 
 _HEADS_FIRST = (0, 2, 1, 3)
 _KEYS_LAST = (0, 2, 3, 1)
 _SWAP_LAST = (0, 1, 3, 2)
+# Queries, keys, values and probabilities as the byte kernel takes them.
+_CODE_TYPES = ("uint8", "int8", "int8", "uint8")
 
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """One attention: its result, its inputs as [batch, length, width] rows, and its sizes."""
+    """One attention: its result, its inputs as [batch, length, width] rows, and its sizes.
+
+    ``codes`` are those of queries, keys, values and probabilities where they are quantised.
+    """
 
     result: Any
     query: Any
@@ -35,6 +47,7 @@ class AttentionMatch:
     value: Any
     mask: Any
     shape: AttentionShape
+    codes: tuple[Codes, ...] = ()
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseAttention")
@@ -43,7 +56,9 @@ class FuseAttention:
 
     Recognised: heads split by Reshape to [batch, length, heads, dim] and Transpose; a scale by
     Mul or Div with a constant before or after the product; an additive mask of shape
-    [batch or 1, 1, 1, keys] or none; merged back by Transpose and Reshape.
+    [batch or 1, 1, 1, keys] or none; merged back by Transpose and Reshape. Where queries and
+    probabilities pass through uint8 and keys and values through int8 (QuantizeLinear and
+    DequantizeLinear around both products), the kernel multiplies those bytes.
 
     Parameters
     ----------
@@ -67,13 +82,13 @@ class FuseAttention:
         """Return a clone of ``mod`` with every supported attention replaced."""
         mod, self.fused, self.refusals = replace_attentions(
             mod,
-            _match,
+            partial(_match, target=self.target),
             lambda mod, found, flow: _Rewriter(mod, found, self.target, flow),
         )
         return mod
 
 
-def _match(flow: Dataflow, probabilities: Any) -> AttentionMatch:
+def _match(flow: Dataflow, probabilities: Any, target: Any) -> AttentionMatch:
     """Return the attention around the softmax bound to ``probabilities``.
 
     Raises
@@ -85,13 +100,17 @@ def _match(flow: Dataflow, probabilities: Any) -> AttentionMatch:
     batch, heads, queries, keys = shape
 
     product, scale, mask = match_scores(flow, softmax.args[0])
-    query, query_scale = strip_scale(flow, product.args[0])
-    key, key_scale = strip_scale(flow, product.args[1])
+    query, query_codes = strip_codes(flow, product.args[0])
+    key, key_codes = strip_codes(flow, product.args[1])
+    query, query_scale = strip_scale(flow, query)
+    key, key_scale = strip_scale(flow, key)
     query = _split_heads(flow, query, _HEADS_FIRST, "query")
     key = _split_heads(flow, key, _KEYS_LAST, "key")
-    context = user_of(flow, probabilities, "relax.matmul", "the probabilities")
-    value_heads = flow.call(context, "relax.matmul").args[1]
-    value = _split_heads(flow, value_heads, _HEADS_FIRST, "value")
+    weights, weight_codes = _through_codes(flow, probabilities)
+    context = user_of(flow, weights, "relax.matmul", "the probabilities")
+    value, value_codes = strip_codes(flow, flow.call(context, "relax.matmul").args[1])
+    value = _split_heads(flow, value, _HEADS_FIRST, "value")
+    codes = _codes((query_codes, key_codes, value_codes, weight_codes), target, keys)
     result, width = _merge_heads(flow, context)
 
     require(width % heads == 0, f"{heads} heads do not divide the width {width}")
@@ -100,10 +119,43 @@ def _match(flow: Dataflow, probabilities: Any) -> AttentionMatch:
     mask_batch = _mask_batch(mask, batch, keys)
     factor = scale * query_scale * key_scale
     require(isfinite(factor), "its scale is not finite")
+    if codes:
+        require(width // heads % 4 == 0, f"byte products do not take heads of {width // heads}")
+        # Codes of scaled heads are codes of the rows by another scale.
+        rescaled = (query_scale, key_scale, 1.0, 1.0)
+        require(min(rescaled) > 0.0, "a scale before its codes is negative")
+        codes = tuple(code.divided(by) for code, by in zip(codes, rescaled, strict=True))
     sizes = AttentionShape(
         batch, queries, keys, heads, width // heads, factor, mask_batch, (width,) * 3
     )
-    return AttentionMatch(result, query, key, value, mask, sizes)
+    return AttentionMatch(result, query, key, value, mask, sizes, codes)
+
+
+def _through_codes(flow: Dataflow, probabilities: Any) -> tuple[Any, Codes | None]:
+    """Return the variable that holds the probabilities after quantisation, and its codes."""
+    user = flow.only_user(probabilities)
+    if user is None or flow.call(user, "relax.quantize") is None:
+        return probabilities, None
+    restored = user_of(flow, user, "relax.dequantize", "the codes of the probabilities")
+    return restored, strip_codes(flow, restored)[1]
+
+
+def _codes(found: tuple[Codes | None, ...], target: Any, keys: int) -> tuple[Codes, ...]:
+    """Return the codes of all four operands, or none where none is quantised."""
+    codes = tuple(code for code in found if code is not None)
+    if not codes:
+        return ()
+    require(len(codes) == len(found), "only some operands of its products are quantised")
+    types = tuple(code.dtype for code in codes)
+    require(types == _CODE_TYPES, f"its operands are {types}, not {_CODE_TYPES}")
+    require(not any(code.zero for code in codes[1:]), "the zero point of its keys, values or "
+            "probabilities is not 0")  # fmt: skip
+    require(keys <= MAX_KEYS, f"sums over {keys} keys may overflow")
+    try:
+        dot_product(target)
+    except ConfigError as error:
+        raise Refused(str(error)) from None
+    return codes
 
 
 def _split_heads(flow: Dataflow, expr: Any, order: tuple[int, ...], role: str) -> Any:
@@ -164,6 +216,23 @@ class _Rewriter(PyExprMutator):
         mask = match.mask
         if mask is None:
             mask = relax.const(np.zeros((1, 1, 1, match.shape.keys), np.float32))
-        args = [self.visit_expr(arg) for arg in (match.query, match.key, match.value, mask)]
-        func = attention(match.shape, self._target)
-        return call_func(self.builder_, func, "attention", args, call.ty)
+        rows = [self.visit_expr(arg) for arg in (match.query, match.key, match.value)]
+        args = [*rows, self.visit_expr(mask)]
+        if not match.codes:
+            func = attention(match.shape, self._target)
+            return call_func(self.builder_, func, "attention", args, call.ty)
+        args[:3] = [
+            self.builder_.emit(_quantised(row, code))
+            for row, code in zip(rows, match.codes[:3], strict=True)
+        ]
+        query, key, value, weight = match.codes
+        scales = ByteScales(query.scale, query.zero, key.scale, value.scale, weight.scale)
+        args += [named_const(array, "") for array in scales.arrays()]
+        func = byte_attention(match.shape, self._target)
+        return call_func(self.builder_, func, "byte_attention", args, call.ty)
+
+
+def _quantised(rows: Any, code: Codes) -> Any:
+    scale = named_const(np.asarray(code.scale, np.float32), "")
+    zero = named_const(np.asarray(code.zero, code.dtype), "")
+    return relax.op.quantize(rows, scale, zero, axis=1, out_dtype=code.dtype)

@@ -63,8 +63,8 @@ class QuantizedProduct:
         return self.spec.activations == "dynamic" or self.weight.salient is not None
 
 
-def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statistic]:
-    """Return the statistics that ``spec`` wants of ``mod``: the least that will do.
+def weight_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statistic]:
+    """Return the statistics that ``spec`` wants for the weights of ``mod``: the least that will do.
 
     Parameters
     ----------
@@ -143,7 +143,8 @@ def _quantised(
         return _entry(weight, **meta), {}
     products, inputs = {}, {}
     for node, call in weight.uses:
-        scale = _static_scale(node, spec, statistics) if spec.activations in _STATIC else None
+        static = spec.activations in _STATIC
+        scale = static_scale(node, spec.activations, statistics.get(node)) if static else None
         products[call] = QuantizedProduct(node, weight.layer.name, spec, tensor, scale)
         if scale is not None:
             inputs[node] = {"scale": scale[0], "zero_point": scale[1]}
@@ -186,15 +187,35 @@ def _as_moments(statistic: Any, length: int, node: str) -> Calibration:
     return moments
 
 
-def _static_scale(node: str, spec: QuantSpec, statistics: Statistics) -> tuple[float, int]:
-    found = statistics.get(node)
+def static_scale(node: str, method: str, found: Any, *, signed: bool = False) -> tuple[float, int]:
+    """Return scale and zero point of the codes of an operand whose range is known.
+
+    Parameters
+    ----------
+    node : str
+        Whose operand it is, for the error.
+    method : str
+        ``minmax``, ``kld`` or ``mse``.
+    found : ActivationStatistics
+        Anything else is an error.
+    signed : bool
+        int8 codes with zero point 0 instead of uint8 codes.
+
+    Raises
+    ------
+    TransformError
+        There are no statistics.
+    """
     if not isinstance(found, ActivationStatistics):
-        raise _missing(node, spec)
+        raise TransformError(
+            f"a static scale needs statistics of the input of {node!r}",
+            "calibrate what quant_requests asks for",
+        )
     known = found.histogram
     if known is None:
         known = Histogram(float(found.low.min()), float(found.high.max()), 1.0, np.zeros(0))
-    scale, zero = activation_scale(known, "int8", f"ptq-{spec.activations}", symmetric=False)
-    return scale, zero + _UNSIGNED
+    scale, zero = activation_scale(known, "int8", f"ptq-{method}", symmetric=signed)
+    return scale, zero if signed else zero + _UNSIGNED
 
 
 def _missing(node: str, spec: QuantSpec) -> TransformError:

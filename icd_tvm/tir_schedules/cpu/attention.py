@@ -88,7 +88,7 @@ def attention(shape: AttentionShape, target: Any) -> Any:
     ShapeError
         If a size is less than one or a head reaches past the end of its row.
     """
-    _check(shape)
+    check_attention(shape)
     lanes = vector_bits(target) // 32
     row_tiles = -(-shape.queries // min(_ROWS, shape.queries))
     pieces = row_pieces(shape.batch * shape.heads, row_tiles, target_threads(target))
@@ -288,7 +288,8 @@ def _f32(value: float) -> Any:
     return tirx.FloatImm("float32", value)
 
 
-def _check(shape: AttentionShape) -> None:
+def check_attention(shape: AttentionShape) -> None:
+    """Raise ShapeError if a size is less than one or a head reaches past its row."""
     sizes = (shape.batch, shape.queries, shape.keys, shape.heads, shape.head_dim)
     if min(sizes) < 1:
         raise ShapeError(f"attention sizes must be at least 1: {sizes}", "check the model")
