@@ -15,7 +15,7 @@ from icd_tvm.adapters.detect import Detection, Finding, detect_sparsity
 from icd_tvm.adapters.grouping import assign_groups, best_rows
 from icd_tvm.adapters.hierarchical import Hierarchy, blocks_n_m, inner_bytes, v_n_m, vectors_n_m
 from icd_tvm.adapters.masks import block_mask, n_m_mask, unstructured_mask
-from icd_tvm.adapters.refit import refit_groups
+from icd_tvm.adapters.refit import choose_ridge, refit_groups
 from icd_tvm.adapters.sparsity_spec import VECTOR_RUN, SparsitySpec, make_spec, parse_sparsity
 from icd_tvm.adapters.units import kept_count, select_units, unit_scores, zero_units
 from icd_tvm.errors import ConfigError, PermutationError, ShapeError
@@ -83,14 +83,16 @@ def apply_sparsity(
         ``W ** 2``, or ``W ** 2`` times the energy of the input (needs ``calibration``).
         Unstructured wanda keeps the same number in every column, magnitude the best overall.
     calibration : array or Calibration, optional
-        X [tokens, K], column norms [K], or Gram matrix [K, K].
+        X [tokens, K], column norms [K], Gram matrix [K, K], or those of two halves [2, K, K].
     groups : int array, shape [N / V, V], optional
         Columns of each ``vecV`` or ``vecV+N:M`` group; chosen by saliency similarity when not
         given.
     seed : int
         Seed of the group assignment.
     refit : bool
-        Refit the survivors by least squares (needs X or a Gram matrix).
+        Refit the survivors by least squares (needs X or a Gram matrix). With X, or the Gram
+        matrices of two halves, the ridge is the one that does best on the half it has not seen
+        (:func:`icd_tvm.adapters.refit.choose_ridge`); ``params`` holds it.
     n_m : (int, int), optional
         For type ``n:m``.
     order : int array, shape [K], optional
@@ -130,7 +132,7 @@ def apply_sparsity(
     scores = _saliency(weight, saliency, data)
     if refit and (data is None or data.gram is None):
         raise ConfigError("refit needs a Gram matrix", "pass calibration X [tokens, K] or [K, K]")
-    params = {"saliency": saliency, "refit": refit, "seed": seed}
+    params: dict[str, Any] = {"saliency": saliency, "refit": refit, "seed": seed}
     why = _why_not(spec, weight.shape)
     if why:
         if spec.kind != "none" and spec.rate > 0:
@@ -142,7 +144,9 @@ def apply_sparsity(
     if rows is not None:
         _back_in_place(pattern, rows)
     if refit and data is not None and data.gram is not None and spec.kind != "unit":
-        out = refit_groups(weight, data.gram, pattern.columns, pattern.kept)
+        ridge = choose_ridge(weight, data, pattern.columns, pattern.kept)
+        params["ridge"] = ridge
+        out = refit_groups(weight, data.gram, pattern.columns, pattern.kept, ridge)
     else:
         out = np.where(pattern.mask, weight, np.zeros((), weight.dtype))
     return out, _meta(spec, weight, out, data, pattern, params)

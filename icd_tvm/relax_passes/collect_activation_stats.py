@@ -16,7 +16,7 @@ import numpy as np
 from icd_tvm._tvm import Call, Op, relax, tvm
 from icd_tvm.errors import ConfigError, TransformError
 
-Statistic = Literal["moment", "gram", "rows", "activation", "activation+gram"]
+Statistic = Literal["moment", "gram", "gram-halves", "rows", "activation", "activation+gram"]
 
 
 @tvm.transform.module_pass(opt_level=0, name="CollectActivationStats")
@@ -27,9 +27,9 @@ class CollectActivationStats:
     ----------
     requests : Mapping[str, Statistic]
         Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
-        ``"gram"`` (float32 [K, K], X^T X), ``"rows"`` (float32 [min(M, row_cap), K], tokens
-        of X), ``"activation"`` or ``"activation+gram"`` (float32 [M, K], X itself) of its left
-        operand X [M, K].
+        ``"gram"`` or ``"gram-halves"`` (float32 [K, K], X^T X), ``"rows"`` (float32
+        [min(M, row_cap), K], tokens of X), ``"activation"`` or ``"activation+gram"`` (float32
+        [M, K], X itself) of its left operand X [M, K].
     row_cap : int
         The most rows of one ``"rows"`` output. Where there are more tokens, as many are drawn
         without replacement, the same ones in every call.
