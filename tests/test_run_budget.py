@@ -135,7 +135,7 @@ def test_a_model_without_a_task_is_refused(
     error = capsys.readouterr().err
     assert "error ICD-E201: quality.budget: " in error
     assert "does not read BERT-uncased tokens" in error
-    with pytest.raises(ConfigError, match="has no task"):
+    with pytest.raises(ConfigError, match="has no quality that stsb tells"):
         plan(keys(path), out=tmp_path / "run")
 
 
