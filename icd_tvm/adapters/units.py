@@ -17,10 +17,8 @@ from icd_tvm.adapters.arrays import (
 )
 from icd_tvm.adapters.calibration import Calibration, as_calibration
 from icd_tvm.adapters.refit import choose_ridge, refit_groups
+from icd_tvm.adapters.saliency import energy_after_refit, ridged
 from icd_tvm.errors import ConfigError, ShapeError
-
-# Ridge of the cost of a unit, relative to the mean diagonal of the Gram matrix.
-SCORE_RIDGE = 0.01
 
 
 def unit_scores(
@@ -77,7 +75,7 @@ def unit_scores(
         raise ShapeError(
             f"second_moment has shape {list(moment.shape)}", f"pass [{units}] or [{units}, {units}]"
         )
-    return read * _energy_after_refit(moment)
+    return read * energy_after_refit(moment)
 
 
 def removal_costs(weight: Array, gram: Array, places: Index) -> Float64:
@@ -111,7 +109,7 @@ def removal_costs(weight: Array, gram: Array, places: Index) -> Float64:
     moments = as_matrix(gram, "gram").astype(np.float64)
     if moments.shape != (len(matrix), len(matrix)):
         raise ShapeError(f"gram {list(moments.shape)} does not fit {len(matrix)} rows")
-    inverse = np.linalg.inv(_ridged(moments))
+    inverse = np.linalg.inv(ridged(moments))
     blocks = np.linalg.inv(inverse[places[:, :, None], places[:, None, :]])
     rows = matrix[places]
     total = float(np.sum(matrix * (moments @ matrix)))
@@ -244,12 +242,3 @@ def _unit_count(producers: Sequence[Array], consumers: Sequence[Array]) -> int:
 
 def _energy(weight: Array, axis: int) -> Float64:
     return np.asarray(np.sum(weight.astype(np.float64) ** 2, axis=axis))
-
-
-def _energy_after_refit(gram: Float64) -> Float64:
-    return 1.0 / np.diagonal(np.linalg.inv(_ridged(gram)))
-
-
-def _ridged(gram: Float64) -> Float64:
-    ridge = SCORE_RIDGE * float(np.trace(gram)) / len(gram) or 1.0
-    return np.asarray(gram + ridge * np.eye(len(gram)))
