@@ -246,6 +246,13 @@ def test_a_search_sees_other_sentences_than_its_figures(sentences, plant) -> Non
     assert (default.start, default.limit) == (default.train, SEARCH_SENTENCES)
 
 
+def test_a_search_takes_pairs_from_all_of_the_train_split() -> None:
+    task = make_task("stsb:100", inputs(2, 8), search=True)
+    assert (task.split, task.step, len(range(5749)[: task.stop : task.step])) == ("train", 57, 100)
+    assert make_task("stsb", inputs(2, 8), search=True).step == 16
+    assert make_task("stsb:100", inputs(2, 8)).split == "dev"
+
+
 @pytest.mark.parametrize("count", [5, 30])
 def test_a_search_sees_other_windows_of_code(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.repeat(np.arange(40)[:, None], 4, axis=1)

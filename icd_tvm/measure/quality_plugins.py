@@ -25,7 +25,7 @@ Array = NDArray[Any]
 # Weight of the penalty of the linear probe, for unit vectors.
 RIDGE = 1.0
 # A search looks at every 16th pair of STS-B train, 360 in all, and at as many of SST-2 train.
-SEARCH_STEP = 16
+STSB_TRAIN, SEARCH_STEP = 5749, 16
 SEARCH_SENTENCES = 360
 
 
@@ -183,7 +183,9 @@ def _stsb(inputs: Sequence[Any], limit: int | None) -> QualityTask:
 
 def _stsb_search(inputs: Sequence[Any], limit: int | None) -> QualityTask:
     batch, seq = _shape(inputs, "stsb", 2)
-    return StsbTask("train", stop=limit, step=1 if limit else SEARCH_STEP, seq=seq, batch=batch)
+    step = max(1, STSB_TRAIN // limit) if limit else SEARCH_STEP
+    stop = step * limit if limit else None
+    return StsbTask("train", stop=stop, step=step, seq=seq, batch=batch)
 
 
 def _sst2(inputs: Sequence[Any], limit: int | None) -> QualityTask:
