@@ -73,18 +73,24 @@ class Bench:
     def __init__(self) -> None:
         self.free = build_minilm("seq", "batch")
         self.imported = import_onnx(build_minilm(SEQ, BATCH))
-        rng, pool = np.random.default_rng(0), sentences()
-        joined = [
-            " ".join(pool[i] for i in rng.integers(len(pool), size=rng.integers(1, 4)))
-            for _ in range(CALIBRATION_TEXTS)
-        ]
+        # The halves share no sentence: a ridge is judged on text that its refit has not seen.
+        halves = [moments(self.free, texts(half)) for half in (0, 1)]
         held_out = [first for first, _, _ in stsb_pairs("dev")][:: 1500 // CHECK_TEXTS]
-        self.grams = moments(self.free, joined)
+        self.grams = {node: np.stack([half[node] for half in halves]) for node in halves[0]}
         self.check = moments(self.free, held_out)
         self.dev = StsbTask("dev", seq=SEQ, batch=BATCH, fixed=False)
 
 
-def moments(model: onnx.ModelProto, texts: Sequence[str]) -> dict[str, np.ndarray]:
+def texts(half: int) -> list[str]:
+    """Return one to three joined sentences of one half of the package's own."""
+    rng, pool = np.random.default_rng(half), sentences()[half::2]
+    return [
+        " ".join(pool[i] for i in rng.integers(len(pool), size=rng.integers(1, 4)))
+        for _ in range(CALIBRATION_TEXTS // 2)
+    ]
+
+
+def moments(model: onnx.ModelProto, lines: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the Gram matrix of each dense layer's input over real tokens, by node."""
     stored = {tensor.name for tensor in model.graph.initializer}
     sources = {
@@ -100,8 +106,8 @@ def moments(model: onnx.ModelProto, texts: Sequence[str]) -> dict[str, np.ndarra
         wide.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     session = CandidateModel(wide, []).session
     grams: dict[str, np.ndarray] = {}
-    for first in range(0, len(texts), BATCH):
-        feeds = encode(texts[first : first + BATCH], SEQ)
+    for first in range(0, len(lines), BATCH):
+        feeds = encode(lines[first : first + BATCH], SEQ)
         real = feeds["attention_mask"] == 1
         for name, value in zip(names, session.run(names, feeds), strict=True):
             x = value[real]
@@ -113,12 +119,12 @@ def layers(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the output error of every dense layer, one-shot magnitude beside ours."""
     rows = []
     for text in LAYERWISE:
-        spec, ratios, better = parse_sparsity(text), [], 0
+        spec, ratios, ridges = parse_sparsity(text), {}, []
         errors: dict[str, list[float]] = {"magnitude": [], "refit": []}
         for node, weight in dense_weights(bench.free).items():
             data, check = bench.grams[node], as_calibration(bench.check[node], len(weight))
             plain, _ = apply_sparsity(weight, spec.type_name, spec.rate)
-            ours, _ = apply_sparsity(
+            ours, meta = apply_sparsity(
                 weight, spec.type_name, spec.rate, saliency="wanda", calibration=data, refit=True
             )
             assert check is not None
@@ -126,16 +132,18 @@ def layers(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             pair = [check.output_error(weight, w) or 0.0 for w in (plain, ours)]
             errors["magnitude"].append(pair[0])
             errors["refit"].append(pair[1])
-            ratios.append(pair[1] / pair[0])
-            better += pair[1] < pair[0]
+            ratios[node] = pair[1] / pair[0]
+            ridges.append(meta["params"]["ridge"])
         row = {
             "format": spec.type_name,
             "density": 1 - spec.rate,
             "layers": len(ratios),
-            "layers_better": better,
+            "layers_better": sum(ratio < 1 for ratio in ratios.values()),
             "magnitude_error_mean": float(np.mean(errors["magnitude"])),
             "refit_error_mean": float(np.mean(errors["refit"])),
-            "ratio_worst": max(ratios),
+            "ratio_worst": max(ratios.values()),
+            "layer_worst": max(ratios, key=ratios.__getitem__),
+            "ridges": {str(ridge): ridges.count(ridge) for ridge in sorted(set(ridges))},
         }
         rows.append(row)
         print(json.dumps(row), flush=True)

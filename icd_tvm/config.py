@@ -251,13 +251,14 @@ class QualityKeys(Section):
         default=None,
         ge=0,
         description="largest change in points that the sparsity may make: a rate for each layer is "
-        "searched, transform.sparsity gives the strongest (MiniLM, needs the data)",
+        "searched on quality.metric (null: stsb), transform.sparsity gives the strongest",
     )
     agreement_floor: float = Field(
         default=0.99,
         ge=-1,
         le=1,
-        description="least mean cosine with the dense outputs that the search allows",
+        description="least agreement with the dense outputs that the search allows: mean cosine, "
+        "of logits the share of equal decisions",
     )
 
 

@@ -14,6 +14,7 @@ from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.layer_rules import LayerRules
+from icd_tvm.runtime.calibrate import calibrate
 
 UNIT, VEC = (LayerRules(parse_sparsity(text), min_size=0) for text in ("unit:0.5", "vec16:0.5"))
 
@@ -62,6 +63,15 @@ def test_statistics_are_the_gram_matrix_of_the_activations() -> None:
     rows = x.reshape(-1, x.shape[-1])
     np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(moment, np.diag(gram), rtol=1e-4)
+
+
+def test_halves_are_the_even_and_the_odd_batches() -> None:
+    mod, batches = random_mlp(), [example(seed=seed) for seed in range(3)]
+    target = tvm.target.Target({"kind": "llvm", "opt-level": 0})
+    grams = [x[0].T @ x[0] / 3 for x in batches]
+    found = calibrate(mod, {"fc1": "gram-halves"}, [{"x": x} for x in batches], target)
+    np.testing.assert_allclose(found["fc1"][0], grams[0] + grams[2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found["fc1"][1], grams[1], rtol=1e-4, atol=1e-4)
 
 
 def test_meta_travels_with_the_module() -> None:

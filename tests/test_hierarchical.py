@@ -192,16 +192,8 @@ def test_a_shape_that_does_not_fit_is_skipped(name: str, rate: float | None, why
 @pytest.mark.parametrize(
     ("name", "rate"), [("8:2:8", None), ("vec8+2:4", 0.75), ("block8x8+2:4", 0.75)]
 )
-def test_contracts(name: str, rate: float | None) -> None:
-    w = weight()
-    before = w.copy()
-    out, meta = apply_sparsity(w, name, rate)
-    again, meta_again = apply_sparsity(w, name, rate)
-    np.testing.assert_array_equal(w, before)
-    np.testing.assert_array_equal(out, again)
-    assert meta == meta_again
-    assert json.loads(json.dumps(meta, allow_nan=False)) == meta
-    assert out.dtype == w.dtype
+def test_packed_bytes_are_the_values_and_little_else(name: str, rate: float | None) -> None:
+    out, meta = apply_sparsity(weight(), name, rate)
     values = np.count_nonzero(out) * 4
     assert values < meta["bytes_after"] < 0.5 * meta["bytes_before"]
     assert meta["type"] == parse_sparsity(f"{name}:{rate}" if rate else name).type_name

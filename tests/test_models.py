@@ -396,6 +396,24 @@ def test_text_calibration_fills_the_sequences():
     assert (batches[0]["input_ids"] != batches[1]["input_ids"]).any()
 
 
+def test_even_and_odd_batches_share_no_sentence(mini, monkeypatch):
+    pool = [f"{kind} {kind} {kind}" for kind in ("even", "odd") * 4]
+    monkeypatch.setattr(calibration, "sentences", lambda: pool)
+    monkeypatch.setattr(calibration, "VOCAB", BERT_MINI.vocab)
+    seen = []
+
+    def encode(texts, seq):
+        seen.extend(texts)
+        ids = np.zeros((len(texts), seq), np.int64)
+        return {spec.name: ids for spec in mini.inputs}
+
+    monkeypatch.setattr(calibration, "encode", encode)
+    calibration.calibration_batches(mini, 5)
+    words = [set(text.split()) for text in seen]
+    # Two rows a batch.
+    assert words == [{kind} for kind in ("even", "odd", "even", "odd", "even") for _ in range(2)]
+
+
 def test_other_models_are_calibrated_with_random_inputs(mini):
     batches, source = calibration.calibration_batches(mini, 2, seed=4)
     assert source == "random"

@@ -132,6 +132,47 @@ def test_held_out_data_can_refuse_everything() -> None:
     assert result.best.stage == "held-out"
 
 
+def test_what_a_task_learns_it_learns_from_the_dense_model_once_for_all() -> None:
+    dense: list[np.ndarray] = []
+
+    class Learning(Distance):
+        learnt = False
+
+        def fitted(self, run: Run) -> Any:
+            dense.append(run(self.feeds))
+            again = Learning(self.seed)
+            again.learnt = True
+            return again
+
+        def evaluate(self, run: Run) -> TaskScore:
+            assert self.learnt
+            return super().evaluate(run)
+
+    result = search_strengths(
+        import_onnx(two_mlps()), UNIT, Learning(1), Learning(2), Budget(1e-3, 0.9),
+        target=TARGET, rates=RATES,
+    )  # fmt: skip
+    assert result.rates == {"b/up:1": 0.5}
+    assert len(dense) == 2
+    np.testing.assert_allclose(dense[0], Distance(1).dense)
+
+
+def test_decisions_are_gated_where_outputs_are_logits() -> None:
+    class Classes(Distance):
+        def evaluate(self, run: Run) -> TaskScore:
+            score = super().evaluate(run)
+            return TaskScore(50.0, score.outputs, logits=True)
+
+    result = search_strengths(
+        import_onnx(two_mlps()), UNIT, Classes(1), Classes(2), Budget(1.0, 1.0),
+        target=TARGET, rates=RATES,
+    )  # fmt: skip
+    # Shares of eight rows, which a cosine of vectors would not be.
+    assert all((8 * c.agreement).is_integer() for c in result.candidates)
+    assert result.best.agreement == 1.0
+    assert any(c.agreement < 1 for c in result.candidates)
+
+
 def test_profile_runs_each_strength_once() -> None:
     calibration, held_out = Distance(1), Distance(2)
     result = search_strengths(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,14 @@ from icd_tvm.errors import (
 )
 from icd_tvm.measure import datasets, quality_plugins
 from icd_tvm.measure.quality import data_dir
-from icd_tvm.measure.quality_compare import compare, judge
-from icd_tvm.measure.quality_plugins import WindowTask, make_task, parse_quality, token_losses
+from icd_tvm.measure.quality_compare import agreement_of, compare, judge
+from icd_tvm.measure.quality_plugins import (
+    SEARCH_SENTENCES,
+    WindowTask,
+    make_task,
+    parse_quality,
+    token_losses,
+)
 from icd_tvm.measure.quality_task import TaskScore
 from icd_tvm.models import minilm
 
@@ -222,6 +229,61 @@ def test_a_probe_stays_the_one_of_the_first_model(sentences) -> None:
     found = judge(make_task("sst2", inputs(2, 4)), {"dense": encoder, "identity": swapped}, [])
     assert found["arms"]["dense"] == pytest.approx(0.8)
     assert found["arms"]["identity"] == pytest.approx(0.2)
+
+
+# What a search may look at
+
+
+def test_a_search_sees_other_sentences_than_its_figures(sentences, plant) -> None:
+    plant("sst2/stsa.binary.train", TRAIN + b"1 good extra\n0 bad extra\n1 good more\n")
+    task = replace(make_task("sst2:2", inputs(2, 4), search=True), start=4)
+    assert [text for text, _ in task._judged] == ["good extra", "bad extra"]
+    held_out = make_task("sst2:2", inputs(2, 4))
+    assert task.source == "sst2_accuracy, SST-2 train, 2 sentences"
+    assert held_out.source == "sst2_accuracy, SST-2 dev, 2 sentences"
+    # The probe is fitted on the sentences before.
+    default = make_task("sst2", inputs(2, 4), search=True)
+    assert (default.start, default.limit) == (default.train, SEARCH_SENTENCES)
+
+
+def test_a_search_takes_pairs_from_all_of_the_train_split() -> None:
+    task = make_task("stsb:100", inputs(2, 8), search=True)
+    assert (task.split, task.step, len(range(5749)[: task.stop : task.step])) == ("train", 57, 100)
+    assert make_task("stsb", inputs(2, 8), search=True).step == 16
+    assert make_task("stsb:100", inputs(2, 8)).split == "dev"
+
+
+@pytest.mark.parametrize("count", [5, 30])
+def test_a_search_sees_other_windows_of_code(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.repeat(np.arange(40)[:, None], 4, axis=1)
+    monkeypatch.setattr(quality_plugins, "byte_windows", lambda: (ids, ids[:, 0]))
+    text = f"bytes:{count}"
+    search, held_out = (make_task(text, inputs(4), search=part) for part in (True, False))
+    seen, kept = ({int(f["input_ids"][0]) for f in t.feeds} for t in (search, held_out))
+    assert (len(seen), len(kept)) == (min(count, 40 - count), count)
+    assert not seen & kept
+    assert search.source != held_out.source
+    with pytest.raises(ConfigError, match="bytes:40 leaves none of 40 windows"):
+        make_task("bytes:40", inputs(4), search=True)
+
+
+def test_a_search_sees_later_windows_of_text(plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant("wikitext2/valid.txt", bytes(range(97, 97 + 24)) * 8)
+    tokenizer = SimpleNamespace(encode=lambda text: [ord(c) - 97 for c in text])
+    monkeypatch.setattr(quality_plugins, "smollm2_tokenizer", lambda: tokenizer)
+    search, held_out = (make_task("wikitext:3", inputs(1, 4), search=s) for s in (True, False))
+    tokens = [np.concatenate([f["input_ids"][0] for f in t.feeds]) for t in (held_out, search)]
+    np.testing.assert_array_equal(np.concatenate(tokens), np.arange(24))
+    assert search.source != held_out.source
+
+
+def test_agreement_is_that_of_the_comparison() -> None:
+    rng = np.random.default_rng(0)
+    for logits in (True, False):
+        a, b = (TaskScore(1.0, rng.normal(size=(50, 3)), logits=logits) for _ in range(2))
+        assert agreement_of(a, b) == compare(a, b)["agreement"]
+    with pytest.raises(ShapeError):
+        agreement_of(TaskScore(1.0, np.eye(3), logits=True), TaskScore(1.0, np.eye(2), logits=True))
 
 
 @needs_data

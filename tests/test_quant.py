@@ -398,6 +398,15 @@ EVERY = [
 ]
 
 
+FIELDS = {
+    **dict.fromkeys(("kind", "dtype", "method", "granularity", "spec", "format", "why"), str),
+    **dict.fromkeys(("symmetric", "delta_layout", "delta_packing", "skipped"), bool),
+    **dict.fromkeys(("bytes_before", "bytes_after"), int),
+    **dict.fromkeys(("params", "loss", "groups"), dict),
+    "shape": list,
+}
+
+
 @pytest.mark.parametrize("text", EVERY)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
 def test_copies_dtype_and_metadata(text: str, dtype: type) -> None:
@@ -409,6 +418,9 @@ def test_copies_dtype_and_metadata(text: str, dtype: type) -> None:
     np.testing.assert_array_equal(x, x_before)
     np.testing.assert_array_equal(q.codes, again.codes)
     assert meta == same
+    assert {key: type(value) for key, value in meta.items()} == FIELDS
+    assert (meta["kind"], meta["bytes_before"]) == ("quant", w.nbytes)
+    assert meta["skipped"] == (text == "none")
     assert json.loads(json.dumps(meta, allow_nan=False)) == meta
     assert q.dequantize().dtype == w.dtype
     assert q.dequantize().shape == q.shape == w.shape
@@ -417,6 +429,10 @@ def test_copies_dtype_and_metadata(text: str, dtype: type) -> None:
     assert str(parse_quant(meta["spec"])) == meta["spec"]
     expected = np.linalg.norm(wide(q) - w.astype(np.float64)) / np.linalg.norm(w.astype(np.float64))
     assert meta["loss"]["frobenius"] == pytest.approx(expected)
+    if text != "none":
+        lost = np.linalg.norm(x @ (wide(q) - w.astype(np.float64)))
+        whole = np.linalg.norm(x @ w.astype(np.float64))
+        assert meta["loss"]["output"] == pytest.approx(lost / whole, rel=1e-4)
 
 
 def test_packed_bytes() -> None:

@@ -135,7 +135,7 @@ def test_a_model_without_a_task_is_refused(
     error = capsys.readouterr().err
     assert "error ICD-E201: quality.budget: " in error
     assert "does not read BERT-uncased tokens" in error
-    with pytest.raises(ConfigError, match="has no task"):
+    with pytest.raises(ConfigError, match="has no quality that stsb tells"):
         plan(keys(path), out=tmp_path / "run")
 
 
@@ -187,6 +187,30 @@ def test_stsb_tasks_are_disjoint_and_as_long_as_the_model(monkeypatch: pytest.Mo
     ]
     assert tasks.final.batch == 1
     assert tasks.model.graph.input[0].type.tensor_type.shape.dim[1].dim_param
+
+
+@pytest.mark.parametrize("metric", ["sst2", "bytes", "wikitext"])
+def test_every_plugin_has_two_parts(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def make_task(text: str, inputs: Any, *, search: bool) -> Any:
+        asked.append((text, search))
+        return Distance(int(search))
+
+    monkeypatch.setattr(budget_tasks, "make_task", make_task)
+    monkeypatch.setattr(budget_tasks, "reads_text", lambda imported: True)
+    imported, config = encoder_and_config()
+    config = config.model_copy(
+        update={"quality": config.quality.model_copy(update={"metric": f"{metric}:12"})}
+    )
+    with pytest.raises(ConfigError, match=f"no quality that {metric} tells: its weights are rand"):
+        find_tasks(imported, config)
+    del imported.model.metadata_props[:]
+    tasks = find_tasks(imported, config)
+    assert asked == [(f"{metric}:12", True), (f"{metric}:12", False)]
+    assert (tasks.calibration.seed, tasks.held_out.seed) == (1, 0)
+    assert tasks.final is tasks.held_out
+    assert tasks.model is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icd_tvm.adapters import grouping
-from icd_tvm.adapters.calibration import as_calibration
 from icd_tvm.adapters.grouping import assign_groups, best_rows
 from icd_tvm.adapters.sparsity import (
     SparsitySpec,
@@ -195,54 +194,6 @@ def test_swaps_beat_the_natural_and_the_principal_order(monkeypatch: pytest.Monk
     assert swapped > 1.02 * started
 
 
-# Refit.
-
-
-@pytest.mark.parametrize("type_name", ["vec8", "block8x8", "2:4", "unstructured"])
-def test_refit_lowers_the_error_on_held_out_inputs(type_name: str) -> None:
-    w, train, test = weight(64, 32), correlated(1024, 64, 1), correlated(1024, 64, 2)
-    rate = None if type_name == "2:4" else 0.5
-    errors = []
-    for refit in (False, True):
-        out, meta = apply_sparsity(
-            w, type_name, rate, saliency="wanda", calibration=train, refit=refit
-        )
-        errors.append(np.linalg.norm(test @ (out - w)) / np.linalg.norm(test @ w))
-        assert meta["loss"]["output"] == pytest.approx(errors[-1], rel=0.2)
-    assert errors[1] < 0.8 * errors[0]
-
-
-def test_refit_keeps_the_pattern() -> None:
-    w, x = weight(), correlated(256, 32, 0)
-    plain, _ = apply_sparsity(w, "vec8", 0.5, saliency="wanda", calibration=x)
-    refitted, _ = apply_sparsity(w, "vec8", 0.5, saliency="wanda", calibration=x, refit=True)
-    np.testing.assert_array_equal(plain != 0, refitted != 0)
-
-
-def test_refit_without_input_energy_keeps_the_weights() -> None:
-    w = weight()
-    plain, _ = apply_sparsity(w, "vec8", 0.5)
-    refitted, meta = apply_sparsity(w, "vec8", 0.5, calibration=np.zeros((4, 32)), refit=True)
-    np.testing.assert_allclose(plain, refitted, rtol=1e-6)
-    assert meta["loss"]["output"] == 0.0
-
-
-def test_activations_and_their_gram_matrix_are_the_same_calibration() -> None:
-    x = correlated(200, 32, 3)
-    gram = (x.T @ x).astype(np.float32)
-    gram[0, 1] *= 1 + 1e-6
-    a = apply_sparsity(weight(), "vec8", 0.5, saliency="wanda", calibration=x, refit=True)[0]
-    b = apply_sparsity(weight(), "vec8", 0.5, saliency="wanda", calibration=gram, refit=True)[0]
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_square_activations_are_no_gram_matrix() -> None:
-    x = np.abs(correlated(32, 32, 4))
-    found = as_calibration(x, 32)
-    assert found is not None
-    np.testing.assert_allclose(found.gram, x.T @ x)
-
-
 # Coupled units.
 
 
@@ -327,14 +278,6 @@ def test_copies_dtype_and_metadata(type_name: str, rate: float | None, dtype: ty
     assert json.loads(json.dumps(meta, allow_nan=False)) == meta
     assert meta["density"] == np.count_nonzero(out) / out.size
     assert meta["bytes_before"] == w.nbytes
-
-
-@pytest.mark.parametrize(("type_name", "rate"), EVERY_TYPE)
-def test_deterministic(type_name: str, rate: float | None) -> None:
-    first = apply_sparsity(weight(), type_name, rate, seed=3)
-    second = apply_sparsity(weight(), type_name, rate, seed=3)
-    np.testing.assert_array_equal(first[0], second[0])
-    assert first[1] == second[1]
 
 
 def test_frobenius_loss() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from icd_tvm.adapters.calibration import Calibration
 from icd_tvm.adapters.channel_permutation import permute_channels
+from icd_tvm.adapters.refit import RIDGE
 from icd_tvm.adapters.sparsity import apply_sparsity, detect_sparsity, make_spec, zero_units
 from icd_tvm.adapters.units import refit_consumer, removal_costs, select_units, unit_scores
 from icd_tvm.errors import ConfigError, NonFiniteError, ShapeError
@@ -64,15 +65,20 @@ def frozen_gram(k: int = K, seed: int = 1) -> np.ndarray:
 def test_metadata_of_every_type(name: str, rate: float | None, refit: bool) -> None:
     gram = frozen_gram()
     saliency = "wanda" if refit else "magnitude"
-    out, meta = apply_sparsity(
-        frozen(K, N), name, rate, saliency=saliency, calibration=gram, refit=refit
+    (out, meta), (again, same) = (
+        apply_sparsity(frozen(K, N), name, rate, saliency=saliency, calibration=gram, refit=refit)
+        for _ in range(2)
     )
+    np.testing.assert_array_equal(out, again)
+    assert meta == same
     assert {key: type(value) for key, value in meta.items()} == FIELDS
     assert json.loads(json.dumps(meta, allow_nan=False)) == meta
-    assert meta["params"] == {"saliency": saliency, "refit": refit, "seed": 0}
+    # A Gram matrix alone holds nothing to choose a ridge on; units have no refit of their own.
+    ridge = {"ridge": RIDGE} if refit and name not in ("none", "unit") else {}
+    assert meta["params"] == {"saliency": saliency, "refit": refit, "seed": 0, **ridge}
     assert meta["skipped"] == (name == "none")
     assert meta["why"]
-    assert out.flags.writeable
+    assert (out.dtype, out.flags.writeable) == (np.float32, True)
     if name != "none":
         # The output error is that of the Gram matrix: ||X (W' - W)|| / ||X W||.
         delta, dense = out.astype(float) - frozen(K, N), frozen(K, N).astype(float)
@@ -119,6 +125,9 @@ def test_the_seed_is_recorded() -> None:
         (Calibration(np.ones(K), np.full((K, K), np.inf)), NonFiniteError, "holds 1024"),
         (Calibration(np.ones(K), np.eye(3)), ShapeError, r"shape \[3, 3\]"),
         (Calibration(np.ones(3)), ShapeError, r"shape \[3\]"),
+        (Calibration(np.ones(K), np.eye(K), (np.eye(K), np.eye(3))), ShapeError, r"\[3, 3\]"),
+        (np.full((2, K, K), np.inf), NonFiniteError, "calibration holds 2048"),
+        (np.ones((3, K, K)), ShapeError, r"shape \[3, 32, 32\]"),
         (np.full((K, K), np.nan), NonFiniteError, "calibration holds 1024"),
         (np.ones((4, 4, K)), ShapeError, r"shape \[4, 4, 32\]"),
         (np.array(["a"] * K), ShapeError, "dtype"),

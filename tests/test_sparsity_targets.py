@@ -250,8 +250,8 @@ def test_one_failing_weight_leaves_the_others_pruned() -> None:
     ("spec", "gram", "reason"),
     [
         (VEC, np.eye(7), "calibration has shape"),
-        (UNIT, np.eye(7), "gram [7, 7] does not fit 64 rows"),
-        (UNIT, np.full((F, F), np.inf), "gram holds 4096 NaN"),
+        (UNIT, np.eye(7), "shape [7, 7] for a weight with 64 rows"),
+        (UNIT, np.full((F, F), np.inf), "calibration holds 4096 NaN"),
         (parse_sparsity("block7x7:0.5"), np.eye(F), "not a multiple of 7 x 7"),
     ],
 )
@@ -297,8 +297,10 @@ def test_deterministic_and_json(spec: SparsitySpec) -> None:
 
 
 def test_requests_follow_the_rules() -> None:
-    assert calibration_requests(random_mlp(), rules("w2=vec16:0.5")) == {"fc2": "gram"}
-    assert calibration_requests(random_mlp(), LayerRules(UNIT, min_size=0)) == {"fc2": "gram"}
+    assert calibration_requests(random_mlp(), rules("w2=vec16:0.5")) == {"fc2": "gram-halves"}
+    assert calibration_requests(random_mlp(), LayerRules(UNIT, min_size=0)) == {
+        "fc2": "gram-halves"
+    }
     assert calibration_requests(random_mlp(), UNIT) == {}
     imported = import_onnx(build("bert-mini-random"))
     wanted = calibration_requests(imported.mod, rules("*attention*=unit:0.5"))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.adapters.arrays import Array, Bool, Float64, as_matrix
-from icd_tvm.adapters.calibration import Calibration, as_calibration
+from icd_tvm.adapters.calibration import Calibration, as_calibration, output_energy
 from icd_tvm.adapters.quant_activations import (
     Histogram,
     activation_scale,
@@ -17,7 +17,7 @@ from icd_tvm.adapters.quant_activations import (
     migrate_scales,
     observe,
 )
-from icd_tvm.adapters.quant_compensate import Coder, output_energy
+from icd_tvm.adapters.quant_compensate import Coder
 from icd_tvm.adapters.quant_scales import FORMATS
 from icd_tvm.adapters.quant_spec import QuantSpec, make_quant_spec, parse_quant
 from icd_tvm.adapters.quant_tensor import QuantizedTensor, pack_int4, unpack_int4

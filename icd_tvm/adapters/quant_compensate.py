@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
-from icd_tvm.adapters.arrays import Array, Bool, Float64, Index
+from icd_tvm.adapters.arrays import Bool, Float64, Index
 from icd_tvm.adapters.quant_scales import NumberFormat, block_scales, decode, encode
 from icd_tvm.adapters.quant_spec import Granularity, Method
 
@@ -174,11 +174,6 @@ def inverse_factor(gram: Float64) -> Float64:
     lower = linalg.cholesky(damped, lower=True, check_finite=False)
     inverse = linalg.cho_solve((lower, True), np.eye(len(gram)), check_finite=False)
     return np.asarray(linalg.cholesky(inverse, lower=False, check_finite=False))
-
-
-def output_energy(gram: Float64, delta: Array) -> float:
-    """Return ``||X delta||_F ** 2`` from ``X.T @ X``."""
-    return float(np.sum(delta * (gram @ delta)))
 
 
 def _span(size: int, length: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from icd_tvm.adapters.detect import Detection, Finding, detect_sparsity
 from icd_tvm.adapters.grouping import assign_groups, best_rows
 from icd_tvm.adapters.hierarchical import Hierarchy, blocks_n_m, inner_bytes, v_n_m, vectors_n_m
 from icd_tvm.adapters.masks import block_mask, n_m_mask, unstructured_mask
-from icd_tvm.adapters.refit import refit_groups
+from icd_tvm.adapters.refit import choose_ridge, refit_groups
+from icd_tvm.adapters.saliency import Saliency, weight_saliency
 from icd_tvm.adapters.sparsity_spec import VECTOR_RUN, SparsitySpec, make_spec, parse_sparsity
+from icd_tvm.adapters.strays import COORDINATES, as_coo, check_strays, stray_values
 from icd_tvm.adapters.units import kept_count, select_units, unit_scores, zero_units
 from icd_tvm.errors import ConfigError, PermutationError, ShapeError
 
@@ -33,7 +35,6 @@ __all__ = [
     "zero_units",
 ]
 
-Saliency = Literal["magnitude", "wanda"]
 Groups = Sequence[Sequence[int]] | Index
 
 # Bytes of one row or column number in the packed formats.
@@ -64,6 +65,7 @@ def apply_sparsity(
     refit: bool = False,
     n_m: tuple[int, int] | None = None,
     order: Index | None = None,
+    strays: float = 0.0,
 ) -> tuple[Array, dict[str, Any]]:
     """Remove weights of ``y = x @ W``.
 
@@ -79,24 +81,31 @@ def apply_sparsity(
         see :func:`parse_sparsity` for the text with the rate inside.
     rate : float, optional
         Share that is removed in all, in [0, 1); implied by N:M and V:N:M.
-    saliency : {"magnitude", "wanda"}
-        ``W ** 2``, or ``W ** 2`` times the energy of the input (needs ``calibration``).
-        Unstructured wanda keeps the same number in every column, magnitude the best overall.
+    saliency : {"magnitude", "wanda", "obs"}
+        See :func:`icd_tvm.adapters.saliency.weight_saliency`; all but magnitude need
+        ``calibration``. Unstructured magnitude keeps the best overall, the others the same number
+        in every column.
     calibration : array or Calibration, optional
-        X [tokens, K], column norms [K], or Gram matrix [K, K].
+        X [tokens, K], column norms [K], Gram matrix [K, K], or those of two halves [2, K, K].
     groups : int array, shape [N / V, V], optional
         Columns of each ``vecV`` or ``vecV+N:M`` group; chosen by saliency similarity when not
         given.
     seed : int
         Seed of the group assignment.
     refit : bool
-        Refit the survivors by least squares (needs X or a Gram matrix).
+        Refit the survivors by least squares (needs X or a Gram matrix). With X, or the Gram
+        matrices of two halves, the ridge is the one that does best on the half it has not seen
+        (:func:`icd_tvm.adapters.refit.choose_ridge`); ``params`` holds it.
     n_m : (int, int), optional
         For type ``n:m``.
     order : int array, shape [K], optional
         Row order that the runs of ``N:M`` and ``V:N:M`` are cut from
         (:func:`icd_tvm.adapters.channel_permutation.permute_channels`); the rows of ``out`` stay
         where they are.
+    strays : float
+        Share of all elements that ``vecV`` keeps beside its groups, the most salient ones. The
+        groups in ``out`` stay closed: ``groups["strays"]`` holds them, a list of rows, columns and
+        values to be added to ``out``.
 
     Returns
     -------
@@ -112,25 +121,22 @@ def apply_sparsity(
     ------
     ConfigError
         Unknown type or saliency, a number out of range, groups that are no partition, an order
-        for a type without runs, or missing calibration.
+        for a type without runs, strays for a type without groups, or missing calibration.
     ShapeError
         Not a matrix, or calibration of another length.
     NonFiniteError
         NaN or infinity inside.
     PermutationError
         ``order`` is no permutation of the rows.
-
-    Notes
-    -----
-    Sun et al., "A simple and effective pruning approach for large language models", 2023 (wanda).
     """
     weight = as_matrix(tensor)
     spec = make_spec(type, rate, n_m)
     data = as_calibration(calibration, weight.shape[0])
-    scores = _saliency(weight, saliency, data)
+    scores = weight_saliency(weight, saliency, data)
+    check_strays(strays, spec)
     if refit and (data is None or data.gram is None):
         raise ConfigError("refit needs a Gram matrix", "pass calibration X [tokens, K] or [K, K]")
-    params = {"saliency": saliency, "refit": refit, "seed": seed}
+    params: dict[str, Any] = {"saliency": saliency, "refit": refit, "seed": seed}
     why = _why_not(spec, weight.shape)
     if why:
         if spec.kind != "none" and spec.rate > 0:
@@ -138,25 +144,22 @@ def apply_sparsity(
         return weight.copy(), _skipped(spec, weight, params, why)
     rows = _checked_order(order, spec, weight.shape[0])
     ranked = scores if rows is None else scores[rows]
-    pattern = _pattern(spec, ranked, weight.dtype.itemsize, groups, seed, saliency == "wanda")
+    pattern = _pattern(spec, ranked, weight.dtype.itemsize, groups, seed, saliency != "magnitude")
     if rows is not None:
         _back_in_place(pattern, rows)
+    residual = stray_values(weight, scores, pattern.mask, strays)
     if refit and data is not None and data.gram is not None and spec.kind != "unit":
-        out = refit_groups(weight, data.gram, pattern.columns, pattern.kept)
+        closed = weight - residual
+        params["ridge"] = choose_ridge(closed, data, pattern.columns, pattern.kept)
+        out = refit_groups(closed, data.gram, pattern.columns, pattern.kept, params["ridge"])
     else:
         out = np.where(pattern.mask, weight, np.zeros((), weight.dtype))
-    return out, _meta(spec, weight, out, data, pattern, params)
-
-
-def _saliency(weight: Array, saliency: str, data: Calibration | None) -> Float64:
-    squares = weight.astype(np.float64) ** 2
-    if saliency == "magnitude":
-        return np.asarray(squares)
-    if saliency != "wanda":
-        raise ConfigError(f"unknown saliency {saliency!r}", "known: magnitude, wanda")
-    if data is None:
-        raise ConfigError("saliency 'wanda' needs calibration", "pass X [tokens, K] or norms [K]")
-    return np.asarray(squares * data.energy[:, None])
+    if strays:
+        params["strays"], pattern.groups["strays"] = strays, as_coo(residual)
+        size = weight.dtype.itemsize + COORDINATES
+        pattern.packed_bytes += size * len(pattern.groups["strays"]["rows"])
+        pattern.packed_format += ", strays as COO"
+    return out, _meta(spec, weight, out + residual, data, pattern, params)
 
 
 def _why_not(spec: SparsitySpec, shape: tuple[int, ...]) -> str:

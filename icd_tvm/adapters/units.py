@@ -15,7 +15,9 @@ from icd_tvm.adapters.arrays import (
     require_finite,
     require_length,
 )
-from icd_tvm.adapters.refit import RIDGE, refit_groups
+from icd_tvm.adapters.calibration import Calibration, as_calibration
+from icd_tvm.adapters.refit import choose_ridge, refit_groups
+from icd_tvm.adapters.saliency import energy_after_refit, ridged
 from icd_tvm.errors import ConfigError, ShapeError
 
 
@@ -73,7 +75,7 @@ def unit_scores(
         raise ShapeError(
             f"second_moment has shape {list(moment.shape)}", f"pass [{units}] or [{units}, {units}]"
         )
-    return read * _energy_after_refit(moment)
+    return read * energy_after_refit(moment)
 
 
 def removal_costs(weight: Array, gram: Array, places: Index) -> Float64:
@@ -107,7 +109,7 @@ def removal_costs(weight: Array, gram: Array, places: Index) -> Float64:
     moments = as_matrix(gram, "gram").astype(np.float64)
     if moments.shape != (len(matrix), len(matrix)):
         raise ShapeError(f"gram {list(moments.shape)} does not fit {len(matrix)} rows")
-    inverse = np.linalg.inv(_ridged(moments))
+    inverse = np.linalg.inv(ridged(moments))
     blocks = np.linalg.inv(inverse[places[:, :, None], places[:, None, :]])
     rows = matrix[places]
     total = float(np.sum(matrix * (moments @ matrix)))
@@ -185,18 +187,21 @@ def zero_units(weight: Array, kept: Bool, axis: int) -> Array:
     return np.where(kept.reshape(shape), array, np.zeros((), array.dtype))
 
 
-def refit_consumer(weight: Array, gram: Array, kept: Bool, ridge: float = RIDGE) -> Array:
+def refit_consumer(
+    weight: Array, calibration: Array | Calibration, kept: Bool, ridge: float | None = None
+) -> Array:
     """Refit a consumer on the kept units so that its output changes least.
 
     Parameters
     ----------
     weight : array, shape [U, N]
         Consumer; row u reads unit u.
-    gram : array, shape [U, U]
-        ``H.T @ H`` of calibration activations.
+    calibration : array or Calibration
+        Activations H [tokens, U], their Gram matrix [U, U], or those of two halves [2, U, U].
     kept : bool array, shape [U]
-    ridge : float
-        See :func:`icd_tvm.adapters.refit.refit_groups`.
+    ridge : float, optional
+        See :func:`icd_tvm.adapters.refit.refit_groups`; chosen by
+        :func:`icd_tvm.adapters.refit.choose_ridge` when not given.
 
     Returns
     -------
@@ -209,13 +214,17 @@ def refit_consumer(weight: Array, gram: Array, kept: Bool, ridge: float = RIDGE)
         Arrays that do not fit or are not finite.
     """
     matrix = as_matrix(weight, "consumer")
-    moments = as_matrix(gram, "gram").astype(np.float64)
     units = matrix.shape[0]
-    if moments.shape != (units, units) or kept.shape != (units,):
+    data = as_calibration(calibration, units)
+    if data is None or data.gram is None or kept.shape != (units,):
         raise ShapeError(
-            f"gram {list(moments.shape)} and kept {list(kept.shape)} do not fit {units} units"
+            f"no Gram matrix, or kept {list(kept.shape)} does not fit {units} units",
+            "pass X, or X.T @ X, and one flag a unit",
         )
-    return refit_groups(matrix, moments, [np.arange(matrix.shape[1])], kept[None, :], ridge)
+    groups, rows = [np.arange(matrix.shape[1])], kept[None, :]
+    if ridge is None:
+        ridge = choose_ridge(matrix, data, groups, rows)
+    return refit_groups(matrix, data.gram, groups, rows, ridge)
 
 
 def _unit_count(producers: Sequence[Array], consumers: Sequence[Array]) -> int:
@@ -233,12 +242,3 @@ def _unit_count(producers: Sequence[Array], consumers: Sequence[Array]) -> int:
 
 def _energy(weight: Array, axis: int) -> Float64:
     return np.asarray(np.sum(weight.astype(np.float64) ** 2, axis=axis))
-
-
-def _energy_after_refit(gram: Float64) -> Float64:
-    return 1.0 / np.diagonal(np.linalg.inv(_ridged(gram)))
-
-
-def _ridged(gram: Float64) -> Float64:
-    ridge = RIDGE * float(np.trace(gram)) / len(gram) or 1.0
-    return np.asarray(gram + ridge * np.eye(len(gram)))

@@ -72,20 +72,51 @@ def compare(reference: TaskScore, candidate: TaskScore) -> dict[str, Any]:
     a, b = reference.outputs, candidate.outputs
     if a.shape != b.shape:
         raise ShapeError(f"cannot compare outputs of shapes {a.shape}, {b.shape}")
-    slices = [slice(i, i + CHUNK) for i in range(0, len(a), CHUNK)]
-    cosines = [agreement(a[part], b[part]) for part in slices]
-    weights = [len(a[part]) for part in slices]
-    mean = float(np.average([found.cosine_mean for found in cosines], weights=weights))
+    slices = _slices(a)
     logits = reference.logits and candidate.logits
+    mean, least = _cosines(a, b)
     kl = np.concatenate([_kl(a[part], b[part]) for part in slices]) if logits else None
     return {
-        "agreement": float(np.mean(a.argmax(-1) == b.argmax(-1))) if logits else mean,
+        "agreement": same_decisions(reference, candidate) if logits else mean,
         "cosine_mean": mean,
-        "cosine_min": min(found.cosine_min for found in cosines),
+        "cosine_min": least,
         "kl_mean": None if kl is None else float(kl.mean()),
         "kl_max": None if kl is None else float(kl.max()),
         "interval_points": _interval(reference, candidate),
     }
+
+
+def agreement_of(reference: TaskScore, candidate: TaskScore) -> float:
+    """Return the ``agreement`` of :func:`compare` alone.
+
+    Raises
+    ------
+    ShapeError
+        Outputs of different shapes.
+    """
+    if reference.logits and candidate.logits:
+        return same_decisions(reference, candidate)
+    return _cosines(reference.outputs, candidate.outputs)[0]
+
+
+def same_decisions(reference: TaskScore, candidate: TaskScore) -> float:
+    """Return the share of rows whose largest logit is the same."""
+    a, b = reference.outputs, candidate.outputs
+    if a.shape != b.shape:
+        raise ShapeError(f"cannot compare outputs of shapes {a.shape}, {b.shape}")
+    return float(np.mean(a.argmax(-1) == b.argmax(-1)))
+
+
+def _cosines(a: Any, b: Any) -> tuple[float, float]:
+    """Return the mean and the least cosine of rows."""
+    found = [agreement(a[part], b[part]) for part in _slices(a)]
+    weights = [len(a[part]) for part in _slices(a)]
+    mean = float(np.average([one.cosine_mean for one in found], weights=weights))
+    return mean, min(one.cosine_min for one in found)
+
+
+def _slices(rows: Any) -> list[slice]:
+    return [slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)]
 
 
 def _kl(a: Any, b: Any) -> Any:

@@ -1,4 +1,8 @@
-"""The tasks that ``--quality NAME[:N]`` knows. Add a line to TASKS to add one."""
+"""The tasks that ``--quality NAME[:N]`` knows: add a line to TASKS, and to SEARCH, to add one.
+
+Each has two disjoint parts: what figures are reported on (TASKS), and what a search under a
+quality budget may look at as often as it likes (SEARCH).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,9 @@ from icd_tvm.models.tokenize import encode
 Array = NDArray[Any]
 # Weight of the penalty of the linear probe, for unit vectors.
 RIDGE = 1.0
+# A search looks at every 16th pair of STS-B train, 360 in all, and at as many of SST-2 train.
+STSB_TRAIN, SEARCH_STEP = 5749, 16
+SEARCH_SENTENCES = 360
 
 
 def log_probabilities(outputs: Array) -> NDArray[np.float64]:
@@ -49,10 +56,13 @@ class SstTask:
     seq, batch : int
         Shape of the model's inputs.
     limit : int, optional
-        Only the first sentences of dev.
+        Sentences; all that there are if not given.
     train : int
-        Sentences the probe is fitted on.
+        Sentences the probe is fitted on, the first of train.
     probe : float64 [hidden + 1], optional
+    split : {"dev", "train"}
+    start : int
+        Number of the first sentence.
     """
 
     seq: int
@@ -60,13 +70,15 @@ class SstTask:
     limit: int | None = None
     train: int = 500
     probe: Array | None = None
+    split: str = "dev"
+    start: int = 0
     metric = "sst2_accuracy"
 
     @property
     def source(self) -> str:
         """Metric, data set and part of it."""
         how = "" if self.probe is None else f", linear probe on {self.train} of train"
-        return f"{self.metric}, SST-2 dev, {len(self._dev)} sentences{how}"
+        return f"{self.metric}, SST-2 {self.split}, {len(self._judged)} sentences{how}"
 
     def fitted(self, run: Run) -> SstTask:
         """Return the task with a probe of ``run``, or itself where ``run`` is a classifier."""
@@ -80,13 +92,13 @@ class SstTask:
 
     def evaluate(self, run: Run) -> TaskScore:
         """Return the accuracy x 100 and the logits [sentences, classes]."""
-        texts = [text for text, _ in self._dev]
+        texts = [text for text, _ in self._judged]
         if self.probe is None:
             logits = self._classified(run, texts)
         else:
             margin = self._rows(run, texts) @ self.probe
             logits = np.stack([-margin, margin], axis=1)
-        right = logits.argmax(-1) == np.array([label for _, label in self._dev])
+        right = logits.argmax(-1) == np.array([label for _, label in self._judged])
         return TaskScore(100 * float(right.mean()), logits, items=right.astype(float), logits=True)
 
     def _rows(self, run: Run, texts: Sequence[str]) -> Array:
@@ -102,8 +114,9 @@ class SstTask:
         return np.concatenate(parts)
 
     @cached_property
-    def _dev(self) -> list[tuple[str, int]]:
-        return sst2_sentences("dev", self.limit)
+    def _judged(self) -> list[tuple[str, int]]:
+        stop = None if self.limit is None else self.start + self.limit
+        return sst2_sentences(self.split, stop)[self.start :]
 
 
 @dataclass(frozen=True)
@@ -168,28 +181,67 @@ def _stsb(inputs: Sequence[Any], limit: int | None) -> QualityTask:
     return StsbTask("dev", stop=limit, seq=seq, batch=batch)
 
 
+def _stsb_search(inputs: Sequence[Any], limit: int | None) -> QualityTask:
+    batch, seq = _shape(inputs, "stsb", 2)
+    step = max(1, STSB_TRAIN // limit) if limit else SEARCH_STEP
+    stop = step * limit if limit else None
+    return StsbTask("train", stop=stop, step=step, seq=seq, batch=batch)
+
+
 def _sst2(inputs: Sequence[Any], limit: int | None) -> QualityTask:
     batch, seq = _shape(inputs, "sst2", 2)
     return SstTask(seq, batch, limit)
 
 
+def _sst2_search(inputs: Sequence[Any], limit: int | None) -> QualityTask:
+    batch, seq = _shape(inputs, "sst2", 2)
+    task = SstTask(seq, batch, limit or SEARCH_SENTENCES, split="train")
+    return replace(task, start=task.train)
+
+
 def _bytes(inputs: Sequence[Any], limit: int | None) -> QualityTask:
+    ids, _ = byte_windows()
+    return _windows_of_code(inputs, spread_rows(len(ids), min(limit or 64, len(ids))))
+
+
+def _bytes_search(inputs: Sequence[Any], limit: int | None) -> QualityTask:
+    ids, _ = byte_windows()
+    count = min(limit or 64, len(ids))
+    others = np.setdiff1d(np.arange(len(ids)), spread_rows(len(ids), count))
+    if not len(others):
+        raise ConfigError(f"bytes:{limit} leaves none of {len(ids)} windows to search on")
+    chosen = others[spread_rows(len(others), min(count, len(others)))]
+    return _windows_of_code(inputs, chosen, "other source code")
+
+
+def _windows_of_code(
+    inputs: Sequence[Any], chosen: NDArray[np.int64], data: str = "source code"
+) -> QualityTask:
     shape, (ids, labels) = _shape(inputs, "bytes"), byte_windows()
     if np.prod(shape) != ids.shape[1]:
         raise ConfigError(f"bytes needs an input of {ids.shape[1]} bytes, not {shape}")
-    chosen = spread_rows(len(ids), min(limit or 64, len(ids)))
     feeds = [{inputs[0].name: ids[i].reshape(shape)} for i in chosen]
     targets = np.repeat(labels[chosen, None], ids.shape[1], axis=1)
-    return WindowTask("byte_accuracy", "source code", feeds, targets)
+    return WindowTask("byte_accuracy", data, feeds, targets)
 
 
 def _wikitext(inputs: Sequence[Any], limit: int | None) -> QualityTask:
+    return _windows_of_text(inputs, 0, limit or 4)
+
+
+def _wikitext_search(inputs: Sequence[Any], limit: int | None) -> QualityTask:
+    count = limit or 4
+    return _windows_of_text(inputs, count, count)
+
+
+def _windows_of_text(inputs: Sequence[Any], first: int, count: int) -> QualityTask:
     batch, seq = _shape(inputs, "wikitext", 2)
     if batch != 1:
         raise ConfigError(f"wikitext needs batch 1, not {batch}")
-    tokens = token_windows(smollm2_tokenizer(), limit or 4, seq)
+    tokens = token_windows(smollm2_tokenizer(), first + count, seq)[first:]
     feeds = [{inputs[0].name: window[None]} for window in tokens]
-    return WindowTask("top1_next_token", "WikiText-2 validation", feeds, tokens[:, 1:])
+    data = "WikiText-2 validation" + (f" from window {first}" if first else "")
+    return WindowTask("top1_next_token", data, feeds, tokens[:, 1:])
 
 
 def _shape(inputs: Sequence[Any], name: str, rank: int | None = None) -> tuple[int, ...]:
@@ -204,6 +256,12 @@ TASKS: dict[str, Callable[[Sequence[Any], int | None], QualityTask]] = {
     "sst2": _sst2,
     "bytes": _bytes,
     "wikitext": _wikitext,
+}
+SEARCH: dict[str, Callable[[Sequence[Any], int | None], QualityTask]] = {
+    "stsb": _stsb_search,
+    "sst2": _sst2_search,
+    "bytes": _bytes_search,
+    "wikitext": _wikitext_search,
 }
 
 
@@ -225,8 +283,10 @@ def parse_quality(text: str) -> tuple[str, int | None]:
     return name, int(limit) if limit else None
 
 
-def make_task(text: str, inputs: Sequence[Any]) -> QualityTask:
+def make_task(text: str, inputs: Sequence[Any], *, search: bool = False) -> QualityTask:
     """Return the task of ``text`` for a model with these inputs (``name``, ``shape``).
+
+    With ``search`` it is the same metric on data that no figure is reported on.
 
     Raises
     ------
@@ -236,4 +296,4 @@ def make_task(text: str, inputs: Sequence[Any]) -> QualityTask:
         Data or tokenizer absent, or changed data.
     """
     name, limit = parse_quality(text)
-    return TASKS[name](inputs, limit)
+    return (SEARCH if search else TASKS)[name](inputs, limit)

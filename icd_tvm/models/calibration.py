@@ -34,6 +34,9 @@ def calibration_batches(
 ) -> tuple[list[dict[str, NDArray[Any]]], str]:
     """Return inputs for calibration and where they come from.
 
+    Texts of batches with even numbers share no sentence with those of the others: what is
+    fitted on one half can be judged on the other.
+
     Parameters
     ----------
     imported : ImportedModel
@@ -78,7 +81,9 @@ def _text_batches(imported: ImportedModel, n: int, seed: int) -> list[dict[str, 
     rows, seq = imported.inputs[0].shape
     rng = np.random.default_rng(seed)
     pool = sentences()
-    encoded = encode([_sample(pool, seq, rng) for _ in range(n * rows)], seq)
+    halves = pool[::2], pool[1::2]
+    texts = [_sample(halves[batch % 2], seq, rng) for batch in range(n) for _ in range(rows)]
+    encoded = encode(texts, seq)
     return [
         {
             spec.name: encoded[spec.name][index * rows : (index + 1) * rows].astype(spec.dtype)

@@ -23,9 +23,10 @@ Rules = SparsitySpec | LayerRules[SparsitySpec]
 
 
 def calibration_requests(mod: Any, spec: Rules) -> dict[str, Statistic]:
-    """Return the statistics that ``spec`` wants of ``mod``: the Gram matrix of each input.
+    """Return the statistics that ``spec`` wants of ``mod``: the Gram matrices of each input.
 
-    A unit is scored and refitted on the activations that its readers see; a weight that keeps
+    They come in two halves, as the ridge of a refit is chosen on inputs that it did not see. A
+    unit is scored and refitted on the activations that its readers see; a weight that keeps
     groups of rows is refitted on its own input.
     """
     rules = as_rules(spec)
@@ -35,7 +36,7 @@ def calibration_requests(mod: Any, spec: Rules) -> dict[str, Statistic]:
         if chosen is None or not _acts(chosen) or target.quantised:
             continue
         if fits(target, chosen):
-            requests |= {use.node: "gram" for use in target.takers}
+            requests |= dict.fromkeys((use.node for use in target.takers), "gram-halves")
     return requests
 
 
@@ -54,8 +55,9 @@ class ApplySparsity:
         One spec for all layers, or one by name; embeddings, heads of classifiers and tiny weights
         are left out unless a rule names them.
     statistics : Mapping[str, numpy.ndarray]
-        Matmul binding -> Gram matrix [K, K] of its input (:func:`calibration_requests`). Without
-        it the saliency is the magnitude and nothing is refitted.
+        Matmul binding -> Gram matrix [K, K] of its input, or those of two halves of the inputs
+        [2, K, K] (:func:`calibration_requests`). Without it the saliency is the magnitude and
+        nothing is refitted.
     seed : int
         Seed of the adapters.
 

@@ -18,7 +18,7 @@ from icd_tvm.errors import ConfigError, TransformError
 
 # Behind the name of a matmul: its right operand, which is no constant in an attention.
 RIGHT = ":right"
-Statistic = Literal["moment", "gram", "rows", "activation", "activation+gram"]
+Statistic = Literal["moment", "gram", "gram-halves", "rows", "activation", "activation+gram"]
 
 
 @tvm.transform.module_pass(opt_level=0, name="CollectActivationStats")
@@ -29,9 +29,10 @@ class CollectActivationStats:
     ----------
     requests : Mapping[str, Statistic]
         Name of a matmul binding -> ``"moment"`` (float32 [K], sum over tokens of x_k^2),
-        ``"gram"`` (float32 [K, K], X^T X), ``"rows"`` (float32 [min(M, row_cap), K], tokens
-        of X), ``"activation"`` or ``"activation+gram"`` (float32 [M, K], X itself) of its left
-        operand X [M, K], or of its right one where the name ends in :data:`RIGHT`.
+        ``"gram"`` or ``"gram-halves"`` (float32 [K, K], X^T X), ``"rows"`` (float32
+        [min(M, row_cap), K], tokens of X), ``"activation"`` or ``"activation+gram"`` (float32
+        [M, K], X itself) of its left operand X [M, K], or of its right one where the name ends
+        in :data:`RIGHT`.
     row_cap : int
         The most rows of one ``"rows"`` output. Where there are more tokens, as many are drawn
         without replacement, the same ones in every call.

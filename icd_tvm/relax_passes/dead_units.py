@@ -1,4 +1,4 @@
-"""Find the hidden units of an axis group that contribute nothing to the result.
+"""Find the hidden units, or the attention heads, of a group that contribute nothing.
 
 A unit is dead if every contraction that consumes it meets a zero: a zero row of the weight, or
 an activation that is zero for every input. Zero activations are followed from the producing
@@ -29,6 +29,7 @@ from icd_tvm.relax_passes.index_ops import (
 )
 
 Units = NDArray[np.bool_]
+_REDUCED = ("relax.sum", "relax.max", "relax.min")
 
 
 def dead_units(func: Any, group: AxisGroup) -> Units:
@@ -49,11 +50,37 @@ def dead_units(func: Any, group: AxisGroup) -> Units:
     return _Search(func, group).dead()
 
 
-class _Search:
-    """Walks a function once; `zero` says at which units each value is always zero."""
+def dead_heads(func: Any, group: AxisGroup) -> Units:
+    """Return which heads of an attention cannot influence the function.
 
-    def __init__(self, func: Any, group: AxisGroup) -> None:
-        self.func, self.group = func, group
+    Parameters
+    ----------
+    func : relax.Function
+    group : AxisGroup
+        Any free group.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [group.size]; never all True, so that the axis does not become empty. All False if
+        the group is no head axis, or if anything depends on the number of heads.
+    """
+    if "heads" not in group.role or not any(use.side == "K" for use in group.weights):
+        return np.zeros(group.size, dtype=bool)
+    dead = _Search(func, group, apart=True).dead()
+    dead[0] &= not dead.all()
+    return dead
+
+
+class _Search:
+    """Walks a function once; `zero` says at which units each value is always zero.
+
+    With ``apart`` only contractions mix the indices, whatever the ops: of heads the analysis of
+    the axes has made sure.
+    """
+
+    def __init__(self, func: Any, group: AxisGroup, apart: bool = False) -> None:
+        self.func, self.group, self.apart = func, group, apart
         self.values = ConstantValues(func)
         self.zero: dict[Any, Units] = {}
         self.axes: dict[Any, list[ValueUse]] = {}
@@ -64,7 +91,8 @@ class _Search:
             self.consts.setdefault((const.const, const.node), []).append(const)
 
     def dead(self) -> Units:
-        if any(len(uses) > 1 and var not in self.values for var, uses in self.axes.items()):
+        twice = any(len(uses) > 1 and var not in self.values for var, uses in self.axes.items())
+        if twice or self.group.counted:
             return self._none()
         dead, consumed = np.ones(self.group.size, dtype=bool), False
         for block in self.func.body.blocks:
@@ -99,9 +127,12 @@ class _Search:
             return
         if op_name(value) == "relax.matmul":
             yield from self._product(var, value)
-        elif op_name(value) == "relax.sum" and var not in self.axes:
+        elif op_name(value) in _REDUCED and var not in self.axes:
+            # Of a range too: in a group without ``counted`` it always holds zero.
             yield self._zero(value.args[0], var.name)
-        elif not self._kept_apart(var, value, read):
+        elif op_name(value) == "relax.take" and var not in self.axes:
+            yield self._unread(value)
+        elif not (self.apart or self._kept_apart(var, value, read)):
             yield self._none()
 
     def _product(self, var: Any, call: Any) -> Iterator[Units]:
@@ -111,6 +142,14 @@ class _Search:
             yield self._zero(left, var.name, -1) | self._zero(right, var.name, -min(rank, 2))
         elif var not in self.axes:
             yield self._none()
+
+    def _unread(self, call: Any) -> Units:
+        """Say which units a constant index does not read."""
+        index = self.values.array(call.args[1])
+        if index is None or call.args[0] not in self.axes:
+            return self._none()
+        places = positions(self.axes[call.args[0]][0].structure, self.group.id)
+        return np.asarray(~np.isin(places, index).any(axis=1))
 
     def _kept_apart(self, var: Any, value: Any, read: Sequence[Any]) -> bool:
         """Whether an op treats the units one by one; a scan sums over its last axis."""

@@ -13,8 +13,8 @@ ZERO_TO_ZERO = frozenset(
     for name in (
         *("abs", "astype", "erf", "negative", "round", "sin", "sqrt", "tan", "tanh"),
         *("nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.silu"),
-        *("broadcast_to", "expand_dims", "flatten", "permute_dims", "reshape", "squeeze"),
-        *("split", "strided_slice", "sum"),
+        *("broadcast_to", "expand_dims", "flatten", "permute_dims", "repeat", "reshape"),
+        *("split", "squeeze", "strided_slice", "sum"),
     )
 )
 ZERO_IF_BOTH = frozenset(

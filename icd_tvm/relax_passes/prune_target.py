@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm.adapters.calibration import as_calibration
+from icd_tvm.adapters.calibration import Calibration, as_calibration
 from icd_tvm.adapters.sparsity import SparsitySpec, apply_sparsity, select_units, zero_units
 from icd_tvm.adapters.units import refit_consumer, removal_costs
 from icd_tvm.errors import TransformError
@@ -57,8 +57,8 @@ def prune_target(
     spec : SparsitySpec
         ``unit`` for units, any other kind for a weight.
     statistics : Mapping[str, numpy.ndarray]
-        Matmul binding -> Gram matrix [K, K] of its input. Where one is missing the saliency is
-        the magnitude and nothing is refitted.
+        Matmul binding -> Gram matrix [K, K] of its input, or those of two halves [2, K, K].
+        Where one is missing the saliency is the magnitude and nothing is refitted.
     seed : int
         Seed of the adapters.
 
@@ -106,7 +106,8 @@ def _prune_units(
     spec: SparsitySpec,
     statistics: Statistics,
 ) -> tuple[Arrays, dict[str, Any]]:
-    kept = select_units(_scores(target, group, statistics), spec.rate)
+    known = _calibrations(target, statistics)
+    kept = select_units(_scores(target, group, known), spec.rate)
     if kept.all():
         return {}, {"why": f"{spec} removes no whole one of {group.size} {target.kind}"}
     ops = op_names(func)
@@ -118,8 +119,8 @@ def _prune_units(
     sizes = [_bytes(use, group, kept) for use in group.consts if use.const in arrays]
     errors = []
     for taker in target.takers:
-        if taker.node in statistics:
-            arrays[taker.const], error = _refitted(taker, group, kept, statistics[taker.node])
+        if taker.node in known:
+            arrays[taker.const], error = _refitted(taker, group, kept, known[taker.node])
             errors.append(error)
     entry = {
         "group": group.id,
@@ -140,26 +141,33 @@ def _prune_units(
 
 
 def _refitted(
-    use: WeightUse, group: AxisGroup, kept: np.ndarray, gram: np.ndarray
+    use: WeightUse, group: AxisGroup, kept: np.ndarray, data: Calibration
 ) -> tuple[np.ndarray, float]:
     dense = _as_kn(use, use.const.value.numpy())
-    refitted = refit_consumer(dense, gram, kept_places(use, group, kept))
-    data = as_calibration(gram, len(dense))
-    error = data.output_error(dense, refitted) if data else None
-    return _as_kn(use, refitted), error or 0.0
+    refitted = refit_consumer(dense, data, kept_places(use, group, kept))
+    return _as_kn(use, refitted), data.output_error(dense, refitted) or 0.0
 
 
-def _scores(target: SparsityTarget, group: AxisGroup, statistics: Statistics) -> np.ndarray:
+def _calibrations(target: SparsityTarget, statistics: Statistics) -> dict[str, Calibration]:
+    """Return the second moments that the readers of the units have, by matmul binding."""
+    found: dict[str, Calibration] = {}
+    for use in target.takers:
+        data = as_calibration(statistics.get(use.node), use.shape[use.axis])
+        if data is not None and data.gram is not None:
+            found[use.node] = data
+    return found
+
+
+def _scores(
+    target: SparsityTarget, group: AxisGroup, known: Mapping[str, Calibration]
+) -> np.ndarray:
     """Cost of each unit: lost output energy of its readers, or the product of its norms."""
-    if target.takers and all(use.node in statistics for use in target.takers):
-        costs = [
-            removal_costs(
-                _as_kn(use, use.const.value.numpy()),
-                statistics[use.node],
-                use.positions(group.id),
-            )
-            for use in target.takers
-        ]
+    if target.takers and all(use.node in known for use in target.takers):
+        costs = []
+        for use in target.takers:
+            dense, gram = _as_kn(use, use.const.value.numpy()), known[use.node].gram
+            assert gram is not None
+            costs.append(removal_costs(dense, gram, use.positions(group.id)))
         return np.sum(costs, axis=0)
     made, read = (
         np.sum([_energies(use, group) for use in uses], axis=0)

@@ -14,10 +14,9 @@ from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.axis_structure import axis_index
 from icd_tvm.relax_passes.coaccess_attr import OUTPUT_ORDER
 from icd_tvm.relax_passes.compact_groups import compact_groups
-from icd_tvm.relax_passes.dead_units import dead_units
+from icd_tvm.relax_passes.dead_units import dead_heads, dead_units
 from icd_tvm.relax_passes.decide_permutation import read_permutations
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
-from icd_tvm.relax_passes.live_heads import live_heads
 from icd_tvm.relax_passes.permute_constants import leaf_permutations, permute_groups
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
 from icd_tvm.relax_passes.replace_constants import replace_constants
@@ -86,10 +85,10 @@ class RewriteLayout:
                 keep[group.id] = kept
                 self.removed[group.id] = group.size - len(kept)
         for group in groups.free:
-            heads = live_heads(group)
-            if len(heads) < group.size:
-                keep[group.id] = heads
-                self.removed[group.id] = group.size - len(heads)
+            dead = dead_heads(func, group)
+            if dead.any():
+                keep[group.id] = np.flatnonzero(~dead)
+                self.removed[group.id] = int(dead.sum())
         return keep
 
 

@@ -20,7 +20,8 @@ class Budget:
         Largest |change| of the metric in points; a rise counts as well, for a metric can rise
         under damage.
     agreement : float
-        Least mean cosine similarity with the dense model's outputs.
+        Least agreement with the dense model: the mean cosine of the outputs, or the share of
+        equal decisions where they are logits.
 
     Raises
     ------
@@ -52,7 +53,7 @@ class Candidate:
     delta : float
         Change of the metric in points.
     agreement : float
-        Mean cosine with the dense model's outputs.
+        With the dense model: mean cosine, or share of equal decisions.
     fits : bool
         Whether both gates hold.
     """

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx
 
 from icd_tvm.config import Config, ModelKeys
 from icd_tvm.errors import ConfigError
-from icd_tvm.measure.quality_task import QualityTask, StsbTask
+from icd_tvm.measure.quality_plugins import make_task, parse_quality
+from icd_tvm.measure.quality_task import QualityTask
 from icd_tvm.models.calibration import reads_text
 from icd_tvm.models.importer import ImportedModel
 from icd_tvm.models.registry import MODELS
 from icd_tvm.models.registry import build as build_model
 from icd_tvm.models.tokenize import encode
-from icd_tvm.runtime.evaluate import parse_quality
 
 DEFAULT_METRIC = "stsb"
-# Every 16th pair of STS-B train, 360 in all, judges candidates.
-SEARCH_STEP = 16
+ENCODER_METRICS = ("stsb", "sst2")
 FREE_BATCH = 16
 
 
@@ -44,50 +44,74 @@ class BudgetTasks:
     model: onnx.ModelProto | None = None
 
 
-def _stsb(imported: ImportedModel, keys: ModelKeys) -> BudgetTasks:
-    _require_trained_encoder(imported)
-    batch, seq = imported.inputs[0].shape
-    free = _free_form(keys)
-    size = batch if free is None else FREE_BATCH
-    train, dev = (
-        StsbTask(split, step=step, seq=seq, batch=size, fixed=free is None)
-        for split, step in (("train", SEARCH_STEP), ("dev", 1))
-    )
-    # Absent data is a reason to refuse before anything is done.
-    for task in (train, dev):
-        _ = task.source
-    encode([""], seq)
-    return BudgetTasks(train, dev, StsbTask("dev", seq=seq, batch=batch), free)
-
-
-# Name of the metric -> (model, its configuration) -> data.
-TASKS: dict[str, Callable[[ImportedModel, ModelKeys], BudgetTasks]] = {"stsb": _stsb}
+Find = Callable[[ImportedModel, ModelKeys, int | None], BudgetTasks]
 
 
 def find_tasks(imported: ImportedModel, config: Config) -> BudgetTasks:
-    """Return the data that a model's quality budget is spent on.
+    """Return the data that a model's quality budget is spent on: that of ``quality.metric``.
 
     Raises
     ------
     ConfigError
-        If the model has no task.
+        If the model does not fit the task, or has no task that tells its quality.
     MissingDependencyError
         If the data or the tokenizer is absent.
     """
-    metric, _ = parse_quality(config.quality.metric or DEFAULT_METRIC)
-    return TASKS[metric](imported, config.model)
+    metric, limit = parse_quality(config.quality.metric or DEFAULT_METRIC)
+    return TASKS[metric](imported, config.model, limit)
 
 
-def _require_trained_encoder(imported: ImportedModel) -> None:
+def _stsb(imported: ImportedModel, keys: ModelKeys, limit: int | None) -> BudgetTasks:
+    _require_trained(imported, "stsb")
+    batch, seq = imported.inputs[0].shape
+    free = _free_form(keys)
+    size = batch if free is None else FREE_BATCH
+    search, held_out = (
+        replace(task, batch=size, fixed=free is None)
+        for task in (_part("stsb", imported, limit, True), _part("stsb", imported, limit, False))
+    )
+    # Absent data is a reason to refuse before anything is done.
+    for task in (search, held_out):
+        _ = task.source
+    encode([""], seq)
+    return BudgetTasks(search, held_out, replace(held_out, batch=batch, fixed=True), free)
+
+
+def _plugin(metric: str) -> Find:
+    """Return what finds both parts of a task in the shape that the model was imported with."""
+
+    def find(imported: ImportedModel, keys: ModelKeys, limit: int | None) -> BudgetTasks:
+        _require_trained(imported, metric)
+        search, held_out = (_part(metric, imported, limit, part) for part in (True, False))
+        for task in (search, held_out):
+            _ = task.source
+        return BudgetTasks(search, held_out, held_out)
+
+    return find
+
+
+def _part(metric: str, imported: ImportedModel, limit: int | None, search: bool) -> Any:
+    text = metric if limit is None else f"{metric}:{limit}"
+    return make_task(text, imported.inputs, search=search)
+
+
+# Name of the metric -> (model, its configuration, number of samples) -> data.
+TASKS: dict[str, Find] = {
+    "stsb": _stsb,
+    **{metric: _plugin(metric) for metric in ("sst2", "bytes", "wikitext")},
+}
+
+
+def _require_trained(imported: ImportedModel, metric: str) -> None:
     why = ""
-    if not reads_text(imported):
+    if metric in ENCODER_METRICS and not reads_text(imported):
         why = "it does not read BERT-uncased tokens"
     elif {p.key: p.value for p in imported.model.metadata_props}.get("weights") == "random":
         why = "its weights are random"
     if why:
         raise ConfigError(
-            f"quality.budget: {imported.name} has no task that tells its quality: {why}",
-            "only sentence encoders such as minilm can be searched; give rates instead",
+            f"quality.budget: {imported.name} has no quality that {metric} tells: {why}",
+            f"quality.metric names another task: {', '.join(TASKS)}; or give rates instead",
         )
 
 

@@ -26,7 +26,7 @@ def calibrate(
     mod : tvm.IRModule
         The model; left untouched.
     requests : Mapping[str, Statistic]
-        Matmul binding name -> ``"moment"``, ``"gram"``, ``"activation"`` or
+        Matmul binding name -> ``"moment"``, ``"gram"``, ``"gram-halves"``, ``"activation"`` or
         ``"activation+gram"``.
     batches : Sequence[Mapping[str, numpy.ndarray]]
         Calibration inputs by name.
@@ -36,17 +36,22 @@ def calibrate(
     Returns
     -------
     dict
-        By binding name: float64 [K] (moment) or [K, K] (gram), divided by the number of calls;
-        or `icd_tvm.adapters.activation_statistics.ActivationStatistics` of all tokens.
+        By binding name: float64 [K] (moment), [K, K] (gram) or [2, K, K] (gram-halves: of the
+        batches with even numbers, and of the others), divided by the number of calls; or
+        `icd_tvm.adapters.activation_statistics.ActivationStatistics` of all tokens.
     """
     if not requests:
         return {}
     runner = build(apply_pass(CollectActivationStats(requests), mod), target)
     totals: dict[str, Any] = {}
-    for feeds in batches:
+    for number, feeds in enumerate(batches):
         statistics = runner.run_all(feeds)[-len(requests) :]
         for (name, kind), found in zip(requests.items(), statistics, strict=True):
-            totals[name] = _added(totals.get(name), found, kind)
+            if kind == "gram-halves":
+                total = totals.setdefault(name, np.zeros((2, *found.shape)))
+                total[number % 2] += found
+            else:
+                totals[name] = _added(totals.get(name), found, kind)
     return {
         name: totals[name] if kind.startswith("activation") else totals[name] / len(batches)
         for name, kind in requests.items()

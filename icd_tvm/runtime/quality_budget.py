@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 
 from icd_tvm._tvm import apply_pass
-from icd_tvm.measure.quality import agreement
+from icd_tvm.measure.quality_compare import agreement_of
 from icd_tvm.measure.quality_task import QualityTask, Run, TaskScore
 from icd_tvm.models.importer import ImportedModel
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, Rules
@@ -90,6 +90,7 @@ def search_strengths(
     strengths.drop_failing()
     names = strengths.names
     runner = CandidateModel(imported.model if model is None else model, names).runner
+    calibration, held_out = (_fitted(task, runner({})) for task in (calibration, held_out))
     search = _Search(strengths, budget, runner)
     path = search.greedy(calibration, search.profile(calibration))
     passed = search.held_out(held_out, path)
@@ -100,7 +101,8 @@ def search_strengths(
             seed=seed,
         )
         compiled = _compiled(imported, apply_pass(rewritten, imported.mod), target)
-        passed = search.final(final or held_out, passed, compiled)
+        last = held_out if final is None else _fitted(final, runner({}))
+        passed = search.final(last, passed, compiled)
     return search.result(passed)
 
 
@@ -219,11 +221,17 @@ class _Search:
         self, stage: str, rates: Mapping[str, float], score: TaskScore, dense: TaskScore
     ) -> Candidate:
         delta = score.points - dense.points
-        cosine = agreement(dense.outputs, score.outputs).cosine_mean
-        fits = abs(delta) <= self.budget.points and cosine >= self.budget.agreement
+        agreed = agreement_of(dense, score)
+        fits = abs(delta) <= self.budget.points and agreed >= self.budget.agreement
         removed = self.strengths.removed(rates)
-        self.candidates.append(Candidate(stage, dict(rates), removed, delta, cosine, fits))
+        self.candidates.append(Candidate(stage, dict(rates), removed, delta, agreed, fits))
         return self.candidates[-1]
+
+
+def _fitted(task: QualityTask, dense: Run) -> QualityTask:
+    """Return the task with what it learns from the dense model, where it learns anything."""
+    fit = getattr(task, "fitted", None)
+    return task if fit is None else cast(QualityTask, fit(dense))
 
 
 def _compiled(imported: ImportedModel, mod: Any, target: Any) -> Run:

@@ -28,7 +28,15 @@ def total(site: Site) -> None:
         site.count("a product over the axis", *reduced)
 
 
-@rule("mean", "max", "min", "variance", "std")
+@rule("max", "min")
+def extreme(site: Site) -> None:
+    """A removed zero changes the result, unless zero is put into the range afterwards."""
+    reduced = _reduce(site)
+    if not site.with_zero:
+        site.count(f"{site.call.op.name[6:]} over the axis", *reduced)
+
+
+@rule("mean", "variance", "std")
 def statistic(site: Site) -> None:
     """As a sum, but a removed zero would change the result."""
     site.count(f"{site.call.op.name[6:]} over the axis", *_reduce(site))

@@ -44,6 +44,8 @@ class Site:
     out : Value
     indexed : dict of int to Dim
         Argument position of a constant index tensor -> the axis its values point into.
+    with_zero : bool
+        Everything that reads the result takes its maximum, or its minimum, with zero.
     """
 
     dims: DimTable
@@ -51,6 +53,7 @@ class Site:
     args: list[Value]
     out: Value
     indexed: dict[int, Dim] = field(default_factory=dict)
+    with_zero: bool = False
 
     def tensor(self, position: int) -> Tensor:
         """Return a tensor argument of known rank."""

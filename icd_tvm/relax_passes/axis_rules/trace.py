@@ -19,6 +19,7 @@ from icd_tvm.relax_passes.axis_rules.site import (
     fresh_value,
     value_axes,
 )
+from icd_tvm.relax_passes.zero_ranges import ranges_with_zero
 
 
 class Use(NamedTuple):
@@ -58,6 +59,7 @@ class Trace:
     params: list[tuple[Var, Literal["value", "param"], Value]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     env: dict[Var, Value] = field(default_factory=dict)
+    with_zero: set[Var] = field(default_factory=set)
 
 
 def trace(func: Any, opaque_states: Sequence[tuple[str, str]], keep_outputs: bool) -> Trace:
@@ -71,7 +73,7 @@ def trace(func: Any, opaque_states: Sequence[tuple[str, str]], keep_outputs: boo
     keep_outputs : bool
         False leaves the outputs unpinned.
     """
-    found = Trace()
+    found = Trace(with_zero=ranges_with_zero(func))
     states = state_places(func, opaque_states)
     _enter_params(found, func, {name for name, _ in states})
     for block in func.body.blocks:
@@ -191,7 +193,7 @@ def _step(found: Trace, binding: Any) -> None:
     if isinstance(value, Call):
         args = [_read(found, arg, var, (i,), uses) for i, arg in enumerate(value.args)]
         out = fresh_value(found.dims, var.ty)
-        site = Site(found.dims, value, args, out)
+        site = Site(found.dims, value, args, out, with_zero=var in found.with_zero)
         _apply(site)
         uses = [_with_index(use, site) for use in uses]
     else:
