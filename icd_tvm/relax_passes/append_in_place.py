@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
+from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.cache_append import CacheAppend, find_appends
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
@@ -33,10 +34,6 @@ class AppendInPlace:
     refusals : dict of str to str
         States that are not -> the reason.
 
-    Raises
-    ------
-    TransformError
-        A state names no input or output.
     """
 
     def __init__(self, opaque_states: Sequence[tuple[str, str]] | None = None) -> None:
@@ -52,7 +49,12 @@ class AppendInPlace:
         if not states:
             return mod
         func = mod["main"]
-        found, self.refusals = find_appends(func, states)
+        try:
+            found, self.refusals = find_appends(func, states)
+        except TransformError as error:
+            # A module that shows more outputs, to capture activations, keeps its cache whole.
+            self.refusals = {name: error.message for name, _ in states}
+            return mod
         self.appended = list(found)
         rewriter = _Rewriter(mod, list(found.values()), Dataflow(func))
         new = rewriter.visit_expr(func)

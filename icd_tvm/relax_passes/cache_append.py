@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import Call, Op, relax
+from icd_tvm._tvm import relax
 from icd_tvm.relax_passes.attention_match import Refused, need, require
 from icd_tvm.relax_passes.axis_rules.trace import state_places
-from icd_tvm.relax_passes.relax_graph import Dataflow, constant_array, operands, static_shape
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    constant_array,
+    is_call,
+    operands,
+    static_shape,
+)
 
 _RANK = 4
 _SLOTS = -2
+_RESHAPES = ("relax.reshape", "relax.expand_dims", "relax.squeeze")
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,8 @@ def _length(flow: Dataflow, mark: Any, slots: int) -> Any:
 
 def _through_reshapes(flow: Dataflow, expr: Any) -> Any:
     while True:
-        value = flow.values.get(expr)
-        name = value.op.name if isinstance(value, Call) and isinstance(value.op, Op) else ""
-        if name not in ("relax.reshape", "relax.expand_dims", "relax.squeeze"):
-            return _unaliased(flow, expr)
+        expr = _unaliased(flow, expr)
+        value: Any = flow.values.get(expr)
+        if not any(is_call(value, op) for op in _RESHAPES):
+            return expr
         expr = value.args[0]

@@ -43,6 +43,8 @@ class DecodeShape:
         Rows of the cache, and channels of a head.
     scale : float
         Factor on the scores, before the mask is added.
+    dtype : {"float32", "int8"}
+        Of keys and values; int8 codes have one float32 scale for every row.
     """
 
     batch: int
@@ -51,6 +53,7 @@ class DecodeShape:
     slots: int
     head_dim: int
     scale: float
+    dtype: str = "float32"
 
 
 def decode_lanes(head_dim: int, target: Any) -> int | None:
@@ -78,13 +81,15 @@ def decode_attention(shape: DecodeShape, target: Any) -> Any:
     Returns
     -------
     PrimFunc
-        ``(Q: f32[batch, kv_heads * share, 1, head_dim], K: f32[batch, kv_heads, slots, head_dim],
-        V: the same, mask: f32[slots], Y: like Q)``, scheduled.
+        ``(Q: f32[batch, kv_heads * share, 1, head_dim], K: dtype[batch, kv_heads, slots, head_dim],
+        V: the same, mask: f32[slots], Y: like Q)``, scheduled. For codes their scales
+        f32[batch, kv_heads, slots, 1] of keys and of values follow V: a row's scale is a factor of
+        its score or weight, so codes are only widened, in registers.
 
     Raises
     ------
     ShapeError
-        A size is less than one, or head_dim is no multiple of 4.
+        A size is less than one, head_dim is no multiple of 4, or the dtype is unknown.
 
     Notes
     -----
@@ -130,10 +135,11 @@ def _build(plan: _Plan) -> Any:
         T.func_name("decode_attention")
         T.func_attr({"tirx.noalias": True})
         q = T.arg("Q", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
-        k, v = (
-            T.arg(name, T.Buffer((s.batch, s.kv_heads, s.slots, s.head_dim), "float32"))
-            for name in "KV"
-        )
+        rows = (s.batch, s.kv_heads, s.slots)
+        k, v = (_Rows(T.arg(name, T.Buffer((*rows, s.head_dim), s.dtype))) for name in "KV")
+        if s.dtype == "int8":
+            for name, own in (("K_scale", k), ("V_scale", v)):
+                own.scale = T.arg(name, T.Buffer((*rows, 1), "float32"))
         mask = T.arg("mask", T.Buffer((s.slots,), "float32"))
         y = T.arg("Y", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
         runs = _Runs(plan) if plan.pieces > 1 else None
@@ -141,11 +147,25 @@ def _build(plan: _Plan) -> Any:
             run = _Run(plan, task)
             run.scores(q, k, mask)
             run.normalise()
+            run.weigh(v)
             run.values(v, runs or _Whole(plan, y))
         if runs is not None:
             with T.serial(s.batch * heads) as head, T.sblock("join"):
                 runs.join(y, head)
     return builder.get()
+
+
+class _Rows:
+    """Keys or values: numbers, or codes with a scale for every row."""
+
+    def __init__(self, data: Any, scale: Any = None) -> None:
+        self.data, self.scale = data, scale
+
+    def at(self, *index: Any) -> Any:
+        """Return the numbers or codes at an index, as float32."""
+        found = self.data[index]
+        lanes = found.ty.dtype.lanes if self.scale is not None else 0
+        return found.astype("float32" if lanes == 1 else f"float32x{lanes}") if lanes else found
 
 
 class _Run:
@@ -160,11 +180,12 @@ class _Run:
         self.score = _local(plan.shape.share, plan.width)
         self.partial = _local(plan.lanes)
         self.peak = _local(plan.shape.share)
+        self.total = _local(plan.shape.share)
 
     def _row(self, slot: Any) -> Any:
         return T.min(slot, self.plan.shape.slots - 1) if self.plan.ragged else slot
 
-    def scores(self, q: Any, k: Any, mask: Any) -> None:
+    def scores(self, q: Any, k: _Rows, mask: Any) -> None:
         """Fill the scratch rows with scaled and masked scores; slots past the end get -inf."""
         plan, s = self.plan, self.plan.shape
         lanes = plan.lanes
@@ -180,7 +201,7 @@ class _Run:
                 total = None
                 for chunk in range(plan.chunks):
                     at = T.ramp(chunk * lanes, 1, lanes)
-                    term = q[self.batch, query, 0, at] * k[self.batch, self.head, row, at]
+                    term = q[self.batch, query, 0, at] * k.at(self.batch, self.head, row, at)
                     total = term if total is None else total + term
                 return total
 
@@ -190,21 +211,24 @@ class _Run:
 
             # Row j holds the lane sums of slot j: the rows of the transpose add up to the scores.
             emit_transpose(lanes, product, add)
-            self._finish(acc, mask, block, r)
+            self._finish(acc, k, mask, block, r)
 
-    def _finish(self, acc: Any, mask: Any, block: Any, r: Any) -> None:
+    def _finish(self, acc: Any, k: _Rows, mask: Any, block: Any, r: Any) -> None:
         plan = self.plan
         start = self.first + block * plan.lanes
         with T.vectorized(plan.lanes) as x:
-            bias = mask[self._row(start + x)]
-            score = acc[x] * _f32(plan.shape.scale) + bias
+            row = self._row(start + x)
+            score = acc[x] * _f32(plan.shape.scale)
+            if k.scale is not None:
+                score = score * k.scale[self.batch, self.head, row, 0]
+            score = score + mask[row]
             if plan.ragged:
                 inside = start + x < plan.shape.slots
                 score = T.Select(inside, score, _f32(float("-inf")))
             T.buffer_store(self.score, score, [r, block * plan.lanes + x])
 
     def normalise(self) -> None:
-        """Replace every scratch row by its exponentials; keep its peak."""
+        """Replace every scratch row by its exponentials; keep its peak and its sum."""
         plan = self.plan
         with T.serial(plan.shape.share) as r:
             peak = self._reduce(T.max, r)
@@ -214,6 +238,18 @@ class _Run:
                 at = c * plan.lanes + x
                 value = vector_math.exp(self.score[r, at] - self.peak[r])
                 T.buffer_store(self.score, value, [r, at])
+            T.buffer_store(self.total, self._reduce(operator.add, r), [r])
+
+    def weigh(self, v: _Rows) -> None:
+        """Multiply the exponentials by the scales of the values that they will weigh."""
+        if v.scale is None:
+            return
+        plan = self.plan
+        blocks = plan.width // plan.lanes
+        with T.grid(plan.shape.share, blocks) as (r, c), T.vectorized(plan.lanes) as x:
+            at = c * plan.lanes + x
+            scale = v.scale[self.batch, self.head, self._row(self.first + at), 0]
+            T.buffer_store(self.score, self.score[r, at] * scale, [r, at])
 
     def _reduce(self, combine: Combine, r: Any) -> Any:
         plan = self.plan
@@ -221,7 +257,7 @@ class _Run:
             self.partial, plan.lanes, plan.width, combine, lambda at: self.score[r, at]
         )
 
-    def values(self, v: Any, out: Any) -> None:
+    def values(self, v: _Rows, out: Any) -> None:
         """Sum the value rows by their weights, and hand peak, sum and rows to ``out``."""
         plan, s = self.plan, self.plan.shape
         vectors = _panel(s.share, plan.chunks)
@@ -233,12 +269,11 @@ class _Run:
             with T.serial(plan.width) as j:
                 row = self._row(self.first + j)
                 with _tile(s.share, vectors, plan.lanes) as (r, at):
-                    value = v[self.batch, self.head, row, start + at]
+                    value = v.at(self.batch, self.head, row, start + at)
                     T.buffer_store(acc, acc[r, at] + self.score[r, j] * value, [r, at])
             with T.serial(s.share) as r:
-                total = self._reduce(operator.add, r)
                 query = self.head * s.share + r
-                out.store(self, query, r, total, start, vectors, acc)
+                out.store(self, query, r, start, vectors, acc)
 
 
 class _Whole:
@@ -247,13 +282,11 @@ class _Whole:
     def __init__(self, plan: _Plan, y: Any) -> None:
         self.plan, self.y = plan, y
 
-    def store(
-        self, run: _Run, query: Any, r: Any, total: Any, start: Any, vectors: int, acc: Any
-    ) -> None:
+    def store(self, run: _Run, query: Any, r: Any, start: Any, vectors: int, acc: Any) -> None:
         lanes = self.plan.lanes
         with T.serial(vectors) as c, T.vectorized(lanes) as x:
             at = c * lanes + x
-            T.buffer_store(self.y, acc[r, at] / total, [run.batch, query, 0, start + at])
+            T.buffer_store(self.y, acc[r, at] / run.total[r], [run.batch, query, 0, start + at])
 
 
 class _Runs:
@@ -266,14 +299,12 @@ class _Runs:
         self.peaks = T.sblock_alloc_buffer((heads, plan.pieces), "float32")
         self.totals = T.sblock_alloc_buffer((heads, plan.pieces), "float32")
 
-    def store(
-        self, run: _Run, query: Any, r: Any, total: Any, start: Any, vectors: int, acc: Any
-    ) -> None:
+    def store(self, run: _Run, query: Any, r: Any, start: Any, vectors: int, acc: Any) -> None:
         plan = self.plan
         head = run.batch * plan.shape.kv_heads * plan.shape.share + query
         piece = run.task % plan.pieces
         T.buffer_store(self.peaks, run.peak[r], [head, piece])
-        T.buffer_store(self.totals, total, [head, piece])
+        T.buffer_store(self.totals, run.total[r], [head, piece])
         with T.serial(vectors) as c, T.vectorized(plan.lanes) as x:
             at = c * plan.lanes + x
             T.buffer_store(self.sums, acc[r, at], [head, piece, start + at])
@@ -329,6 +360,8 @@ def _checked_lanes(shape: DecodeShape, target: Any) -> int:
     sizes = (shape.batch, shape.kv_heads, shape.share, shape.slots, shape.head_dim)
     if min(sizes) < 1:
         raise ShapeError(f"decode attention sizes must be at least 1: {sizes}", "check the model")
+    if shape.dtype not in ("float32", "int8"):
+        raise ShapeError(f"decode attention over a cache of {shape.dtype}", "float32 or int8")
     lanes = decode_lanes(shape.head_dim, target)
     if lanes is None:
         raise ShapeError(
