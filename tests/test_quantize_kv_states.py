@@ -21,7 +21,6 @@ from test_apply_kv_compress import (
     compress,
     filled,
     masked_past,
-    run_steps,
     step,
     whole,
 )
@@ -244,12 +243,3 @@ def test_requests_of_a_dtype() -> None:
 def test_bad_requests(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_kv(text)
-
-
-def test_run_steps_of_a_whole_cache_is_what_codes_are_compared_with() -> None:
-    """The codes' steps stay near the steps of the float32 cache."""
-    run = whole()
-    after, passed = compress(step(), INT8)
-    got = coded_steps(after, passed.compact(filled(run), LENGTH).arrays, LENGTH)
-    want = run_steps(step(), filled(run), LENGTH)
-    assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()

@@ -128,7 +128,7 @@ def verify(job: Job) -> None:
                     f"arm {name} differs by {gap.max_rel:.1e} relative, more than {allowed:.1e}",
                     result.tolerance.reason,
                 )
-    if "bytes_after" in result.transform.get("kv", {}):
+    if "slots" in result.transform.get("kv", {}):
         _note_loss(job)
     result.verified = [name for name, gap in found.items() if gap.within(allowed)]
 
