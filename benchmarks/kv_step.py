@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 
 from icd_tvm._tvm import relax
+from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
@@ -41,16 +42,22 @@ from icd_tvm.models.smollm2 import (
     smollm2_tokenizer,
 )
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
-from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
+from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags, opaque_states
 from icd_tvm.runtime.build import Built, build
 from icd_tvm.tir_schedules.target import host_target
 
 STATES = cache_states(SMOLLM2)
 DROPS = (0.3, 0.5)
+CHECKED = (*((drop, None) for drop in DROPS), (0.0, "int8"), (0.3, "int8"))
 CACHE_KERNELS = ("decode_attention", "where", "append_row", "round_cast", "tir_abs_max")
 
 
 # -- verify
+
+
+def stored_rows(rows: np.ndarray) -> np.ndarray:
+    """Return rows as the int8 step reads them."""
+    return dequantize_rows(*quantize_rows(rows))
 
 
 def cache_inputs(run: DecoderRun, slots: int) -> dict[str, np.ndarray]:
@@ -64,7 +71,12 @@ def cache_inputs(run: DecoderRun, slots: int) -> dict[str, np.ndarray]:
 
 
 def run_steps(
-    built: Built, ids: np.ndarray, cache: dict[str, np.ndarray], slot: int, start: int
+    built: Built,
+    states: list[str],
+    ids: np.ndarray,
+    cache: dict[str, np.ndarray],
+    slot: int,
+    start: int,
 ) -> np.ndarray:
     """Feed tokens one by one, the cache fed back; return their logits."""
     logits = []
@@ -75,8 +87,8 @@ def run_steps(
             "cache_length": np.array([slot + offset]),
             **cache,
         }
-        out, *states = built.run_all(feeds)
-        cache = dict(zip((past for past, _ in STATES), states, strict=True))
+        out, *new = built.run_all(feeds)
+        cache = dict(zip(states, new, strict=True))
         logits.append(out[0, 0])
     return np.stack(logits)
 
@@ -91,23 +103,27 @@ def verify(context: int, tokens: int, block: int) -> Iterator[dict[str, Any]]:
     slots = context + tokens
     mass = whole.attention.sum(axis=2)
     mod = import_onnx(build_decoder_step(SMOLLM2, weights, slots, trained=True)).mod
-    for drop in DROPS:
-        spec = KVSpec(drop, block=block, score="attention_mass")
+    for drop, dtype in CHECKED:
+        spec = KVSpec(drop, block=block, score="attention_mass", dtype=dtype)
         passed = ApplyKVCompress(
             spec, cache_inputs(whole, slots), length=context, attention=mass, opaque_states=STATES
         )
-        built = build(passed(mod), host_target(1))
+        after = passed(mod)
+        built = build(after, host_target(1))
         small = passed.compacted
         assert small is not None
-        got = run_steps(built, ids[context:], small.arrays, small.length, context)
+        names = [past for past, _ in (opaque_states(after) or STATES)]
+        got = run_steps(built, names, ids[context:], small.arrays, small.length, context)
         index = small.positions[..., None]
-        past = (
-            np.take_along_axis(whole.keys, index, 2),
-            np.take_along_axis(whole.values, index, 2),
-        )
-        want = run_decoder(SMOLLM2, weights, ids[context:], past=past, start=context).logits
+        past = tuple(np.take_along_axis(rows, index, 2) for rows in (whole.keys, whole.values))
+        stored = {"stored": stored_rows} if dtype else {}
+        past = tuple(map(stored_rows, past)) if dtype else past
+        want = run_decoder(
+            SMOLLM2, weights, ids[context:], past=past, start=context, **stored
+        ).logits
         yield {
             "drop": drop,
+            "dtype": dtype,
             "context": context,
             "tokens": tokens,
             "block": block,

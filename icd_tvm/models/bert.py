@@ -157,7 +157,7 @@ def build_bert(
     mask = graph.attention_bias()
     for index in range(config.layers):
         hidden = graph.layer(index, hidden, mask)
-    outputs = {"last_hidden_state": (batch, seq, config.hidden)}
+    outputs: dict[str, tuple[Size, ...]] = {"last_hidden_state": (batch, seq, config.hidden)}
     if pooled:
         graph.pool(hidden)
         outputs = {"sentence_embedding": (batch, config.hidden)}
