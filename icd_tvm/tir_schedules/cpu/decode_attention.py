@@ -15,9 +15,9 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.decode_join import JoinedRuns, WholeCache, f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
@@ -142,13 +142,13 @@ def _build(plan: _Plan) -> Any:
                 own.scale = T.arg(name, T.Buffer((*rows, 1), "float32"))
         mask = T.arg("mask", T.Buffer((s.slots,), "float32"))
         y = T.arg("Y", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
-        runs = _Runs(plan) if plan.pieces > 1 else None
+        runs = JoinedRuns(plan) if plan.pieces > 1 else None
         with T.parallel(plan.tasks) as task, T.sblock("run"):
             run = _Run(plan, task)
             run.scores(q, k, mask)
             run.normalise()
             run.weigh(v)
-            run.values(v, runs or _Whole(plan, y))
+            run.values(v, runs or WholeCache(plan, y))
         if runs is not None:
             with T.serial(s.batch * heads) as head, T.sblock("join"):
                 runs.join(y, head)
@@ -177,10 +177,10 @@ class _Run:
         self.batch = task // (plan.shape.kv_heads * plan.pieces)
         self.head = task // plan.pieces % plan.shape.kv_heads
         self.first = task % plan.pieces * plan.width
-        self.score = _local(plan.shape.share, plan.width)
-        self.partial = _local(plan.lanes)
-        self.peak = _local(plan.shape.share)
-        self.total = _local(plan.shape.share)
+        self.score = local(plan.shape.share, plan.width)
+        self.partial = local(plan.lanes)
+        self.peak = local(plan.shape.share)
+        self.total = local(plan.shape.share)
 
     def _row(self, slot: Any) -> Any:
         return T.min(slot, self.plan.shape.slots - 1) if self.plan.ragged else slot
@@ -192,9 +192,9 @@ class _Run:
         with T.serial(plan.width // lanes) as block, T.serial(s.share) as r:
             start = self.first + block * lanes
             query = self.head * s.share + r
-            acc = _local(lanes)
+            acc = local(lanes)
             with T.vectorized(lanes) as x:
-                T.buffer_store(acc, _f32(0.0), [x])
+                T.buffer_store(acc, f32(0.0), [x])
 
             def product(j: int, start: Any = start, query: Any = query) -> Any:
                 row = self._row(start + j)
@@ -218,13 +218,13 @@ class _Run:
         start = self.first + block * plan.lanes
         with T.vectorized(plan.lanes) as x:
             row = self._row(start + x)
-            score = acc[x] * _f32(plan.shape.scale)
+            score = acc[x] * f32(plan.shape.scale)
             if k.scale is not None:
                 score = score * k.scale[self.batch, self.head, row, 0]
             score = score + mask[row]
             if plan.ragged:
                 inside = start + x < plan.shape.slots
-                score = T.Select(inside, score, _f32(float("-inf")))
+                score = T.Select(inside, score, f32(float("-inf")))
             T.buffer_store(self.score, score, [r, block * plan.lanes + x])
 
     def normalise(self) -> None:
@@ -233,7 +233,7 @@ class _Run:
         with T.serial(plan.shape.share) as r:
             peak = self._reduce(T.max, r)
             # A run whose slots are all masked with -inf must not subtract -inf from itself.
-            T.buffer_store(self.peak, T.max(peak, _f32(_LOWEST)), [r])
+            T.buffer_store(self.peak, T.max(peak, f32(_LOWEST)), [r])
             with T.serial(plan.width // plan.lanes) as c, T.vectorized(plan.lanes) as x:
                 at = c * plan.lanes + x
                 value = vector_math.exp(self.score[r, at] - self.peak[r])
@@ -262,10 +262,10 @@ class _Run:
         plan, s = self.plan, self.plan.shape
         vectors = _panel(s.share, plan.chunks)
         with T.serial(plan.chunks // vectors) as panel, T.sblock("values"):
-            acc = _local(s.share, vectors * plan.lanes)
+            acc = local(s.share, vectors * plan.lanes)
             start = panel * vectors * plan.lanes
             with _tile(s.share, vectors, plan.lanes) as (r, at):
-                T.buffer_store(acc, _f32(0.0), [r, at])
+                T.buffer_store(acc, f32(0.0), [r, at])
             with T.serial(plan.width) as j:
                 row = self._row(self.first + j)
                 with _tile(s.share, vectors, plan.lanes) as (r, at):
@@ -276,84 +276,16 @@ class _Run:
                 out.store(self, query, r, start, vectors, acc)
 
 
-class _Whole:
-    """Takes the result of a task that saw all slots."""
-
-    def __init__(self, plan: _Plan, y: Any) -> None:
-        self.plan, self.y = plan, y
-
-    def store(self, run: _Run, query: Any, r: Any, start: Any, vectors: int, acc: Any) -> None:
-        lanes = self.plan.lanes
-        with T.serial(vectors) as c, T.vectorized(lanes) as x:
-            at = c * lanes + x
-            T.buffer_store(self.y, acc[r, at] / run.total[r], [run.batch, query, 0, start + at])
-
-
-class _Runs:
-    """Takes the results of tasks that saw some slots each, and joins them."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self.plan = plan
-        heads = plan.shape.batch * plan.shape.kv_heads * plan.shape.share
-        self.sums = T.sblock_alloc_buffer((heads, plan.pieces, plan.shape.head_dim), "float32")
-        self.peaks = T.sblock_alloc_buffer((heads, plan.pieces), "float32")
-        self.totals = T.sblock_alloc_buffer((heads, plan.pieces), "float32")
-
-    def store(self, run: _Run, query: Any, r: Any, start: Any, vectors: int, acc: Any) -> None:
-        plan = self.plan
-        head = run.batch * plan.shape.kv_heads * plan.shape.share + query
-        piece = run.task % plan.pieces
-        T.buffer_store(self.peaks, run.peak[r], [head, piece])
-        T.buffer_store(self.totals, run.total[r], [head, piece])
-        with T.serial(vectors) as c, T.vectorized(plan.lanes) as x:
-            at = c * plan.lanes + x
-            T.buffer_store(self.sums, acc[r, at], [head, piece, start + at])
-
-    def join(self, y: Any, head: Any) -> None:
-        """Write one head's result: runs weighted by the exponential of their peaks."""
-        plan = self.plan
-        heads = plan.shape.kv_heads * plan.shape.share
-        peak, total, weight = _local(1), _local(1), _local(1)
-        acc = _local(plan.shape.head_dim)
-        T.buffer_store(peak, self.peaks[head, 0], [0])
-        with T.serial(plan.pieces - 1) as p:
-            T.buffer_store(peak, T.max(peak[0], self.peaks[head, p + 1]), [0])
-        T.buffer_store(total, _f32(0.0), [0])
-        with _row(plan) as at:
-            T.buffer_store(acc, _f32(0.0), [at])
-        with T.serial(plan.pieces) as p:
-            T.buffer_store(weight, vector_math.exp(self.peaks[head, p] - peak[0]), [0])
-            T.buffer_store(total, total[0] + weight[0] * self.totals[head, p], [0])
-            with _row(plan) as at:
-                T.buffer_store(acc, acc[at] + weight[0] * self.sums[head, p, at], [at])
-        with _row(plan) as at:
-            T.buffer_store(y, acc[at] / total[0], [head // heads, head % heads, 0, at])
-
-
 @contextlib.contextmanager
 def _tile(rows: int, vectors: int, lanes: int) -> Iterator[tuple[Any, Any]]:
     with T.unroll(rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
         yield r, c * lanes + x
 
 
-@contextlib.contextmanager
-def _row(plan: _Plan) -> Iterator[Any]:
-    with T.serial(plan.chunks) as c, T.vectorized(plan.lanes) as x:
-        yield c * plan.lanes + x
-
-
 def _panel(share: int, chunks: int) -> int:
     """Return how many vectors of a value row are summed at once: a divisor of ``chunks``."""
     fits = [n for n in range(1, chunks + 1) if chunks % n == 0 and share * n <= _ACCUMULATORS]
     return max(fits, default=1)
-
-
-def _local(*shape: int) -> Any:
-    return T.sblock_alloc_buffer(shape, "float32", scope="local")
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)
 
 
 def _checked_lanes(shape: DecodeShape, target: Any) -> int:
