@@ -11,6 +11,8 @@ from kv_models import DIM, KV, SLOTS, STATES, appending_step, attended, feeds
 
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.errors import ShapeError
+from icd_tvm.measure.cache_model import model_caches
+from icd_tvm.measure.cache_sim import CacheLevel
 from icd_tvm.models.decoder import DECODER_MINI, cache_states
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.registry import build as build_model
@@ -112,6 +114,19 @@ def test_steps_with_the_state_fed_back_equal_onnx_runtime() -> None:
         np.testing.assert_allclose(got.numpy(), want, atol=2e-5)
     for past, array in theirs.items():
         np.testing.assert_allclose(own[past].numpy(), array, atol=2e-5)
+
+
+def test_the_cache_model_sees_one_row_written_where_the_cache_lies() -> None:
+    built = build(AttachLayoutTags(STATES)(appending_step()), host_target(1))
+    # Everything fits, so only cold misses count: 64-byte lines, rows of 32 bytes.
+    level = CacheLevel("L", 1 << 20, 16)
+    model = model_caches(built.lowered, host_target(1), feeds(), (level,), runs=1)
+    kernels = {k.kernel: k for k in model.kernels}
+    appended = kernels["append_row"]
+    assert appended.reason == ""
+    assert appended.levels[0].misses <= 2 * KV
+    cache_lines = KV * SLOTS * DIM * 4 // level.line_bytes
+    assert model.dram_bytes < 64 * (2 * cache_lines + 40)
 
 
 @pytest.mark.parametrize(
