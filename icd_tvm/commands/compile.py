@@ -18,7 +18,7 @@ HELP = {
     "--quality-budget the strongest rate to try",
     "quant": "quantisation of the weights, or none",
     "kv": "what is done to the KV cache of a decoder step, drop=0.3,block=128,dtype=int8; needs "
-    "--opaque-state",
+    "--opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
     "target": "host, x86-64-v3 or x86-64-v4",
     "threads": "worker threads (default: every core)",

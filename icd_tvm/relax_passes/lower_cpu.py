@@ -94,6 +94,8 @@ def build_cpu(
     ----------
     mod : IRModule
         Constants bound; matmuls may already be calls of our sparse kernels. Left untouched.
+        States that its layout tag declares opaque are written in place where the module only
+        appends to them (`AppendInPlace`): a caller that passes tensors gives them up.
     target, kernels, tune
         As for `cpu_pipeline`.
 
