@@ -15,13 +15,14 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from icd_tvm.adapters.kvcache import KVCache, apply_kvcache
+from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
+from icd_tvm.adapters.kvcache import KVCache, apply_kvcache, break_even_steps
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.quality_plugins import token_losses
 from icd_tvm.models.decoder import SMOLLM2
@@ -30,6 +31,8 @@ from icd_tvm.models.smollm2 import decoder_weights, smollm2_file, smollm2_tokeni
 
 # Queries at the end of the context whose attention a recent score sees.
 RECENT_QUERIES = 32
+# As ApplyKVCompress(dtype=int8) stores the cache, new tokens included; others quantise the context.
+STEP = "int8 step"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(drop, "key_norm", scope)
             yield Case(drop, "attention_mass", scope)
             yield Case(drop, "attention_mass", scope, queries=RECENT_QUERIES)
-    for dtype in ("int8", "fp8_e4m3"):
+    for dtype in ("int8", "fp8_e4m3", STEP):
         yield Case(0.0, "key_norm", dtype=dtype)
         yield Case(0.3, "attention_mass", dtype=dtype, queries=RECENT_QUERIES)
 
@@ -88,9 +91,18 @@ def reduce_cache(
     cache = KVCache(whole.keys[:, :, :context], whole.values[:, :, :context])
     small, meta = apply_kvcache(
         cache, block=block, drop=case.drop, score=case.score, scope=case.scope,
-        dtype=case.dtype, attention=attention,
+        dtype=None if case.dtype == STEP else case.dtype, attention=attention,
     )  # fmt: skip
-    return small.dequantized(), meta
+    if case.dtype != STEP:
+        return small.dequantized(), meta
+    ratio = (SMOLLM2.depth + 4) / (4 * SMOLLM2.depth)
+    meta["bytes_after"] = round(meta["bytes_after"] * ratio)
+    meta["copy"]["break_even_steps"] = break_even_steps(meta["density"], ratio)
+    return replace(small, keys=stored_rows(small.keys), values=stored_rows(small.values)), meta
+
+
+def stored_rows(rows: np.ndarray) -> np.ndarray:
+    return dequantize_rows(*quantize_rows(rows))
 
 
 def measure(
@@ -103,7 +115,8 @@ def measure(
     for case in chosen:
         small, meta = reduce_cache(whole, case, context, block)
         past = (small.keys, small.values)
-        run = run_decoder(SMOLLM2, weights, ids[context:], past=past, start=context)
+        stored = {"stored": stored_rows} if case.dtype == STEP else {}
+        run = run_decoder(SMOLLM2, weights, ids[context:], past=past, start=context, **stored)
         rows.append(
             {
                 "error": output_error(whole, small, context),
@@ -150,12 +163,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--block", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="30 %% and 50 %% on one window")
+    parser.add_argument("--only", default="", help="only the cases with this in their name")
     parser.add_argument("--out", type=Path, help="write the rows here as JSON")
     arguments = parser.parse_args()
     start = time.perf_counter()
     weights = decoder_weights(smollm2_file(), SMOLLM2)
     count = 1 if arguments.quick else arguments.windows
-    chosen = list(cases(arguments.quick))
+    chosen = [case for case in cases(arguments.quick) if arguments.only in case.name]
     baseline, found = [], []
     for ids in token_windows(smollm2_tokenizer(), count, arguments.context + arguments.tokens):
         base, rows = measure(weights, ids, chosen, arguments.context, arguments.block)

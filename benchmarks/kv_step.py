@@ -3,8 +3,9 @@
 "verify" compacts the real cache of a text, feeds the next tokens to the compiled module for the
 smaller cache and compares the logits with numpy attention over the kept tokens alone. "time" runs
 steps of every cache size interleaved, ONNX Runtime on the whole cache in a process of its own;
-the cached values do not matter there and are random. "kv ms" are the kernels that read or write
-the cache.
+the cached values do not matter there and are random. "copied" is the step on the whole cache that
+writes all of it anew, as the model says; every other arm appends in place. "kv ms" are the kernels
+that read or write the cache.
 
 Run: python benchmarks/kv_step.py [--slots 1024 4096 8192] [--drops 0.3 0.5] [--blocks 6]
      [--skip verify|time] [--out FILE]
@@ -25,6 +26,7 @@ import numpy as np
 import onnx
 
 from icd_tvm._tvm import relax
+from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
@@ -40,15 +42,22 @@ from icd_tvm.models.smollm2 import (
     smollm2_tokenizer,
 )
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
+from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags, opaque_states
 from icd_tvm.runtime.build import Built, build
 from icd_tvm.tir_schedules.target import host_target
 
 STATES = cache_states(SMOLLM2)
 DROPS = (0.3, 0.5)
-CACHE_KERNELS = ("decode_attention", "where")
+CHECKED = (*((drop, None) for drop in DROPS), (0.0, "int8"), (0.3, "int8"))
+CACHE_KERNELS = ("decode_attention", "where", "append_row", "round_cast", "tir_abs_max")
 
 
 # -- verify
+
+
+def stored_rows(rows: np.ndarray) -> np.ndarray:
+    """Return rows as the int8 step reads them."""
+    return dequantize_rows(*quantize_rows(rows))
 
 
 def cache_inputs(run: DecoderRun, slots: int) -> dict[str, np.ndarray]:
@@ -62,7 +71,12 @@ def cache_inputs(run: DecoderRun, slots: int) -> dict[str, np.ndarray]:
 
 
 def run_steps(
-    built: Built, ids: np.ndarray, cache: dict[str, np.ndarray], slot: int, start: int
+    built: Built,
+    states: list[str],
+    ids: np.ndarray,
+    cache: dict[str, np.ndarray],
+    slot: int,
+    start: int,
 ) -> np.ndarray:
     """Feed tokens one by one, the cache fed back; return their logits."""
     logits = []
@@ -73,8 +87,8 @@ def run_steps(
             "cache_length": np.array([slot + offset]),
             **cache,
         }
-        out, *states = built.run_all(feeds)
-        cache = dict(zip((past for past, _ in STATES), states, strict=True))
+        out, *new = built.run_all(feeds)
+        cache = dict(zip(states, new, strict=True))
         logits.append(out[0, 0])
     return np.stack(logits)
 
@@ -89,23 +103,27 @@ def verify(context: int, tokens: int, block: int) -> Iterator[dict[str, Any]]:
     slots = context + tokens
     mass = whole.attention.sum(axis=2)
     mod = import_onnx(build_decoder_step(SMOLLM2, weights, slots, trained=True)).mod
-    for drop in DROPS:
-        spec = KVSpec(drop, block=block, score="attention_mass")
+    for drop, dtype in CHECKED:
+        spec = KVSpec(drop, block=block, score="attention_mass", dtype=dtype)
         passed = ApplyKVCompress(
             spec, cache_inputs(whole, slots), length=context, attention=mass, opaque_states=STATES
         )
-        built = build(passed(mod), host_target(1))
+        after = passed(mod)
+        built = build(after, host_target(1))
         small = passed.compacted
         assert small is not None
-        got = run_steps(built, ids[context:], small.arrays, small.length, context)
+        names = [past for past, _ in (opaque_states(after) or STATES)]
+        got = run_steps(built, names, ids[context:], small.arrays, small.length, context)
         index = small.positions[..., None]
-        past = (
-            np.take_along_axis(whole.keys, index, 2),
-            np.take_along_axis(whole.values, index, 2),
-        )
-        want = run_decoder(SMOLLM2, weights, ids[context:], past=past, start=context).logits
+        past = tuple(np.take_along_axis(rows, index, 2) for rows in (whole.keys, whole.values))
+        stored = {"stored": stored_rows} if dtype else {}
+        past = tuple(map(stored_rows, past)) if dtype else past
+        want = run_decoder(
+            SMOLLM2, weights, ids[context:], past=past, start=context, **stored
+        ).logits
         yield {
             "drop": drop,
+            "dtype": dtype,
             "context": context,
             "tokens": tokens,
             "block": block,
@@ -138,13 +156,17 @@ def feeds(slots: int) -> dict[str, np.ndarray]:
 def arms(
     model: onnx.ModelProto, slots: int, drops: list[float], block: int
 ) -> dict[str, tuple[Built, int]]:
-    """Return the compiled step and its slots, on the whole cache and for every drop."""
+    """Return the compiled step and its slots, on the whole cache and for every request."""
     mod = import_onnx(model).mod
-    found = {"whole": (build(mod, host_target(1)), slots)}
-    for drop in drops:
-        passed = ApplyKVCompress(KVSpec(drop, block=block), opaque_states=STATES)
-        built = build(passed(mod), host_target(1))
-        found[f"drop {drop}"] = (built, passed.plan.slots)
+    found = {"copied": (build(mod, host_target(1)), slots)}
+    mod = AttachLayoutTags(STATES)(mod)
+    found["whole"] = (build(mod, host_target(1)), slots)
+    requests = [KVSpec(drop, block, dtype=dtype) for dtype in (None, "int8") for drop in drops]
+    for spec in [*requests, KVSpec(0.0, block, dtype="int8")]:
+        passed = ApplyKVCompress(spec)
+        name = f"drop {spec.drop}" if spec.drop else ""
+        name = f"{name} {spec.dtype or ''}".strip()
+        found[name] = (build(passed(mod), host_target(1)), passed.plan.slots)
     return found
 
 
@@ -180,7 +202,8 @@ def timing(slots: int, drops: list[float], blocks: int, repeats: int, block: int
         onnx.save(model, path)
         found = arms(model, slots, drops, block)
         del model
-        calls = {name: built.caller(feeds(size)) for name, (built, size) in found.items()}
+        # Every arm drops and quantises the whole cache by itself.
+        calls = {name: built.caller(feeds(slots)) for name, (built, _) in found.items()}
         with Peer("onnxruntime", path, feeds(slots), 1) as peer:
             got = built_logits(found["whole"][0], feeds(slots))
             error = float(np.abs(got - peer.outputs["logits"]).max())
@@ -198,7 +221,7 @@ def timing(slots: int, drops: list[float], blocks: int, repeats: int, block: int
         },
         "ratios": {
             f"{name}/{other}": dict(ratio(samples[name], samples[other]))
-            for other in ("whole", "onnxruntime")
+            for other in ("copied", "whole", "onnxruntime")
             for name in found
             if name != other
         },
@@ -211,7 +234,10 @@ def built_logits(built: Built, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def show(record: dict[str, Any]) -> None:
-    print(f"{record['rounds']} rounds, one thread")
+    print(
+        f"{record['rounds']} rounds, one thread, logits differ from ONNX Runtime by "
+        f"{record['logits_max_abs_difference_from_onnxruntime']:.1e}"
+    )
     for name, median in record["step_ms"].items():
         size = record["slots"].get(name, record["slots"]["whole"])
         kv = record["kv_min_ms"].get(name)
@@ -220,7 +246,7 @@ def show(record: dict[str, Any]) -> None:
         if name == "onnxruntime":
             vs = 1 / record["ratios"]["whole/onnxruntime"]["median"]
         print(
-            f"  {name:12s} {size:6d} slots  median {median:8.2f} ms  min "
+            f"  {name:14s} {size:6d} slots  median {median:8.2f} ms  min "
             f"{record['step_min_ms'][name]:8.2f} ms  {vs:6.3f} of whole{kv_text}"
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_model import tiny_onnx
 
+import icd_tvm
 from icd_tvm.cli import main
 from icd_tvm.errors import ConfigError
 from icd_tvm.measure.metrics import validate_metrics
@@ -90,6 +91,37 @@ def test_the_library_is_the_compacted_step(tmp_path: Path) -> None:
     assert library.stat().st_size > 0
     record = json.loads((out / "metrics.json").read_text())
     assert record["transform"]["kv"]["bytes_after"] < record["transform"]["kv"]["bytes_before"]
+
+
+def test_a_run_of_codes_is_loaded_as_it_was_built(tmp_path: Path) -> None:
+    """The library takes codes and scales of fewer slots, and its signature says so."""
+    config = {
+        "model": {
+            "name": "decoder-mini-step-random",
+            "seq": 24,
+            "opaque_states": {"past_*": "present_*"},
+        },
+        "transform": {"kv": f"{KV},dtype=int8"},
+        "measure": {"enabled": False},
+        "threads": 1,
+    }
+    path, out = tmp_path / "kv.json", tmp_path / "run"
+    path.write_text(json.dumps(config))
+    assert main(["run", "-c", str(path), "--out", str(out), "--quiet"]) == 0
+    record = json.loads((out / "metrics.json").read_text())
+    validate_metrics(record)
+    assert (record["flags"], record["failure"]) == ([], None)
+    assert record["equivalence"]["max_rel"] <= 1e-4
+    kv = record["transform"]["kv"]
+    assert kv["slots"] == {"before": 24, "after": 16, "room": 1}
+    assert kv["bytes_after"] * 24 * 32 == kv["bytes_before"] * 16 * 12
+    model = icd_tvm.load(out)
+    kinds = {info.name: (info.shape, info.dtype) for info in model.inputs}
+    assert kinds["past_key_0"] == ((1, 2, 16, 8), "int8")
+    assert kinds["past_key_0_scale"] == ((1, 2, 16, 1), "float32")
+    found = model({name: np.zeros(shape, dtype) for name, (shape, dtype) in kinds.items()})
+    assert [found[info.name].shape for info in model.outputs] == [i.shape for i in model.outputs]
+    assert found["present_value_1"].any()
 
 
 def test_sparsity_and_a_smaller_cache_together() -> None:

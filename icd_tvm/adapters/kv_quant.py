@@ -1,4 +1,8 @@
-"""8-bit storage of keys and values: one scale for every channel of every page."""
+"""8-bit storage of keys and values.
+
+Whole caches: one scale for every channel of every page. A decode step's own state: one scale for
+every token of every head, because a row must be stored without a look at its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,10 @@ DTYPES: tuple[KVDtype, ...] = ("int8", "fp8_e4m3")
 
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
+# A row of zeros, or one below float32's normal range, must not divide by zero.
+TINY = np.finfo(np.float32).tiny
+# The input with the scales of the codes in input NAME is NAME_scale.
+SCALE_SUFFIX = "_scale"
 
 
 def _e4m3_values() -> Array:
@@ -103,6 +111,30 @@ def dequantize_pages(codes: Array, scales: Array, block: int, dtype: KVDtype) ->
     """Invert :func:`quantize_pages`; float32, shape of ``codes``."""
     values = codes.astype(np.float32) if dtype == "int8" else decode_e4m3(codes)
     return np.asarray(values * _by_token(scales, block, codes.shape[-2]), dtype=np.float32)
+
+
+def quantize_rows(array: Array) -> tuple[Array, Array]:
+    """Quantise [..., tokens, head_dim] symmetrically to int8, every row by itself.
+
+    Parameters
+    ----------
+    array : float array, shape [..., tokens, head_dim]
+
+    Returns
+    -------
+    codes : int8 array, shape of ``array``
+    scales : float32 array, shape [..., tokens, 1]
+        ``max |row| / 127``; a number is off by at most half of it.
+    """
+    wide = array.astype(np.float32)
+    peak = np.abs(wide).max(axis=-1, keepdims=True)
+    scales = np.maximum(peak / np.float32(INT8_MAX), TINY)
+    return np.rint(wide / scales).astype(np.int8), scales
+
+
+def dequantize_rows(codes: Array, scales: Array) -> Array:
+    """Invert :func:`quantize_rows`; float32, shape of ``codes``."""
+    return np.asarray(codes.astype(np.float32) * scales)
 
 
 def _by_token(scales: Array, block: int, tokens: int) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from icd_tvm.adapters.arrays import Array, Index, require_finite, require_real
+from icd_tvm.adapters.kv_quant import SCALE_SUFFIX, dequantize_rows, quantize_rows
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.adapters.kvcache import KVCache, apply_kvcache
 from icd_tvm.adapters.units import kept_count
@@ -26,7 +27,7 @@ class SlotPlan:
     shape : (int, int, int)
         KV heads, slots before, and channels of a head of the keys.
     slots : int
-        Slots after: a whole number of pages, or the slots before.
+        Slots after: a whole number of pages, or the slots before if nothing is dropped.
     room : int
         Tokens that can be appended to the compacted cache without filling its last page.
     spec : KVSpec
@@ -50,8 +51,9 @@ class SlotCache:
 
     Attributes
     ----------
-    arrays : mapping of str to float array
-        Input name -> [1, heads, slots, channels]; slots behind ``length`` are zero.
+    arrays : mapping of str to array
+        Input name -> [1, heads, slots, channels]; slots behind ``length`` are zero. For int8
+        codes also ``NAME_scale`` -> float32[1, heads, slots, 1].
     length : int
         Filled slots, the step's ``cache_length``. The same in every head: the step has one
         length for all of them, so every head keeps the same number of tokens.
@@ -96,6 +98,8 @@ def plan_slots(
         raise ShapeError(
             f"length {length} is outside 1..{capacity}", "pass the number of filled slots"
         )
+    if spec.drop == 0:
+        return SlotPlan(layers, shape, capacity, max(1, capacity - length), spec)
     if spec.block > capacity:
         raise TransformError(
             f"a page of {spec.block} tokens is larger than the cache of {capacity} slots",
@@ -176,8 +180,29 @@ def compact_slots(
     for layer, names in enumerate(plan.layers):
         for name, stored in zip(names, (small.keys, small.values), strict=True):
             arrays[name] = _padded(stored[layer], plan.slots)
+    if spec.dtype is not None:
+        arrays, meta["loss"]["quant"] = quantized_slots(arrays)
     assert small.positions is not None
     return SlotCache(arrays, small.tokens, small.positions, meta)
+
+
+def quantized_slots(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], float]:
+    """Return cache inputs as codes and scales, and the largest relative Frobenius error of one.
+
+    Parameters
+    ----------
+    arrays : mapping of str to float array
+        Input name -> [1, heads, slots, channels].
+    """
+    found: dict[str, Array] = {}
+    worst = 0.0
+    for name, array in arrays.items():
+        codes, scales = quantize_rows(array)
+        found[name], found[name + SCALE_SUFFIX] = codes, scales
+        norm = float(np.linalg.norm(array))
+        lost = float(np.linalg.norm(dequantize_rows(codes, scales) - array))
+        worst = max(worst, lost / norm if norm else 0.0)
+    return found, worst
 
 
 def _stacked(plan: SlotPlan, cache: Mapping[str, Array], length: int, part: int) -> Array:

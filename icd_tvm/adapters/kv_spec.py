@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from icd_tvm.adapters.kv_select import SCOPES, SCORES, Scope, Score
 from icd_tvm.errors import ConfigError
@@ -29,6 +29,8 @@ class KVSpec:
         First and last tokens that are never dropped.
     room : int, optional
         Tokens that can still be appended; as many as before if omitted, and at least one.
+    dtype : {"int8"}, optional
+        Storage of a decode step's cache, with a float32 scale for every token of every head.
 
     Raises
     ------
@@ -43,6 +45,7 @@ class KVSpec:
     keep_sinks: int = 4
     keep_recent: int = 16
     room: int | None = None
+    dtype: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.drop < 1.0:
@@ -52,6 +55,7 @@ class KVSpec:
         for name, value, known in (
             ("score", self.score, (None, *SCORES)),
             ("scope", self.scope, SCOPES),
+            ("dtype", self.dtype, (None, "int8")),
         ):
             if value not in known:
                 names = ", ".join(str(item) for item in known if item)
@@ -73,7 +77,7 @@ class KVSpec:
 
 _READ: dict[str, Any] = {
     "drop": float, "block": int, "score": str, "scope": str,
-    "keep_sinks": int, "keep_recent": int, "room": int,
+    "keep_sinks": int, "keep_recent": int, "room": int, "dtype": str,
 }  # fmt: skip
 
 
@@ -83,8 +87,8 @@ def parse_kv(text: str) -> KVSpec:
     Parameters
     ----------
     text : str
-        ``none``, or ``name=value`` pairs of `KVSpec` with commas between, ``drop`` among them:
-        ``drop=0.3,block=128,score=attention_mass``.
+        ``none``, or ``name=value`` pairs of `KVSpec` with commas between, ``drop`` or ``dtype``
+        among them: ``drop=0.3,block=128,score=attention_mass``, ``dtype=int8``.
 
     Returns
     -------
@@ -93,7 +97,8 @@ def parse_kv(text: str) -> KVSpec:
     Raises
     ------
     ConfigError
-        Unknown or repeated name, unreadable value, no ``drop``, or a number out of range.
+        Unknown or repeated name, unreadable value, neither ``drop`` nor ``dtype``, or a number
+        out of range.
     """
     clean = text.strip().lower()
     if clean == "none":
@@ -106,9 +111,9 @@ def parse_kv(text: str) -> KVSpec:
         if name in values:
             raise ConfigError(f"kv {text!r} gives {name} twice", "give it once")
         values[name] = _read(name, value, text)
-    if "drop" not in values:
-        raise ConfigError(f"kv {text!r} has no drop", f"e.g. {EXAMPLE}")
-    return KVSpec(**values)
+    if not values.keys() & {"drop", "dtype"}:
+        raise ConfigError(f"kv {text!r} has no drop and no dtype", f"e.g. {EXAMPLE}")
+    return KVSpec(**{"drop": 0.0, **values})
 
 
 def _read(name: str, value: str, text: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from icd_tvm.adapters.arrays import Array, Bool, Index, require_finite, require_real
+from icd_tvm.adapters.kv_loss import cache_loss
 from icd_tvm.adapters.kv_pages import KVCache, KVScales, break_even_steps, compact
 from icd_tvm.adapters.kv_quant import DTYPES, KVDtype, quantize_pages
 from icd_tvm.adapters.kv_select import (
@@ -84,6 +85,7 @@ def apply_kvcache(
         bytes_before, bytes_after, format, groups, delta_layout, skipped, why``. ``bytes_*``
         count whole pages (and scales). ``copy`` holds the bytes that compaction moves and the
         decode steps after which it has paid, a model: see :func:`break_even_steps`.
+        ``loss.frobenius`` counts dropped rows as zeros, ``loss.quant`` sees storage alone,
         ``loss.output`` is the relative error of ``attention @ values``, renormalised over the
         kept tokens, and does not see quantised keys. A request that cannot change the cache
         leaves it as it is, warns unless nothing was asked for, and says ``why``.
@@ -122,7 +124,7 @@ def apply_kvcache(
     small = compact(KVCache(keys, values, _positions(cache, keys.shape[:3])), kept)
     stored = _quantized(small, request)
     meta = _meta(request, keys, values, kept, stored)
-    meta["loss"] = _loss(values, kept, small, stored, weights)
+    meta["loss"] = cache_loss((keys, values), kept, small, stored, weights)
     return (_first_layer(stored) if flat else stored), meta
 
 
@@ -212,43 +214,6 @@ def _copy(cache: KVCache) -> KVCache:
     if positions is None:
         positions = np.broadcast_to(np.arange(cache.tokens), cache.keys.shape[:-1])
     return KVCache(cache.keys.copy(), cache.values.copy(), positions.astype(np.int32))
-
-
-def _loss(
-    values: Array, kept: Bool, small: KVCache, stored: KVCache, attention: Array | None
-) -> dict[str, float | None]:
-    """Relative errors of storage (keys and values) and of the attention output."""
-    back = stored.dequantized()
-    quant = max(_relative(small.keys, back.keys), _relative(small.values, back.values))
-    return {"quant": quant, "output": _output_error(values, kept, back.values, attention)}
-
-
-def _output_error(
-    values: Array, kept: Bool, stored: Array, attention: Array | None
-) -> float | None:
-    """Compare ``attention @ values`` with the same over the kept tokens, head by head."""
-    if attention is None or attention.ndim != 4:
-        return None
-    error = total = 0.0
-    share = attention.shape[1] // values.shape[1]
-    for layer in range(values.shape[0]):
-        for head in range(attention.shape[1]):
-            source = head // share
-            weights = attention[layer, head].astype(np.float64)
-            whole = weights @ values[layer, source].astype(np.float64)
-            left = weights[:, kept[layer, source]]
-            mass = np.maximum(left.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-            scale = weights.sum(axis=1, keepdims=True) / mass
-            part = (left * scale) @ stored[layer, source].astype(np.float64)
-            error += float(((part - whole) ** 2).sum())
-            total += float((whole**2).sum())
-    return float(np.sqrt(error / total)) if total else 0.0
-
-
-def _relative(before: Array, after: Array) -> float:
-    wide = before.astype(np.float64)
-    norm = float(np.linalg.norm(wide))
-    return float(np.linalg.norm(after.astype(np.float64) - wide)) / norm if norm else 0.0
 
 
 def _pages(tokens: int, block: int) -> int:
@@ -351,7 +316,7 @@ def _skipped(request: _Request, keys: Array, values: Array, why: str) -> dict[st
                 "break_even_steps": None,
                 "source": "model",
             },
-            "loss": {"quant": 0.0, "output": 0.0},
+            "loss": {"frobenius": 0.0, "quant": 0.0, "output": 0.0},
             "bytes_after": meta["bytes_before"],
             "format": f"{keys.dtype} pages of {request.block} tokens",
             "groups": {},

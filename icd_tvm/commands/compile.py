@@ -12,12 +12,13 @@ from icd_tvm.runtime.options import CompileOptions, parse_shape, parse_state
 
 HELP = {
     "model": "ONNX file, or the name of a built-in model (python -m icd_tvm.models --list)",
+    "seq": "tokens of a built-in model, or slots of its cache",
     "shape": "size of a symbolic input, name=1x128; repeat for more inputs",
     "sparsity": "none (exploit what the model already has), unit:RATE, vec16:RATE, ...; with "
     "--quality-budget the strongest rate to try",
     "quant": "quantisation of the weights, or none",
-    "kv": "tokens dropped from the KV cache of a decoder step, drop=0.3,block=128; needs "
-    "--opaque-state",
+    "kv": "what is done to the KV cache of a decoder step, drop=0.3,block=128,dtype=int8; needs "
+    "--opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
     "target": "host, x86-64-v3 or x86-64-v4",
     "threads": "worker threads (default: every core)",
@@ -48,6 +49,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("model", help=HELP["model"])
     add("--shape", action="append", default=[], help=HELP["shape"])
+    add("--seq", type=int, help=HELP["seq"])
     add("--sparsity", default="none", help=HELP["sparsity"])
     add("--quant", default="none", help=HELP["quant"])
     add("--kv", default="none", help=HELP["kv"])
@@ -76,6 +78,7 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
     return CompileOptions(
         model=arguments.model,
         shapes=dict(parse_shape(text) for text in arguments.shape),
+        seq=arguments.seq,
         sparsity=arguments.sparsity,
         quant=arguments.quant,
         kv=arguments.kv,

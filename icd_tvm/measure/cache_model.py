@@ -139,21 +139,26 @@ def model_caches(
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One binding of ``main``; ``kernel`` is empty where it calls no PrimFunc."""
+    """One binding of ``main``; ``kernel`` is empty where it calls no PrimFunc.
+
+    ``in_place``: the result is the first argument.
+    """
 
     var: Any
     kernel: str
     arguments: list[Any]
+    in_place: bool = False
 
 
 def _calls(lowered: Any) -> Iterator[_Call]:
     for block in lowered["main"].body.blocks:
         for binding in block.bindings:
             value = binding.value
-            if is_call(value, "relax.call_tir"):
+            in_place = is_call(value, "relax.call_tir_inplace")
+            if in_place or is_call(value, "relax.call_tir"):
                 packed = value.args[1]
                 fields = list(packed.fields) if isinstance(packed, relax.Tuple) else [packed]
-                yield _Call(binding.var, str(value.args[0].name_hint), fields)
+                yield _Call(binding.var, str(value.args[0].name_hint), fields, in_place)
             else:
                 yield _Call(binding.var, "", [])
 
@@ -205,7 +210,8 @@ class _Memory:
     def arguments(self, call: _Call, func: Any) -> tuple[list[int], dict[str, NDArray[Any]]]:
         """Return the address of each parameter, and the values of the integer ones."""
         addresses = [a for argument in call.arguments for a in self._of(argument)]
-        addresses += self.places[call.var]
+        if not call.in_place:
+            addresses += self.places[call.var]
         consts = {
             str(parameter.name): self.values[_key(argument)]
             for parameter, argument in zip(func.params, call.arguments, strict=False)
@@ -232,7 +238,10 @@ class _Memory:
         kept = set(relax.analysis.free_vars(func.body.body))
         free: list[tuple[int, int]] = []
         for step, call in enumerate(calls):
-            self.places[call.var] = [self._reused(size, free) for size in _sizes(call.var.ty)]
+            if call.in_place:
+                self.places[call.var] = self._of(call.arguments[0])
+            else:
+                self.places[call.var] = [self._reused(size, free) for size in _sizes(call.var.ty)]
             for argument in {a for a in call.arguments if isinstance(a, Var)}:
                 if last[argument] == step and argument not in kept and argument not in func.params:
                     sizes = _sizes(argument.ty)

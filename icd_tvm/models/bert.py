@@ -114,6 +114,7 @@ def build_bert(
     *,
     trained: bool = False,
     name: str = "bert",
+    pooled: bool = False,
 ) -> onnx.ModelProto:
     """Build a BERT encoder.
 
@@ -128,6 +129,9 @@ def build_bert(
         Recorded as ``weights: trained`` or ``weights: random`` in the model's metadata.
     name : str
         Name of the graph.
+    pooled : bool
+        Return the mean of the tokens that ``attention_mask`` marks: ``sentence_embedding``
+        ``[batch, hidden]`` in place of the output below.
 
     Returns
     -------
@@ -153,7 +157,11 @@ def build_bert(
     mask = graph.attention_bias()
     for index in range(config.layers):
         hidden = graph.layer(index, hidden, mask)
-    return graph.finish((batch, seq), name, "trained" if trained else "random")
+    outputs: dict[str, tuple[Size, ...]] = {"last_hidden_state": (batch, seq, config.hidden)}
+    if pooled:
+        graph.pool(hidden)
+        outputs = {"sentence_embedding": (batch, config.hidden)}
+    return graph.finish((batch, seq), outputs, name, "trained" if trained else "random")
 
 
 def _check_weights(config: BertConfig, weights: Weights) -> None:
@@ -296,16 +304,34 @@ class _BertGraph:
         value = self.node("Add", f"{path}/Add", value, skip)
         return self.norm(f"{path}/LayerNorm", f"{module}.LayerNorm", value)
 
-    def finish(self, shape: tuple[Size, Size], name: str, weights: str) -> onnx.ModelProto:
+    def pool(self, hidden: str) -> str:
+        """Mean over the tokens of the mask: [batch, hidden]."""
+        mask = self.node("Cast", "/pool/Cast", "attention_mask", to=TensorProto.FLOAT)
+        last = self.constant("/pool/last", [-1], np.int64)
+        tokens = self.constant("/pool/tokens", [1], np.int64)
+        weight = self.node("Unsqueeze", "/pool/Unsqueeze", mask, last)
+        seen = self.node("Mul", "/pool/Mul", hidden, weight)
+        total = self.node("ReduceSum", "/pool/ReduceSum", seen, tokens, keepdims=0)
+        count = self.node("ReduceSum", "/pool/ReduceSum_1", weight, tokens, keepdims=0)
+        # A sequence of padding alone must not divide by zero.
+        count = self.node("Max", "/pool/Max", count, self.constant("/pool/least", 1e-9))
+        return self.node("Div", "/pool/Div", total, count)
+
+    def finish(
+        self,
+        shape: tuple[Size, Size],
+        outputs: Mapping[str, tuple[Size, ...]],
+        name: str,
+        weights: str,
+    ) -> onnx.ModelProto:
         """Name the last node's output and return the model."""
-        self.nodes[-1].output[0] = "last_hidden_state"
+        ((output_name, output_shape),) = outputs.items()
+        self.nodes[-1].output[0] = output_name
         inputs = [
             helper.make_tensor_value_info(label, TensorProto.INT64, shape)
             for label in ("input_ids", "attention_mask", "token_type_ids")
         ]
-        output = helper.make_tensor_value_info(
-            "last_hidden_state", TensorProto.FLOAT, (*shape, self.config.hidden)
-        )
+        output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, output_shape)
         graph = helper.make_graph(
             self.nodes, name, inputs, [output], list(self.initializers.values())
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from icd_tvm.errors import ShapeError
 from icd_tvm.models.decoder import DecoderConfig, rotary_tables
 from icd_tvm.models.onnx_writer import Float32, Weights
+
+Stored = Callable[[Float32], Float32]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ def run_decoder(
     past: tuple[Float32, Float32] | None = None,
     start: int = 0,
     with_attention: bool = False,
+    stored: Stored = lambda rows: rows,
 ) -> DecoderRun:
     """Run tokens through a decoder.
 
@@ -53,6 +57,9 @@ def run_decoder(
         Position of the first token.
     with_attention : bool
         Keep the attention weights.
+    stored : callable, optional
+        New rows of keys or values [kv_heads, tokens, depth] -> the same as the cache gives them
+        back, of a cache that loses something. Attention reads what is stored.
 
     Returns
     -------
@@ -77,7 +84,7 @@ def run_decoder(
     layers = []
     for index in range(config.layers):
         state = (past[0][index], past[1][index])
-        hidden, *rest = _layer(config, weights, index, hidden, state, rotary)
+        hidden, *rest = _layer(config, weights, index, hidden, state, rotary, stored)
         layers.append(rest if with_attention else rest[:2])
     hidden = _rms_norm(hidden, weights["model.norm.weight"], config.eps)
     parts = [np.stack(part) for part in zip(*layers, strict=True)]
@@ -97,6 +104,7 @@ def _layer(
     hidden: Float32,
     past: tuple[Float32, Float32],
     rotary: tuple[Float32, Float32],
+    stored: Stored,
 ) -> tuple[Float32, Float32, Float32, Float32]:
     def dense(part: str, value: Float32) -> Float32:
         return np.asarray(value @ weights[f"model.layers.{index}.{part}.weight"].T)
@@ -107,9 +115,9 @@ def _layer(
     inner = norm("input_layernorm", hidden)
     query = _rotate(_heads(dense("self_attn.q_proj", inner), config.depth), *rotary)
     key = _rotate(_heads(dense("self_attn.k_proj", inner), config.depth), *rotary)
-    key = np.concatenate([past[0], key], axis=1)
+    key = np.concatenate([past[0], stored(key)], axis=1)
     value = _heads(dense("self_attn.v_proj", inner), config.depth)
-    value = np.concatenate([past[1], value], axis=1)
+    value = np.concatenate([past[1], stored(value)], axis=1)
     attention = _attention(query, key)
     share = config.heads // config.kv_heads
     mixed = attention @ np.repeat(value, share, axis=0)

@@ -37,13 +37,15 @@ def package_file(name: str) -> Path:
     raise MissingDependencyError(f"MiniLM needs the package {PACKAGE}: {what}", INSTALL_HINT)
 
 
-def build_minilm(seq: Size = 128, batch: Size = 1) -> onnx.ModelProto:
+def build_minilm(seq: Size = 128, batch: Size = 1, *, pooled: bool = False) -> onnx.ModelProto:
     """Build MiniLM-L6 (6 layers x 384, 12 heads, feed-forward 1536) with trained weights.
 
     Parameters
     ----------
     seq, batch : int or str
         Sequence length, at most 512, and batch size; a string makes the dimension symbolic.
+    pooled : bool
+        Pool in the graph: ``sentence_embedding``, not normalised.
 
     Returns
     -------
@@ -68,4 +70,4 @@ def build_minilm(seq: Size = 128, batch: Size = 1) -> onnx.ModelProto:
         weights = load_file(path)
     except Exception as error:
         raise ModelFileError(f"cannot read {path}: {first_line(error)}", INSTALL_HINT) from error
-    return build_bert(MINILM, weights, seq, batch, trained=True, name="minilm")
+    return build_bert(MINILM, weights, seq, batch, trained=True, name="minilm", pooled=pooled)

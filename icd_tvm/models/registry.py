@@ -39,6 +39,15 @@ def _random_bert(config: BertConfig, name: str, default_seq: int) -> Callable[..
     return builder
 
 
+def _minilm_pooled(seq: Size = 128, batch: Size = 1) -> onnx.ModelProto:
+    return build_minilm(seq, batch, pooled=True)
+
+
+def _bert_mini_pooled(seq: Size = 16, batch: Size = 1, seed: int = 0) -> onnx.ModelProto:
+    weights = random_bert_weights(BERT_MINI, seed)
+    return _build_bert(BERT_MINI, weights, seq, batch, name="bert-mini-pooled", pooled=True)
+
+
 def _decoder_mini(seq: int = 16, seed: int = 0, cache: bool = False) -> onnx.ModelProto:
     weights = random_decoder_weights(DECODER_MINI, seed)
     return build_decoder(DECODER_MINI, weights, seq, cache=cache, name="decoder-mini-random")
@@ -61,6 +70,10 @@ def _random_mamba(config: MambaConfig, name: str) -> Callable[..., onnx.ModelPro
 
 MODELS: dict[str, tuple[Callable[..., onnx.ModelProto], str]] = {
     "minilm": (build_minilm, "MiniLM-L6: 6 layers x 384, trained weights"),
+    "minilm-pooled": (
+        _minilm_pooled,
+        "MiniLM-L6 with the mean over tokens in the graph: sentence embeddings, trained weights",
+    ),
     "bert-base-random": (
         _random_bert(BERT_BASE, "bert-base-random", 128),
         "BERT-base: 12 layers x 768, random weights (speed and equivalence only)",
@@ -68,6 +81,10 @@ MODELS: dict[str, tuple[Callable[..., onnx.ModelProto], str]] = {
     "bert-mini-random": (
         _random_bert(BERT_MINI, "bert-mini-random", 16),
         "2 layers x 64, vocabulary 100, random weights (tests)",
+    ),
+    "bert-mini-pooled-random": (
+        _bert_mini_pooled,
+        "2 layers x 64 with the mean over tokens in the graph, random weights (tests)",
     ),
     "smollm2": (
         build_smollm2,

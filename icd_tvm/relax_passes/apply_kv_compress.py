@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import tvm
+from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.kv_pages import break_even_steps
 from icd_tvm.adapters.kv_slots import SlotCache, SlotPlan, compact_slots, plan_slots
 from icd_tvm.adapters.kv_spec import KVSpec, parse_kv
@@ -16,23 +16,33 @@ from icd_tvm.errors import IcdError, TransformError
 from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.compact_groups import compact_groups
 from icd_tvm.relax_passes.kv_states import KVStates, find_kv_states
+from icd_tvm.relax_passes.quantize_kv_states import QuantizeKVStates
 from icd_tvm.relax_passes.step_cache import StepCache
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 __all__ = ["ApplyKVCompress", "parse_kv"]
 
 _NO_CACHE = "no cache was given, so no token was chosen"
+_QUANT = {
+    "dtype": "int8",
+    "scales": "float32, one for every token of every KV head",
+    "error_bound": "max |row| / 254: half a scale",
+}
+_SCALE_BYTES = 4
 _COPIED = ("pages", "tokens", "copy", "loss", "density")
 
 
 @tvm.transform.module_pass(opt_level=0, name="ApplyKVCompress")
 class ApplyKVCompress:
-    """Rewrite a decoder step for a cache of fewer slots.
+    """Rewrite a decoder step for a cache of fewer slots, of 8-bit codes, or both.
 
     Slots after = kept tokens and the room for new ones, in whole pages. Every size is inferred
     again; slot numbers are cut. What the step computes from the slots that are left does not
     change, so it equals attention over the kept tokens alone. Rotary positions stay the original
     ones: keys are cached after the rotation, and a new token's position is an input apart.
+
+    With ``dtype=int8`` the cache is stored as codes; see
+    :class:`icd_tvm.relax_passes.quantize_kv_states.QuantizeKVStates`.
 
     What cannot be rewritten leaves the module as it is, with a warning; ``meta`` says why.
 
@@ -84,7 +94,7 @@ class ApplyKVCompress:
         except IcdError as error:
             self.plan = self.compacted = None
             self.meta = {"spec": str(self.spec), "skipped": True, "why": error.line()}
-            if self.spec.drop > 0:
+            if self.spec.drop > 0 or self.spec.dtype is not None:
                 text = f"kv {self.spec} skipped: {error}"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             new = mod.clone()
@@ -117,16 +127,22 @@ class ApplyKVCompress:
         return compact_slots(self.plan, cache, length, attention, positions)
 
     def _compacted_module(self, mod: Any) -> Any:
-        if self.spec.drop == 0:
+        if self.spec.drop == 0 and self.spec.dtype is None:
             raise TransformError("drop 0 removes nothing")
-        states = find_kv_states(mod["main"], self.opaque_states or opaque_states(mod))
+        pairs = self.opaque_states or opaque_states(mod)
+        states = find_kv_states(mod["main"], pairs)
         capacity = states.shape[1]
         length = max(1, capacity - 1) if self.length is None else self.length
         self.plan = plan_slots(states.layers, states.shape, length, self.spec)
         if self.cache is not None:
             self.compacted = self.compact(self.cache, length, self.attention)
-        keep = {group: np.arange(self.plan.slots) for group in states.slots}
-        new = compact_groups(mod, states.groups, keep, resizable=("relax.nn.softmax",))
+        new = mod
+        if self.spec.drop > 0:
+            keep = {group: np.arange(self.plan.slots) for group in states.slots}
+            new = compact_groups(mod, states.groups, keep, resizable=("relax.nn.softmax",))
+        if self.spec.dtype is not None:
+            names = [name for pair in states.layers for name in pair]
+            new = apply_pass(QuantizeKVStates(names, pairs), new)
         self.meta = _meta(self.plan, states, mod, self.compacted)
         return StepCache(self.plan, states.length).attach(new)
 
@@ -137,7 +153,8 @@ def _meta(
     sizes = {p.name: p.ty for p in mod["main"].params}
     names = [name for pair in plan.layers for name in pair]
     before = sum(_bytes(sizes[name]) for name in names)
-    after = before // plan.capacity * plan.slots
+    ratio = _stored_ratio([sizes[name] for name in names], plan.spec)
+    after = round(before / plan.capacity * plan.slots * ratio)
     meta = {
         "kind": "kvcache",
         "spec": str(plan.spec),
@@ -148,20 +165,38 @@ def _meta(
         "bytes_after": after,
         "freed": 1 - after / before,
         "copy": {
-            "break_even_steps": break_even_steps(plan.slots / plan.capacity),
+            "break_even_steps": break_even_steps(plan.slots / plan.capacity, ratio),
             "source": "model",
         },
         "loss": None,
         "loss_why": _NO_CACHE,
         "delta_layout": True,
         "skipped": False,
-        "why": "kept tokens are contiguous, the pages behind them are gone",
+        "why": _why(plan),
     }
+    if plan.spec.dtype is not None:
+        meta["quant"] = _QUANT
     if compacted is not None:
         del meta["loss_why"]
         meta.update({name: compacted.meta[name] for name in _COPIED})
         meta["length"] = compacted.length
     return meta
+
+
+def _stored_ratio(types: Sequence[Any], spec: KVSpec) -> float:
+    """Return bytes of a stored row, its scale included, over bytes of the row before."""
+    if spec.dtype is None:
+        return 1.0
+    channels = [int(ty.shape.values[-1]) for ty in types]
+    wide = sum(n * np.dtype(str(ty.dtype)).itemsize for n, ty in zip(channels, types, strict=True))
+    return sum(n + _SCALE_BYTES for n in channels) / wide
+
+
+def _why(plan: SlotPlan) -> str:
+    moved = "kept tokens are contiguous, the pages behind them are gone"
+    coded = "the cache holds 8-bit codes"
+    parts = [moved] * (plan.spec.drop > 0) + [coded] * (plan.spec.dtype is not None)
+    return "; ".join(parts)
 
 
 def _bytes(ty: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -33,11 +33,14 @@ class DecodeMatch:
     value: Any
     mask: Any
     shape: DecodeShape
+    scales: tuple[Any, ...] = ()
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseDecodeAttention")
 class FuseDecodeAttention:
     """Replace ``softmax(q K^T * scale + mask) V`` of one query by a call of the fused kernel.
+
+    Codes of int8 with a scale for every row are read as they are.
 
     Recognised: keys and values [batch, KV heads, slots, channels], widened to the query heads by
     expand and reshape or not at all, the keys then transposed; a scale by Mul or Div with a
@@ -95,6 +98,10 @@ def _match(flow: Dataflow, probabilities: Any, target: Any) -> DecodeMatch:
     require(isfinite(factor), "its scale is not finite")
     _check_mask(mask, slots)
     sizes = DecodeShape(batch, cache[1], heads // cache[1], slots, dim, factor)
+    keys, values = _coded(flow, key), _coded(flow, value)
+    if keys is not None and values is not None:
+        sizes, scales = replace(sizes, dtype="int8"), (keys[1], values[1])
+        return DecodeMatch(result, query, keys[0], values[0], mask, sizes, scales)
     return DecodeMatch(result, query, key, value, mask, sizes)
 
 
@@ -118,6 +125,19 @@ def _narrow(flow: Dataflow, expr: Any) -> Any:
     return inner if merges and [int(axis) for axis in lifted.attrs.axis] == [2] else expr
 
 
+def _coded(flow: Dataflow, rows: Any) -> tuple[Any, Any] | None:
+    """Return int8 codes and float32 scales [batch, KV heads, slots, 1], or None."""
+    product = flow.call(rows, "relax.multiply")
+    cast = None if product is None else flow.call(product.args[0], "relax.astype")
+    if product is None or cast is None or str(cast.args[0].ty.dtype) != "int8":
+        return None
+    shape, scale = static_shape(rows), product.args[1]
+    one = (*shape[:-1], 1) if shape else None
+    if static_shape(cast) != shape or static_shape(scale) != one or not is_float32(scale):
+        return None
+    return cast.args[0], scale
+
+
 def _check_mask(mask: Any, slots: int) -> None:
     if mask is None:
         return
@@ -139,7 +159,8 @@ class _Rewriter(PyExprMutator):
         match = self._found.get(call)
         if match is None:
             return super().visit_call_(call)
-        args = [self.visit_expr(arg) for arg in (match.query, match.key, match.value)]
+        read = (match.query, match.key, match.value, *match.scales)
+        args = [self.visit_expr(arg) for arg in read]
         func = decode_attention(match.shape, self._target)
         args.append(self._mask(match))
         return call_func(self.builder_, func, "decode_attention", args, call.ty)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from icd_tvm._tvm import dlight, relax, tvm
+from icd_tvm.relax_passes.append_in_place import AppendInPlace
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
@@ -64,6 +65,7 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             rx.FoldConstant(),
             FuseAttention(target),
             FuseDecodeAttention(target),
+            AppendInPlace(),
             MergeParallelMatmul(target),
             FuseResidualNorm(target),
             # Constant weights are laid out for the kernel that reads them.
@@ -92,6 +94,8 @@ def build_cpu(
     ----------
     mod : IRModule
         Constants bound; matmuls may already be calls of our sparse kernels. Left untouched.
+        States that its layout tag declares opaque are written in place where the module only
+        appends to them (`AppendInPlace`): a caller that passes tensors gives them up.
     target, kernels, tune
         As for `cpu_pipeline`.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icd_tvm.adapters.kv_slots import SlotPlan, compact_slots
+from icd_tvm.adapters.kv_slots import SlotPlan, compact_slots, quantized_slots
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.errors import TransformError
 
@@ -58,9 +58,9 @@ class StepCache:
         return {**inputs, self.length: length}
 
     def inputs_to_own(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Drop tokens of a whole cache and return the inputs of the rewritten step.
+        """Drop tokens of a whole cache, quantise it, and return the inputs of the rewritten step.
 
-        A cache that has the slots that are left, such as a state that the step returned, passes.
+        A cache that is as the step keeps it, such as a state that the step returned, passes.
 
         Raises
         ------
@@ -70,8 +70,10 @@ class StepCache:
             As :func:`icd_tvm.adapters.kv_slots.compact_slots`.
         """
         names = [name for pair in self.plan.layers for name in pair]
-        if all(inputs[name].shape[2:3] == (self.plan.slots,) for name in names):
+        if self._is_own([inputs[name] for name in names]):
             return dict(inputs)
+        if self.plan.spec.drop == 0:
+            return {**inputs, **quantized_slots({name: inputs[name] for name in names})[0]}
         if not self.length:
             raise TransformError(
                 "the step has no input that says how many slots are filled",
@@ -80,3 +82,10 @@ class StepCache:
         small = compact_slots(self.plan, inputs, int(np.max(inputs[self.length])))
         length = np.full_like(inputs[self.length], small.length)
         return {**inputs, **small.arrays, self.length: length}
+
+    def _is_own(self, arrays: Sequence[NDArray[Any]]) -> bool:
+        coded = self.plan.spec.dtype is not None
+        return all(
+            array.shape[2:3] == (self.plan.slots,) and coded == (array.dtype == np.int8)
+            for array in arrays
+        )

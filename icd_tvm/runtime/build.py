@@ -77,7 +77,9 @@ class Built:
 
     def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the inputs as the module takes them: its own cache slots, states in its order."""
-        given = {name: np.asarray(feeds[name]) for name in self.input_names}
+        # Scales of a quantised cache are not there while its whole cache is given.
+        names = self.input_names if self.cache is None else feeds.keys() & self.input_names
+        given = {name: np.asarray(feeds[name]) for name in names}
         whole = given if self.cache is None else self.cache.inputs_to_own(given)
         return dict(self.states.inputs_to_own(whole))
 

@@ -21,6 +21,8 @@ class CompileOptions:
         Path of an ONNX file, or the name of a built-in model.
     shapes : Mapping[str, tuple[int, ...]]
         Sizes of symbolic inputs.
+    seq : int or None
+        Tokens of a built-in model, or slots of its cache.
     sparsity : str
         ``none`` (use what the model already has), ``unit:RATE`` or ``vecV:RATE``.
     quant, kv : str
@@ -80,6 +82,7 @@ class CompileOptions:
     opaque_states: tuple[tuple[str, str], ...] = ()
     rpc: str | None = None
     rpc_key: str | None = None
+    seq: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -92,6 +95,7 @@ class CompileOptions:
             {
                 "model": {
                     **model_source(str(self.model)),
+                    "seq": self.seq,
                     "shapes": {name: list(shape) for name, shape in self.shapes.items()},
                     "opaque_states": dict(self.opaque_states),
                 },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,21 +110,37 @@ def _model(result: Compilation | None, source: str) -> dict[str, Any]:
     return {
         "name": result.imported.name,
         "source": source,
-        "inputs": [
-            {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
-            for spec in result.imported.inputs
-        ],
-        "outputs": _outputs(result),
+        "inputs": _tensors([spec.name for spec in result.imported.inputs], _params(result)),
+        "outputs": _tensors(result.imported.outputs, _returned(result)),
         "weights": {p.key: p.value for p in result.imported.model.metadata_props}.get("weights"),
     }
 
 
-def _outputs(result: Compilation) -> list[dict[str, Any]]:
-    returned = result.imported.mod["main"].ret_ty
-    types = getattr(returned, "fields", [returned])
+def _main(result: Compilation) -> Any:
+    """Return what the library runs: a transform may have changed the sizes and types of states."""
+    arm = result.arms.get(result.verdict.arm)
+    return (result.imported.mod if arm is None else arm.mod)["main"]
+
+
+def _params(result: Compilation) -> dict[str, Any]:
+    func = _main(result)
+    count = int((func.attrs or {}).get("num_input", len(func.params)))
+    return {param.name: param.ty for param in func.params[:count]}
+
+
+def _returned(result: Compilation) -> dict[str, Any]:
+    returned = _main(result).ret_ty
+    fields = getattr(returned, "fields", [returned])
+    added = [f"output_{i}" for i in range(len(result.imported.outputs), len(fields))]
+    return dict(zip([*result.imported.outputs, *added], fields, strict=True))
+
+
+def _tensors(names: Sequence[str], types: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Describe tensors by the model's names, and those that a transform has added by their own."""
+    added = list(types)[len(names) :]
     return [
         {"name": name, "shape": _sizes(kind.shape), "dtype": str(kind.dtype)}
-        for name, kind in zip(result.imported.outputs, types, strict=True)
+        for name, kind in zip([*names, *added], types.values(), strict=True)
     ]
 
 

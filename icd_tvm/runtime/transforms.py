@@ -9,12 +9,14 @@ from typing import Any
 from icd_tvm.adapters.kv_spec import parse_kv
 from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.adapters.sparsity import SparsitySpec, parse_sparsity
+from icd_tvm.adapters.token_spec import PREFIX, parse_tokens
 from icd_tvm.config import Config
 from icd_tvm.errors import ConfigError
 from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
 from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_requests
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
+from icd_tvm.relax_passes.drop_tokens import DropTokens
 from icd_tvm.relax_passes.layer_rules import LayerRules, parse_request
 from icd_tvm.runtime.strengths import RATES
 
@@ -75,6 +77,9 @@ def _quant(text: str, config: Config) -> Transform:
 
 
 def _kv(text: str, config: Config) -> Transform:
+    if text.strip().lower().startswith(PREFIX):
+        tokens = parse_tokens(text)
+        return Transform("kv", str(tokens), lambda mod: {}, lambda *_: DropTokens(tokens))
     spec = parse_kv(text)
     if spec.score == "attention_mass":
         raise ConfigError(

@@ -15,9 +15,9 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.decode_join import JoinedRuns, WholeCache, f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
@@ -43,6 +43,8 @@ class DecodeShape:
         Rows of the cache, and channels of a head.
     scale : float
         Factor on the scores, before the mask is added.
+    dtype : {"float32", "int8"}
+        Of keys and values; int8 codes have one float32 scale for every row.
     """
 
     batch: int
@@ -51,6 +53,7 @@ class DecodeShape:
     slots: int
     head_dim: int
     scale: float
+    dtype: str = "float32"
 
 
 def decode_lanes(head_dim: int, target: Any) -> int | None:
@@ -78,13 +81,15 @@ def decode_attention(shape: DecodeShape, target: Any) -> Any:
     Returns
     -------
     PrimFunc
-        ``(Q: f32[batch, kv_heads * share, 1, head_dim], K: f32[batch, kv_heads, slots, head_dim],
-        V: the same, mask: f32[slots], Y: like Q)``, scheduled.
+        ``(Q: f32[batch, kv_heads * share, 1, head_dim], K: dtype[batch, kv_heads, slots, head_dim],
+        V: the same, mask: f32[slots], Y: like Q)``, scheduled. For codes their scales
+        f32[batch, kv_heads, slots, 1] of keys and of values follow V: a row's scale is a factor of
+        its score or weight, so codes are only widened, in registers.
 
     Raises
     ------
     ShapeError
-        A size is less than one, or head_dim is no multiple of 4.
+        A size is less than one, head_dim is no multiple of 4, or the dtype is unknown.
 
     Notes
     -----
@@ -130,22 +135,37 @@ def _build(plan: _Plan) -> Any:
         T.func_name("decode_attention")
         T.func_attr({"tirx.noalias": True})
         q = T.arg("Q", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
-        k, v = (
-            T.arg(name, T.Buffer((s.batch, s.kv_heads, s.slots, s.head_dim), "float32"))
-            for name in "KV"
-        )
+        rows = (s.batch, s.kv_heads, s.slots)
+        k, v = (_Rows(T.arg(name, T.Buffer((*rows, s.head_dim), s.dtype))) for name in "KV")
+        if s.dtype == "int8":
+            for name, own in (("K_scale", k), ("V_scale", v)):
+                own.scale = T.arg(name, T.Buffer((*rows, 1), "float32"))
         mask = T.arg("mask", T.Buffer((s.slots,), "float32"))
         y = T.arg("Y", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
-        runs = _Runs(plan) if plan.pieces > 1 else None
+        runs = JoinedRuns(plan) if plan.pieces > 1 else None
         with T.parallel(plan.tasks) as task, T.sblock("run"):
             run = _Run(plan, task)
             run.scores(q, k, mask)
             run.normalise()
-            run.values(v, runs or _Whole(plan, y))
+            run.weigh(v)
+            run.values(v, runs or WholeCache(plan, y))
         if runs is not None:
             with T.serial(s.batch * heads) as head, T.sblock("join"):
                 runs.join(y, head)
     return builder.get()
+
+
+class _Rows:
+    """Keys or values: numbers, or codes with a scale for every row."""
+
+    def __init__(self, data: Any, scale: Any = None) -> None:
+        self.data, self.scale = data, scale
+
+    def at(self, *index: Any) -> Any:
+        """Return the numbers or codes at an index, as float32."""
+        found = self.data[index]
+        lanes = found.ty.dtype.lanes if self.scale is not None else 0
+        return found.astype("float32" if lanes == 1 else f"float32x{lanes}") if lanes else found
 
 
 class _Run:
@@ -157,30 +177,31 @@ class _Run:
         self.batch = task // (plan.shape.kv_heads * plan.pieces)
         self.head = task // plan.pieces % plan.shape.kv_heads
         self.first = task % plan.pieces * plan.width
-        self.score = _local(plan.shape.share, plan.width)
-        self.partial = _local(plan.lanes)
-        self.peak = _local(plan.shape.share)
+        self.score = local(plan.shape.share, plan.width)
+        self.partial = local(plan.lanes)
+        self.peak = local(plan.shape.share)
+        self.total = local(plan.shape.share)
 
     def _row(self, slot: Any) -> Any:
         return T.min(slot, self.plan.shape.slots - 1) if self.plan.ragged else slot
 
-    def scores(self, q: Any, k: Any, mask: Any) -> None:
+    def scores(self, q: Any, k: _Rows, mask: Any) -> None:
         """Fill the scratch rows with scaled and masked scores; slots past the end get -inf."""
         plan, s = self.plan, self.plan.shape
         lanes = plan.lanes
         with T.serial(plan.width // lanes) as block, T.serial(s.share) as r:
             start = self.first + block * lanes
             query = self.head * s.share + r
-            acc = _local(lanes)
+            acc = local(lanes)
             with T.vectorized(lanes) as x:
-                T.buffer_store(acc, _f32(0.0), [x])
+                T.buffer_store(acc, f32(0.0), [x])
 
             def product(j: int, start: Any = start, query: Any = query) -> Any:
                 row = self._row(start + j)
                 total = None
                 for chunk in range(plan.chunks):
                     at = T.ramp(chunk * lanes, 1, lanes)
-                    term = q[self.batch, query, 0, at] * k[self.batch, self.head, row, at]
+                    term = q[self.batch, query, 0, at] * k.at(self.batch, self.head, row, at)
                     total = term if total is None else total + term
                 return total
 
@@ -190,30 +211,45 @@ class _Run:
 
             # Row j holds the lane sums of slot j: the rows of the transpose add up to the scores.
             emit_transpose(lanes, product, add)
-            self._finish(acc, mask, block, r)
+            self._finish(acc, k, mask, block, r)
 
-    def _finish(self, acc: Any, mask: Any, block: Any, r: Any) -> None:
+    def _finish(self, acc: Any, k: _Rows, mask: Any, block: Any, r: Any) -> None:
         plan = self.plan
         start = self.first + block * plan.lanes
         with T.vectorized(plan.lanes) as x:
-            bias = mask[self._row(start + x)]
-            score = acc[x] * _f32(plan.shape.scale) + bias
+            row = self._row(start + x)
+            score = acc[x] * f32(plan.shape.scale)
+            if k.scale is not None:
+                score = score * k.scale[self.batch, self.head, row, 0]
+            score = score + mask[row]
             if plan.ragged:
                 inside = start + x < plan.shape.slots
-                score = T.Select(inside, score, _f32(float("-inf")))
+                score = T.Select(inside, score, f32(float("-inf")))
             T.buffer_store(self.score, score, [r, block * plan.lanes + x])
 
     def normalise(self) -> None:
-        """Replace every scratch row by its exponentials; keep its peak."""
+        """Replace every scratch row by its exponentials; keep its peak and its sum."""
         plan = self.plan
         with T.serial(plan.shape.share) as r:
             peak = self._reduce(T.max, r)
             # A run whose slots are all masked with -inf must not subtract -inf from itself.
-            T.buffer_store(self.peak, T.max(peak, _f32(_LOWEST)), [r])
+            T.buffer_store(self.peak, T.max(peak, f32(_LOWEST)), [r])
             with T.serial(plan.width // plan.lanes) as c, T.vectorized(plan.lanes) as x:
                 at = c * plan.lanes + x
                 value = vector_math.exp(self.score[r, at] - self.peak[r])
                 T.buffer_store(self.score, value, [r, at])
+            T.buffer_store(self.total, self._reduce(operator.add, r), [r])
+
+    def weigh(self, v: _Rows) -> None:
+        """Multiply the exponentials by the scales of the values that they will weigh."""
+        if v.scale is None:
+            return
+        plan = self.plan
+        blocks = plan.width // plan.lanes
+        with T.grid(plan.shape.share, blocks) as (r, c), T.vectorized(plan.lanes) as x:
+            at = c * plan.lanes + x
+            scale = v.scale[self.batch, self.head, self._row(self.first + at), 0]
+            T.buffer_store(self.score, self.score[r, at] * scale, [r, at])
 
     def _reduce(self, combine: Combine, r: Any) -> Any:
         plan = self.plan
@@ -221,82 +257,23 @@ class _Run:
             self.partial, plan.lanes, plan.width, combine, lambda at: self.score[r, at]
         )
 
-    def values(self, v: Any, out: Any) -> None:
+    def values(self, v: _Rows, out: Any) -> None:
         """Sum the value rows by their weights, and hand peak, sum and rows to ``out``."""
         plan, s = self.plan, self.plan.shape
         vectors = _panel(s.share, plan.chunks)
         with T.serial(plan.chunks // vectors) as panel, T.sblock("values"):
-            acc = _local(s.share, vectors * plan.lanes)
+            acc = local(s.share, vectors * plan.lanes)
             start = panel * vectors * plan.lanes
             with _tile(s.share, vectors, plan.lanes) as (r, at):
-                T.buffer_store(acc, _f32(0.0), [r, at])
+                T.buffer_store(acc, f32(0.0), [r, at])
             with T.serial(plan.width) as j:
                 row = self._row(self.first + j)
                 with _tile(s.share, vectors, plan.lanes) as (r, at):
-                    value = v[self.batch, self.head, row, start + at]
+                    value = v.at(self.batch, self.head, row, start + at)
                     T.buffer_store(acc, acc[r, at] + self.score[r, j] * value, [r, at])
             with T.serial(s.share) as r:
-                total = self._reduce(operator.add, r)
                 query = self.head * s.share + r
-                out.store(self, query, r, total, start, vectors, acc)
-
-
-class _Whole:
-    """Takes the result of a task that saw all slots."""
-
-    def __init__(self, plan: _Plan, y: Any) -> None:
-        self.plan, self.y = plan, y
-
-    def store(
-        self, run: _Run, query: Any, r: Any, total: Any, start: Any, vectors: int, acc: Any
-    ) -> None:
-        lanes = self.plan.lanes
-        with T.serial(vectors) as c, T.vectorized(lanes) as x:
-            at = c * lanes + x
-            T.buffer_store(self.y, acc[r, at] / total, [run.batch, query, 0, start + at])
-
-
-class _Runs:
-    """Takes the results of tasks that saw some slots each, and joins them."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self.plan = plan
-        heads = plan.shape.batch * plan.shape.kv_heads * plan.shape.share
-        self.sums = T.sblock_alloc_buffer((heads, plan.pieces, plan.shape.head_dim), "float32")
-        self.peaks = T.sblock_alloc_buffer((heads, plan.pieces), "float32")
-        self.totals = T.sblock_alloc_buffer((heads, plan.pieces), "float32")
-
-    def store(
-        self, run: _Run, query: Any, r: Any, total: Any, start: Any, vectors: int, acc: Any
-    ) -> None:
-        plan = self.plan
-        head = run.batch * plan.shape.kv_heads * plan.shape.share + query
-        piece = run.task % plan.pieces
-        T.buffer_store(self.peaks, run.peak[r], [head, piece])
-        T.buffer_store(self.totals, total, [head, piece])
-        with T.serial(vectors) as c, T.vectorized(plan.lanes) as x:
-            at = c * plan.lanes + x
-            T.buffer_store(self.sums, acc[r, at], [head, piece, start + at])
-
-    def join(self, y: Any, head: Any) -> None:
-        """Write one head's result: runs weighted by the exponential of their peaks."""
-        plan = self.plan
-        heads = plan.shape.kv_heads * plan.shape.share
-        peak, total, weight = _local(1), _local(1), _local(1)
-        acc = _local(plan.shape.head_dim)
-        T.buffer_store(peak, self.peaks[head, 0], [0])
-        with T.serial(plan.pieces - 1) as p:
-            T.buffer_store(peak, T.max(peak[0], self.peaks[head, p + 1]), [0])
-        T.buffer_store(total, _f32(0.0), [0])
-        with _row(plan) as at:
-            T.buffer_store(acc, _f32(0.0), [at])
-        with T.serial(plan.pieces) as p:
-            T.buffer_store(weight, vector_math.exp(self.peaks[head, p] - peak[0]), [0])
-            T.buffer_store(total, total[0] + weight[0] * self.totals[head, p], [0])
-            with _row(plan) as at:
-                T.buffer_store(acc, acc[at] + weight[0] * self.sums[head, p, at], [at])
-        with _row(plan) as at:
-            T.buffer_store(y, acc[at] / total[0], [head // heads, head % heads, 0, at])
+                out.store(self, query, r, start, vectors, acc)
 
 
 @contextlib.contextmanager
@@ -305,30 +282,18 @@ def _tile(rows: int, vectors: int, lanes: int) -> Iterator[tuple[Any, Any]]:
         yield r, c * lanes + x
 
 
-@contextlib.contextmanager
-def _row(plan: _Plan) -> Iterator[Any]:
-    with T.serial(plan.chunks) as c, T.vectorized(plan.lanes) as x:
-        yield c * plan.lanes + x
-
-
 def _panel(share: int, chunks: int) -> int:
     """Return how many vectors of a value row are summed at once: a divisor of ``chunks``."""
     fits = [n for n in range(1, chunks + 1) if chunks % n == 0 and share * n <= _ACCUMULATORS]
     return max(fits, default=1)
 
 
-def _local(*shape: int) -> Any:
-    return T.sblock_alloc_buffer(shape, "float32", scope="local")
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)
-
-
 def _checked_lanes(shape: DecodeShape, target: Any) -> int:
     sizes = (shape.batch, shape.kv_heads, shape.share, shape.slots, shape.head_dim)
     if min(sizes) < 1:
         raise ShapeError(f"decode attention sizes must be at least 1: {sizes}", "check the model")
+    if shape.dtype not in ("float32", "int8"):
+        raise ShapeError(f"decode attention over a cache of {shape.dtype}", "float32 or int8")
     lanes = decode_lanes(shape.head_dim, target)
     if lanes is None:
         raise ShapeError(
