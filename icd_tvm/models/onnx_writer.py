@@ -19,6 +19,7 @@ IR_VERSION = 9
 PRODUCER = "icd_tvm"
 # Smaller tensors stay in the graph, where shape folding can see them.
 EXTERNAL_BYTES = 4096
+PAGE = 4096
 
 
 class GraphWriter:
@@ -84,7 +85,7 @@ class GraphWriter:
             return name
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
-        offset = self._write(self.data, array.tobytes(), "ab")
+        offset = self._write(self.data, array.data, "ab")
         place = {"location": self.data.name, "offset": offset, "length": array.nbytes}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
@@ -144,10 +145,12 @@ class GraphWriter:
         return model
 
     @staticmethod
-    def _write(path: Path, values: bytes, mode: str) -> int:
-        """Write values and return the offset where they begin."""
+    def _write(path: Path, values: bytes | memoryview, mode: str) -> int:
+        """Write values at the next whole page and return the offset where they begin."""
         try:
             with path.open(mode) as stream:
+                # So that a tensor can be mapped by itself, as the ONNX specification advises.
+                stream.write(bytes(-stream.tell() % PAGE))
                 offset = stream.tell()
                 stream.write(values)
         except OSError as error:
