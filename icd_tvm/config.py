@@ -43,6 +43,9 @@ class ModelKeys(Section):
     name: str | None = Field(
         default=None, description="built-in model: python -m icd_tvm.models --list"
     )
+    seq: int | None = Field(
+        default=None, ge=1, description="tokens of a built-in model, or slots of its cache"
+    )
     shapes: dict[str, list[int]] = Field(
         default={}, description="size of each symbolic input by name"
     )
@@ -67,6 +70,8 @@ class ModelKeys(Section):
     def _one_source(self) -> ModelKeys:
         if (self.path is None) == (self.name is None):
             raise ValueError("give exactly one of model.path and model.name")
+        if self.seq is not None and self.name is None:
+            raise ValueError("model.seq is for built-in models; a file has model.shapes")
         return self
 
 

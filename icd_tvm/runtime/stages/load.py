@@ -47,7 +47,8 @@ def load(job: Job, event: Stage) -> None:
 
 def load_model(keys: ModelKeys) -> str | onnx.ModelProto:
     """Return a built-in model by name, or the path of a file."""
-    return keys.path if keys.path is not None else build_model(str(keys.name))
+    sizes = {} if keys.seq is None else {"seq": keys.seq}
+    return keys.path if keys.path is not None else build_model(str(keys.name), **sizes)
 
 
 def _check_model(job: Job) -> None:
