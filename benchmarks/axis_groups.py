@@ -5,7 +5,7 @@ same to rounding. Weights of the light convnets are all equal in the file, which
 permutation, so they are replaced by random ones first.
 
 Run: python benchmarks/axis_groups.py [NAME | FILE.onnx[:INPUT=SHAPE] ...]
-     python benchmarks/axis_groups.py --parameters mamba-2.8b-step-random --folder runs/parameters
+     python benchmarks/axis_groups.py --parameters mamba-2.8b-step --folder runs/parameters
 The second form imports with the weights as parameters (11 GB on disk), in a process of its own, and
 prints the peak resident memory of import and analysis beside the size of the weights.
 """
@@ -37,7 +37,7 @@ from icd_tvm.runtime.options import parse_shape
 from icd_tvm.tir_schedules.target import host_target
 
 LIGHT = ("resnet50", "densenet121", "shufflenet", "squeezenet", "inception_v1", "inception_v2")
-LARGE = ("mamba-2.8b-step-random",)
+LARGE = ("bert-large", "mamba-370m", "mamba-790m", "mamba-1.4b", "mamba-2.8b")
 
 
 def light_path(name: str) -> Path:
@@ -78,7 +78,7 @@ def randomised(mod: Any) -> Any:
 def models(names: list[str]) -> Iterator[tuple[str, ImportedModel, Any]]:
     """Yield name, imported model and the module to analyse."""
     for name in MODELS:
-        if (names and name in names) or (not names and name not in LARGE):
+        if (names and name in names) or (not names and not name.startswith(LARGE)):
             imported = import_onnx(build(name))
             yield name, imported, imported.mod
     for name in names:

@@ -97,7 +97,7 @@ def model_cases(folder: Path) -> Iterator[Case]:
     """Yield MiniLM and BERT-base at every length and batch, in each form."""
     for model, sizes in (
         ("minilm", ((32, 1), (128, 1), (384, 1), (128, 8))),
-        ("bert-base-random", ((32, 1), (128, 1), (384, 1))),
+        ("bert-base", ((32, 1), (128, 1), (384, 1))),
     ):
         for seq, batch in sizes:
             path = folder / f"{model}-{seq}-{batch}.onnx"

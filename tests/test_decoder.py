@@ -29,8 +29,8 @@ from icd_tvm.models.decoder import (
 )
 from icd_tvm.models.decoder_reference import run_decoder
 from icd_tvm.models.importer import import_onnx
-from icd_tvm.models.onnx_writer import RandomWeights, check_weights
 from icd_tvm.models.registry import build
+from icd_tvm.models.weights import RandomWeights, check_weights
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from axis_models import compiled
 from icd_tvm.errors import ConfigError, OutputError, ShapeError
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.mamba import (
+    MAMBA_1_4B,
     MAMBA_2_8B,
     MAMBA_130M,
+    MAMBA_370M,
+    MAMBA_790M,
     MAMBA_MINI,
     MambaConfig,
     build_mamba_step,
@@ -25,12 +29,18 @@ from icd_tvm.models.mamba import (
     mamba_states,
     random_mamba_weights,
 )
+from icd_tvm.models.mamba_prefill import build_mamba_prefill
 from icd_tvm.models.registry import build
+from icd_tvm.models.weights import parameter_count
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
 
 MINI = MAMBA_MINI
 WEIGHTS = dict(random_mamba_weights(MINI))
+STATE_SHAPES = {
+    old: (1, MINI.inner, MINI.conv if old.startswith("conv") else MINI.state)
+    for old, _ in mamba_states(MINI)
+}
 IDS = np.random.default_rng(0).integers(0, MINI.vocab, 9)
 
 
@@ -120,6 +130,52 @@ def test_tvm_computes_chained_steps(permuted: bool) -> None:
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
+def in_chunks(run: Any, lengths: Sequence[int]) -> np.ndarray:
+    """Logits of IDS read in chunks of these lengths, the states handed on."""
+    states = {old: np.zeros(shape, np.float32) for old, shape in STATE_SHAPES.items()}
+    logits, start = [], 0
+    for length in lengths:
+        out, *new = run(length, {"input_ids": IDS[start : start + length], **states})
+        states = dict(zip(states, new, strict=True))
+        logits.append(out)
+        start += length
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("lengths", [[9], [2, 1, 6], [1] * 9])
+def test_chunks_equal_the_whole_sequence(lengths: list[int]) -> None:
+    """Also chunks shorter than the convolution."""
+    models = {n: build_mamba_prefill(MINI, WEIGHTS, n) for n in set(lengths)}
+    for model in models.values():
+        onnx.checker.check_model(model, full_check=True)
+    sessions = {n: session(model.SerializeToString()) for n, model in models.items()}
+    got = in_chunks(lambda n, feeds: sessions[n].run(None, feeds), lengths)
+    want = sequence(MINI, WEIGHTS, IDS)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_tvm_computes_chunks(permuted: bool) -> None:
+    imported = import_onnx(build("mamba-mini-prefill-random", seq=3))
+    mod = imported.mod
+    if permuted:
+        groups = find_axis_groups(mod["main"], opaque_states=mamba_states(MINI))
+        # d_inner and d_state of each layer and the stream, as in a step.
+        assert {48, 5, 24} <= {group.size for group in groups.free}
+        perms = {group.id: np.roll(np.arange(group.size), 1) for group in groups.free}
+        mod = permute_groups(mod, groups, perms)
+    execute = compiled(mod)
+    names = [spec.name for spec in imported.inputs]
+    got = in_chunks(lambda _, feeds: execute([feeds[name] for name in names]), [3, 3, 3])
+    want = sequence(MINI, WEIGHTS, IDS)
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_chunk_of_nothing() -> None:
+    with pytest.raises(ShapeError, match="seq 0"):
+        build("mamba-mini-prefill-random", seq=0)
+
+
 def test_axis_groups_with_opaque_states() -> None:
     func = import_onnx(build("mamba-mini-random")).mod["main"]
     groups = find_axis_groups(func, opaque_states=mamba_states(MINI))
@@ -139,11 +195,14 @@ def test_axis_groups_with_opaque_states() -> None:
 
 
 def test_sizes_are_those_of_state_spaces() -> None:
-    def parameters(config: MambaConfig) -> int:
-        return sum(int(np.prod(shape)) for shape in mamba_shapes(config).values())
-
-    assert parameters(MAMBA_130M) == 129_135_360
-    assert parameters(MAMBA_2_8B) == 2_768_345_600
+    counts = {
+        MAMBA_130M: 129_135_360,
+        MAMBA_370M: 371_516_416,
+        MAMBA_790M: 793_204_224,
+        MAMBA_1_4B: 1_372_178_432,
+        MAMBA_2_8B: 2_768_345_600,
+    }
+    assert {config: parameter_count(mamba_shapes(config)) for config in counts} == counts
     assert (MAMBA_130M.inner, MAMBA_130M.rank) == (1536, 48)
     assert (MAMBA_2_8B.inner, MAMBA_2_8B.rank) == (5120, 160)
 
@@ -177,17 +236,19 @@ def test_weights_in_a_data_file(tmp_path: Path) -> None:
 
 def test_a_large_model_needs_a_data_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"11\.1 GB of weights") as caught:
-        build("mamba-2.8b-step-random")
+        build("mamba-2.8b-step")
     assert "data=FILE" in caught.value.hint
     with pytest.raises(OutputError, match="cannot write"):
-        build("mamba-mini-random", data=tmp_path / "no" / "folder")
+        build_mamba_step(MINI, WEIGHTS, data=tmp_path / "no" / "folder")
+    build("mamba-mini-random", data=tmp_path / "unused")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "sizes", [{"layers": 0}, {"hidden": 0}, {"conv": 1}, {"dt_rank": -1}, {"state": 0}]
 )
 def test_bad_sizes(sizes: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="at least"):
         replace(MINI, **sizes)
 
 

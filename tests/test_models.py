@@ -166,10 +166,10 @@ def test_missing_package_gives_the_install_command(monkeypatch):
 @needs_minilm
 def test_missing_and_damaged_weights_file(monkeypatch, tmp_path):
     with pytest.raises(MissingDependencyError, match=r"none\.bin is missing"):
-        minilm.package_file("none.bin")
+        minilm.model_file("none.bin")
     broken = tmp_path / "model.safetensors"
     broken.write_bytes(b"not a safetensors file")
-    monkeypatch.setattr(minilm, "package_file", lambda name: broken)
+    monkeypatch.setattr(minilm, "model_file", lambda name: broken)
     with pytest.raises(ModelFileError, match="cannot read"):
         minilm.build_minilm()
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from icd_tvm.adapters import quant_tensor
 from icd_tvm.adapters.quant import (
     Histogram,
     QuantizedTensor,
@@ -21,6 +22,7 @@ from icd_tvm.adapters.quant import (
     observe,
     pack_int4,
     parse_quant,
+    quantize,
     unpack_int4,
 )
 from icd_tvm.adapters.quant_compensate import DAMPING
@@ -647,3 +649,21 @@ def test_migration_balances_the_ranges() -> None:
 def test_bad_activation_calls(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int8", "int8:asym", "int8:tensor", "int8:ptq-mse", "int8:ptq-kld", "int4:group32",
+     "int8:salient0.1", "fp8_e4m3"],
+)  # fmt: skip
+def test_blocks_of_columns_change_nothing(text, monkeypatch):
+    weight = np.random.default_rng(3).standard_normal((64, 50)).astype(np.float32)
+    whole, meta = quantize(weight, parse_quant(text))
+    monkeypatch.setattr(quant_tensor, "BLOCK_ELEMENTS", 7 * 64)
+    cut, cut_meta = quantize(weight, parse_quant(text))
+    np.testing.assert_array_equal(cut.codes, whole.codes)
+    np.testing.assert_array_equal(cut.scales, whole.scales)
+    np.testing.assert_array_equal(cut.zero_points, whole.zero_points)
+    assert cut_meta["loss"]["frobenius"] == pytest.approx(meta["loss"]["frobenius"], rel=1e-9)
+    columns = slice(5, 13)
+    np.testing.assert_array_equal(cut.dequantize(columns=columns), whole.dequantize()[:, columns])

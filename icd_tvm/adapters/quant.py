@@ -20,7 +20,12 @@ from icd_tvm.adapters.quant_activations import (
 from icd_tvm.adapters.quant_compensate import Coder
 from icd_tvm.adapters.quant_scales import FORMATS
 from icd_tvm.adapters.quant_spec import QuantSpec, make_quant_spec, parse_quant
-from icd_tvm.adapters.quant_tensor import QuantizedTensor, pack_int4, unpack_int4
+from icd_tvm.adapters.quant_tensor import (
+    QuantizedTensor,
+    column_blocks,
+    pack_int4,
+    unpack_int4,
+)
 from icd_tvm.errors import ConfigError
 
 __all__ = [
@@ -158,16 +163,22 @@ def _why_not(spec: QuantSpec, weight: Array) -> str:
         return "nothing was asked for"
     if weight.dtype.kind in "iu":
         return f"the weight is {weight.dtype}: integer codes already"
-    if float(np.abs(weight.astype(np.float64)).max()) > float(np.finfo(np.float32).max):
+    if _largest(weight) > float(np.finfo(np.float32).max):
         return "the weight exceeds the range of float32 scales"
     return ""
 
 
+def _largest(weight: Array) -> float:
+    return max(float(weight.max()), -float(weight.min()))
+
+
 def _salient(dense: Float64, spec: QuantSpec, data: Calibration | None) -> Bool:
     """Mark the rows that carry most output energy: by their input or by stretching the scales."""
-    carried = np.sum(dense**2, axis=1) * (1.0 if data is None else data.energy)
     count = int(np.ceil(round(len(dense) * spec.salient, 6)))
     mask = np.zeros(len(dense), dtype=np.bool_)
+    if not count:
+        return mask
+    carried = np.sum(dense**2, axis=1) * (1.0 if data is None else data.energy)
     mask[np.argsort(-carried, kind="stable")[:count]] = True
     return mask
 
@@ -200,7 +211,7 @@ def _row_order(spec: QuantSpec, energy: Float64 | None, salient: Bool) -> npt.ND
 def _float_dtype(weight: Array) -> np.dtype[Any]:
     if weight.dtype.itemsize == 2:
         return weight.dtype
-    fits = float(np.abs(weight.astype(np.float64)).max()) <= float(np.finfo(np.float16).max)
+    fits = _largest(weight) <= float(np.finfo(np.float16).max)
     return np.dtype(np.float16 if fits else np.float32)
 
 
@@ -266,12 +277,15 @@ def _meta(
 
 
 def _loss(weight: Array, out: QuantizedTensor, data: Calibration | None) -> dict[str, float | None]:
-    before, after = weight.astype(np.float64), out.dequantize(np.float64)
-    norm = float(np.linalg.norm(before))
-    return {
-        "frobenius": float(np.linalg.norm(after - before)) / norm if norm else 0.0,
-        "output": data.output_error(before, after) if data else None,
-    }
+    lost = total = 0.0
+    for columns in column_blocks(*weight.shape):
+        before = weight[:, columns].astype(np.float64)
+        lost += float(np.sum((out.dequantize(np.float64, columns) - before) ** 2))
+        total += float(np.sum(before**2))
+    output = (
+        data.output_error(weight.astype(np.float64), out.dequantize(np.float64)) if data else None
+    )
+    return {"frobenius": float(np.sqrt(lost / total)) if total else 0.0, "output": output}
 
 
 def _format(out: QuantizedTensor) -> str:

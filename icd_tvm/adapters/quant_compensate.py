@@ -11,6 +11,7 @@ from scipy import linalg
 from icd_tvm.adapters.arrays import Bool, Float64, Index
 from icd_tvm.adapters.quant_scales import NumberFormat, block_scales, decode, encode
 from icd_tvm.adapters.quant_spec import Granularity, Method
+from icd_tvm.adapters.quant_tensor import column_blocks, spread_rows
 
 # Ridge, relative to the mean diagonal of the Gram matrix.
 DAMPING = 0.01
@@ -67,39 +68,48 @@ class Coder:
         self.codes = np.zeros(weight.shape, form.storage)
         self.floats = np.zeros(weight.shape, float_dtype)
 
-    def fit(self, group: int, rows: Index, values: Float64) -> None:
-        """Choose the scales of a group from the values its rows have now."""
+    def fit(self, group: int, rows: Index, values: Float64, columns: slice = slice(None)) -> None:
+        """Choose the scales of a group from the values its rows have now, in some columns."""
         coded = ~self.salient[rows]
         block = values[coded]
         energy = None if self.energy is None else self.energy[rows][coded]
         if self.whole:
             energy = None if energy is None else np.repeat(energy, block.shape[1])
             block = block.reshape(-1, 1)
-        self.scales[group], self.zeros[group] = block_scales(
+        own = slice(None) if self.whole else columns
+        self.scales[group, own], self.zeros[group, own] = block_scales(
             block, self.form, self.method, self.symmetric, energy
         )
 
-    def put(self, rows: Index, values: Float64) -> Float64:
+    def put(self, rows: Index, values: Float64, columns: slice = slice(None)) -> Float64:
         """Round rows, store their codes and return the values the codes stand for."""
-        scale, zero = self.scales[self.g_idx[rows]], self.zeros[self.g_idx[rows]]
+        own = slice(None) if self.whole else columns
+        scale, zero = (
+            spread_rows(table[:, own], self.g_idx[rows]) for table in (self.scales, self.zeros)
+        )
         codes = encode(values, scale, zero, self.form)
         out = decode(codes, scale, zero)
         kept = self.salient[rows]
         if kept.any():
             floats = values[kept].astype(self.float_dtype)
-            self.floats[rows[kept]] = floats
+            self.floats[rows[kept], columns] = floats
             codes[kept] = np.zeros((), self.form.storage)
             out[kept] = floats.astype(np.float64)
-        self.codes[rows] = codes
+        self.codes[rows, columns] = codes
         return out
 
     def round_plain(self) -> Float64:
         """Round every row to its nearest codes; return the rounded weight, float64 [K, N]."""
         out = np.empty_like(self.weight)
+        # One scale, or one share of the range, for all columns needs them together.
+        together = self.whole or self.method == "ptq-kld"
+        blocks = [slice(None)] if together else column_blocks(self.size, self.weight.shape[1])
         for group, first in enumerate(range(0, len(self.order), self.size)):
             rows = self.order[first : first + self.size]
-            self.fit(group, rows, self.weight[rows])
-            out[rows] = self.put(rows, self.weight[rows])
+            for columns in blocks:
+                values = self.weight[rows, columns]
+                self.fit(group, rows, values, columns)
+                out[rows, columns] = self.put(rows, values, columns)
         return out
 
     def round_compensated(self, gram: Float64) -> Float64:

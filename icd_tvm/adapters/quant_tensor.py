@@ -17,6 +17,8 @@ from icd_tvm.errors import PermutationError, ShapeError
 SCALE_BYTES = 4
 ZERO_BYTES = 1
 INDEX_BYTES = 4
+# Float64 copies of so many elements stay in a core's cache; larger ones cost time and memory.
+BLOCK_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,24 +74,31 @@ class QuantizedTensor:
         size += salient * INDEX_BYTES
         return int(size) + (self.salient_values.nbytes if self.salient_values is not None else 0)
 
-    def dequantize(self, dtype: npt.DTypeLike | None = None) -> Array:
+    def dequantize(self, dtype: npt.DTypeLike | None = None, columns: slice = slice(None)) -> Array:
         """Return the weight that the codes stand for.
 
         Parameters
         ----------
         dtype : optional
             The weight's own dtype when not given.
+        columns : slice
+            Only these; all by default.
 
         Returns
         -------
         array, shape [K, N]
         """
         wanted = self.source_dtype if dtype is None else np.dtype(dtype)
+        codes = self.codes[:, columns]
         if self.dtype == "none":
-            return self.codes.astype(wanted)
-        values = decode(self.codes, self.scales[self.g_idx], self.zero_points[self.g_idx])
+            return codes.astype(wanted)
+        own = slice(None) if self.scales.shape[1] == 1 else columns
+        scale, zero = (
+            spread_rows(table[:, own], self.g_idx) for table in (self.scales, self.zero_points)
+        )
+        values = decode(codes, scale, zero)
         if self.salient is not None and self.salient_values is not None:
-            values[self.salient] = self.salient_values.astype(np.float64)
+            values[self.salient] = self.salient_values[:, columns].astype(np.float64)
         return values.astype(wanted)
 
     def permute_rows(self, order: Index) -> QuantizedTensor:
@@ -121,6 +130,17 @@ class QuantizedTensor:
         salient = self.salient[pi]
         values = self.salient_values[rank[pi][salient]]
         return replace(moved, salient=salient, salient_values=values)
+
+
+def spread_rows(table: Array, group: Index) -> Array:
+    """Return the row of each group; one row for all broadcasts as it is."""
+    return table if len(table) == 1 else table[group]
+
+
+def column_blocks(rows: int, width: int) -> list[slice]:
+    """Cut the columns of a matrix into blocks of at most `BLOCK_ELEMENTS`."""
+    step = max(1, BLOCK_ELEMENTS // max(1, rows))
+    return [slice(first, first + step) for first in range(0, width, step)]
 
 
 def pack_int4(codes: Array) -> npt.NDArray[np.uint8]:

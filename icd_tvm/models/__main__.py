@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from icd_tvm.files import write_atomically
 from icd_tvm.models.registry import MODELS, build
 
 USAGE_ERROR = 2
+OPTIONS = ("seq", "batch", "seed", "layers", "checkpoint")
 
 
 def save_model(model: onnx.ModelProto, path: str | Path) -> Path:
@@ -44,6 +46,13 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
         raise OutputError(f"cannot write {path.name}: {error}") from error
 
 
+def _beside(name: str, output: Path) -> dict[str, Path]:
+    """Return where a model that may exceed a proto puts its weights."""
+    entry = MODELS.get(name)
+    large = entry is not None and "data" in inspect.signature(entry[0]).parameters
+    return {"data": output.with_name(f"{output.name}.data")} if large else {}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m icd_tvm.models", description="Write an example model as ONNX."
@@ -52,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq", type=int, help="sequence length")
     parser.add_argument("--batch", type=int, help="batch size")
     parser.add_argument("--seed", type=int, help="seed of random weights")
+    parser.add_argument("--layers", type=int, help="fewer layers of a Mamba")
+    parser.add_argument("--checkpoint", help="safetensors file or folder with trained weights")
     parser.add_argument("-o", "--output", help="file to write; default MODEL.onnx")
     parser.add_argument("--list", action="store_true", help="list the models and stop")
     return parser
@@ -62,15 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.list:
         for name, (_, text) in MODELS.items():
-            print(f"{name:18} {text}")
+            print(f"{name:26} {text}")
         return 0
     try:
         if not options.model:
             raise ConfigError("no model named", f"models: {', '.join(MODELS)}")
-        given = {key: getattr(options, key) for key in ("seq", "batch", "seed")}
+        given = {key: getattr(options, key) for key in OPTIONS}
         chosen = {key: value for key, value in given.items() if value is not None}
-        model = build(options.model, **chosen)
-        path = save_model(model, options.output or f"{options.model}.onnx")
+        output = Path(options.output or f"{options.model}.onnx")
+        path = save_model(build(options.model, **chosen, **_beside(options.model, output)), output)
     except IcdError as error:
         print(error.line(), file=sys.stderr)
         return USAGE_ERROR

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from icd_tvm.errors import ConfigError, ShapeError
+from icd_tvm.models.onnx_writer import GraphWriter, tensor_info
+from icd_tvm.models.weights import (
+    Float32,
+    RandomWeights,
+    Weights,
+    check_weights,
+    normal,
+    origin,
+    require_sizes,
+)
 
-OPSET = 17
-IR_VERSION = 9
-PRODUCER = "icd_tvm"
-
-Weights = Mapping[str, NDArray[np.float32]]
 Size = int | str
 
 
@@ -44,14 +47,14 @@ class BertConfig:
     eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.hidden, self.heads, self.ffn, self.vocab) < 1:
-            raise ConfigError(f"sizes of a BERT must be at least 1: {self}")
+        require_sizes("a BERT", {name: n for name, n in vars(self).items() if name != "eps"})
         if self.hidden % self.heads:
             raise ConfigError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
 
 
 MINILM = BertConfig()
 BERT_BASE = BertConfig(layers=12, hidden=768, heads=12, ffn=3072)
+BERT_LARGE = BertConfig(layers=24, hidden=1024, heads=16, ffn=4096)
 BERT_MINI = BertConfig(layers=2, hidden=64, heads=4, ffn=256, vocab=100, max_position=64)
 
 
@@ -82,28 +85,13 @@ def weight_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_bert_weights(config: BertConfig, seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Return weights as a fresh BERT is initialised: normal with deviation 0.02, norms at 1.
+def random_bert_weights(config: BertConfig, seed: int = 0) -> RandomWeights:
+    """Return weights as a fresh BERT is initialised: normal with deviation 0.02, norms at 1."""
+    return RandomWeights(weight_shapes(config), _fresh, seed)
 
-    Parameters
-    ----------
-    config : BertConfig
-    seed : int
-        The same seed gives the same weights.
 
-    Returns
-    -------
-    dict of str to ndarray of float32
-        Names and shapes of `weight_shapes`.
-    """
-    rng = np.random.default_rng(seed)
-    weights: dict[str, NDArray[np.float32]] = {}
-    for name, shape in weight_shapes(config).items():
-        values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-        if name.endswith("LayerNorm.weight"):
-            values += np.float32(1)
-        weights[name] = values
-    return weights
+def _fresh(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Float32:
+    return normal(rng, shape, 0.02, mean=1.0 if name.endswith("LayerNorm.weight") else 0.0)
 
 
 def build_bert(
@@ -151,60 +139,34 @@ def build_bert(
         raise ShapeError(f"seq {seq} is outside 1..{config.max_position}")
     if isinstance(batch, int) and batch < 1:
         raise ConfigError(f"batch {batch} is below 1")
-    _check_weights(config, weights)
+    check_weights(weight_shapes(config), weights)
     graph = _BertGraph(config, weights)
-    hidden = graph.embeddings(seq)
-    mask = graph.attention_bias()
-    for index in range(config.layers):
-        hidden = graph.layer(index, hidden, mask)
-    outputs: dict[str, tuple[Size, ...]] = {"last_hidden_state": (batch, seq, config.hidden)}
-    if pooled:
-        graph.pool(hidden)
-        outputs = {"sentence_embedding": (batch, config.hidden)}
-    return graph.finish((batch, seq), outputs, name, "trained" if trained else "random")
+    return graph.build((batch, seq), name, origin(weights, trained), pooled)
 
 
-def _check_weights(config: BertConfig, weights: Weights) -> None:
-    for name, shape in weight_shapes(config).items():
-        if name not in weights:
-            raise ShapeError(f"weight {name!r} is missing")
-        if tuple(weights[name].shape) != shape:
-            raise ShapeError(f"weight {name!r} has shape {weights[name].shape}, not {shape}")
-
-
-class _BertGraph:
-    """Collects nodes and initializers; every method returns the name of a value."""
+class _BertGraph(GraphWriter):
+    """Every method returns the name of a value."""
 
     def __init__(self, config: BertConfig, weights: Weights) -> None:
+        super().__init__(weights)
         self.config = config
-        self.weights = weights
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
 
-    def node(self, op: str, path: str, *inputs: str, **attributes: object) -> str:
-        """Append a node called ``path`` with one output ``path_output_0``."""
-        output = f"{path}_output_0"
-        self.nodes.append(helper.make_node(op, list(inputs), [output], name=path, **attributes))
-        return output
-
-    def constant(self, name: str, values: object, dtype: type = np.float32) -> str:
-        """Store a small constant and return its name."""
-        self.initializers[name] = numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
-        return name
-
-    def weight(self, name: str, transpose: bool = False) -> str:
-        """Store a weight and return its name."""
-        if name not in self.initializers:
-            array = np.asarray(self.weights[name], dtype=np.float32)
-            array = np.ascontiguousarray(array.T if transpose else array)
-            self.initializers[name] = numpy_helper.from_array(array, name)
-        return name
-
-    def dense(self, path: str, module: str, value: str) -> str:
-        """``value @ W + b`` over the last axis."""
-        weight = self.weight(f"{module}.weight", transpose=True)
-        product = self.node("MatMul", f"{path}/MatMul", value, weight)
-        return self.node("Add", f"{path}/Add", product, self.weight(f"{module}.bias"))
+    def build(
+        self, shape: tuple[Size, Size], name: str, source: dict[str, str], pooled: bool
+    ) -> onnx.ModelProto:
+        """Return the whole model."""
+        hidden = self.embeddings(shape[1])
+        mask = self.attention_bias()
+        for index in range(self.config.layers):
+            hidden = self.layer(index, hidden, mask)
+        last = self.pool(hidden) if pooled else hidden
+        output = self.rename(last, "sentence_embedding" if pooled else "last_hidden_state")
+        inputs = [
+            tensor_info(label, shape, ids=True)
+            for label in ("input_ids", "attention_mask", "token_type_ids")
+        ]
+        outputs = [tensor_info(output, (*(shape[:1] if pooled else shape), self.config.hidden))]
+        return self.finish(name, inputs, outputs, source)
 
     def norm(self, path: str, module: str, value: str) -> str:
         """Layer norm over the hidden axis."""
@@ -262,7 +224,9 @@ class _BertGraph:
         attended = self.residual(
             f"{path}/attention/output", f"{module}.attention.output", context, hidden
         )
-        inner = self.dense(f"{path}/intermediate/dense", f"{module}.intermediate.dense", attended)
+        inner = self.dense(
+            f"{path}/intermediate/dense", f"{module}.intermediate.dense", attended, bias=True
+        )
         active = self.gelu(f"{path}/intermediate/intermediate_act_fn", inner)
         return self.residual(f"{path}/output", f"{module}.output", active, attended)
 
@@ -286,7 +250,7 @@ class _BertGraph:
         """Project, split into heads and transpose."""
         heads, depth = self.config.heads, self.config.hidden // self.config.heads
         split = self.constant("/attention/split_shape", [0, 0, heads, depth], np.int64)
-        value = self.dense(path, module, hidden)
+        value = self.dense(path, module, hidden, bias=True)
         value = self.node("Reshape", f"{path}/Reshape", value, split)
         return self.node("Transpose", f"{path}/Transpose", value, perm=perm)
 
@@ -300,7 +264,7 @@ class _BertGraph:
 
     def residual(self, path: str, module: str, value: str, skip: str) -> str:
         """Dense, add the skip path, normalise."""
-        value = self.dense(f"{path}/dense", f"{module}.dense", value)
+        value = self.dense(f"{path}/dense", f"{module}.dense", value, bias=True)
         value = self.node("Add", f"{path}/Add", value, skip)
         return self.norm(f"{path}/LayerNorm", f"{module}.LayerNorm", value)
 
@@ -316,30 +280,3 @@ class _BertGraph:
         # A sequence of padding alone must not divide by zero.
         count = self.node("Max", "/pool/Max", count, self.constant("/pool/least", 1e-9))
         return self.node("Div", "/pool/Div", total, count)
-
-    def finish(
-        self,
-        shape: tuple[Size, Size],
-        outputs: Mapping[str, tuple[Size, ...]],
-        name: str,
-        weights: str,
-    ) -> onnx.ModelProto:
-        """Name the last node's output and return the model."""
-        ((output_name, output_shape),) = outputs.items()
-        self.nodes[-1].output[0] = output_name
-        inputs = [
-            helper.make_tensor_value_info(label, TensorProto.INT64, shape)
-            for label in ("input_ids", "attention_mask", "token_type_ids")
-        ]
-        output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, output_shape)
-        graph = helper.make_graph(
-            self.nodes, name, inputs, [output], list(self.initializers.values())
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name=PRODUCER,
-        )
-        helper.set_model_props(model, {"weights": weights})
-        return model

@@ -13,13 +13,15 @@ import onnx
 from numpy.typing import NDArray
 
 from icd_tvm.errors import ConfigError, ShapeError
-from icd_tvm.models.onnx_writer import (
+from icd_tvm.models.onnx_writer import GraphWriter, tensor_info
+from icd_tvm.models.weights import (
     Float32,
-    GraphWriter,
     RandomWeights,
     Weights,
     check_weights,
-    tensor_info,
+    normal,
+    origin,
+    require_sizes,
 )
 
 # Added to the score of a token that must not be seen.
@@ -53,9 +55,8 @@ class DecoderConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        sizes = (self.layers, self.hidden, self.heads, self.kv_heads, self.ffn, self.vocab)
-        if min(*sizes, self.max_position) < 1:
-            raise ConfigError(f"sizes of a decoder must be at least 1: {self}")
+        whole = {name: size for name, size in vars(self).items() if name not in ("theta", "eps")}
+        require_sizes("a decoder", whole)
         if self.hidden % (2 * self.heads):
             raise ConfigError(
                 f"hidden {self.hidden} is not a multiple of 2 * heads ({self.heads})",
@@ -107,10 +108,9 @@ def random_decoder_weights(config: DecoderConfig, seed: int = 0) -> RandomWeight
 
 
 def _fresh(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Float32:
-    values = rng.standard_normal(shape, dtype=np.float32)
     if len(shape) == 1:
-        return np.float32(1) + np.float32(0.1) * values
-    return values / np.float32(np.sqrt(shape[1]))
+        return normal(rng, shape, 0.1, mean=1.0)
+    return normal(rng, shape, shape[1] ** -0.5)
 
 
 def rotary_tables(config: DecoderConfig, positions: NDArray[np.integer]) -> tuple[Float32, Float32]:
@@ -166,7 +166,7 @@ def build_decoder(
     _check_length(config, seq, "seq")
     check_weights(decoder_shapes(config), weights)
     graph = _Prefill(config, GraphWriter(weights), seq)
-    return graph.build(name, _origin(trained), cache)
+    return graph.build(name, origin(weights, trained), cache)
 
 
 def build_decoder_step(
@@ -205,7 +205,7 @@ def build_decoder_step(
     _check_length(config, capacity, "capacity")
     check_weights(decoder_shapes(config), weights)
     graph = _Step(config, GraphWriter(weights), capacity)
-    return graph.build(name, _origin(trained))
+    return graph.build(name, origin(weights, trained))
 
 
 def cache_states(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
@@ -215,10 +215,6 @@ def cache_states(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
         for index in range(config.layers)
         for part in ("key", "value")
     )
-
-
-def _origin(trained: bool) -> str:
-    return "trained" if trained else "random"
 
 
 def _check_length(config: DecoderConfig, length: int, what: str) -> None:
@@ -348,7 +344,7 @@ class _Prefill(_Layers):
             return key, value
         return self.state(index, "key", key), self.state(index, "value", value)
 
-    def build(self, name: str, origin: str, cache: bool) -> onnx.ModelProto:
+    def build(self, name: str, source: dict[str, str], cache: bool) -> onnx.ModelProto:
         self.with_cache = cache
         cos, sin = rotary_tables(self.config, np.arange(self.tokens))
         future = np.triu(np.full((self.tokens, self.tokens), LOWEST, np.float32), 1)
@@ -360,7 +356,7 @@ class _Prefill(_Layers):
         self.graph.rename(logits, "logits")
         inputs = [tensor_info("input_ids", (1, self.tokens), ids=True)]
         outputs = [tensor_info("logits", (1, self.tokens, self.config.vocab)), *self.cache]
-        return self.graph.finish(name, inputs, outputs, {"weights": origin})
+        return self.graph.finish(name, inputs, outputs, source)
 
 
 class _Step(_Layers):
@@ -372,7 +368,7 @@ class _Step(_Layers):
         value = self.graph.node("Where", f"{path}/value", self.is_new, value, f"past_value_{index}")
         return self.state(index, "key", key), self.state(index, "value", value)
 
-    def build(self, name: str, origin: str) -> onnx.ModelProto:
+    def build(self, name: str, source: dict[str, str]) -> onnx.ModelProto:
         config, graph = self.config, self.graph
         tables = rotary_tables(config, np.arange(config.max_position))
         cos, sin = (
@@ -392,7 +388,7 @@ class _Step(_Layers):
             *(tensor_info(past, shape) for past, _ in cache_states(config)),
         ]
         outputs = [tensor_info("logits", (1, 1, config.vocab)), *self.cache]
-        return graph.finish(name, inputs, outputs, {"weights": origin})
+        return graph.finish(name, inputs, outputs, source)
 
     def masks(self) -> str:
         """Set the mark of the new token's slot, and return the mask of the empty slots."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from icd_tvm.errors import ShapeError
 from icd_tvm.models.decoder import DecoderConfig, rotary_tables
-from icd_tvm.models.onnx_writer import Float32, Weights
+from icd_tvm.models.weights import Float32, Weights
 
 Stored = Callable[[Float32], Float32]
 

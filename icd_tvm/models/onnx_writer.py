@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,85 +11,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from icd_tvm.errors import ConfigError, OutputError, ShapeError
+from icd_tvm.errors import OutputError
+from icd_tvm.models.weights import Float32, Weights
 
 OPSET = 17
 IR_VERSION = 9
 PRODUCER = "icd_tvm"
-# Protobuf refuses to serialise more; graph and names need a little of it.
-PROTO_LIMIT = 2**31 - 2**24
 # Smaller tensors stay in the graph, where shape folding can see them.
 EXTERNAL_BYTES = 4096
-
-Float32 = NDArray[np.float32]
-Weights = Mapping[str, Float32]
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class RandomWeights(Mapping[str, Float32]):
-    """Weights made when they are read, so that a large model never lies in memory whole.
-
-    Parameters
-    ----------
-    shapes : mapping of str to tuple of int
-    fill : callable
-        Takes a generator, a name and a shape; returns float32 values.
-    seed : int
-        The same seed and name give the same values, in whatever order they are read.
-    """
-
-    def __init__(
-        self,
-        shapes: Shapes,
-        fill: Callable[[np.random.Generator, str, tuple[int, ...]], Float32],
-        seed: int,
-    ) -> None:
-        self.shapes = shapes
-        self.fill = fill
-        self.seed = seed
-
-    def __getitem__(self, name: str) -> Float32:
-        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        return self.fill(rng, name, self.shapes[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def check_weights(shapes: Shapes, weights: Weights) -> None:
-    """Refuse missing weights and wrong shapes without making random ones.
-
-    Raises
-    ------
-    ShapeError
-        Naming the weight.
-    """
-    known = weights.shapes if isinstance(weights, RandomWeights) else None
-    for name, shape in shapes.items():
-        if name not in weights:
-            raise ShapeError(f"weight {name!r} is missing")
-        actual = known[name] if known is not None else tuple(weights[name].shape)
-        if actual != shape:
-            raise ShapeError(f"weight {name!r} has shape {list(actual)}, not {list(shape)}")
-
-
-def check_proto_size(shapes: Shapes, data: Path | None, hint: str) -> None:
-    """Refuse weights that a proto cannot hold when there is no data file.
-
-    Raises
-    ------
-    ConfigError
-        The weights are larger than `PROTO_LIMIT`.
-    """
-    total = 4 * sum(int(np.prod(shape, dtype=object)) for shape in shapes.values())
-    if data is None and total > PROTO_LIMIT:
-        raise ConfigError(f"{total / 1e9:.1f} GB of weights do not fit an ONNX proto (2 GB)", hint)
+PAGE = 4096
 
 
 class GraphWriter:
@@ -156,7 +85,7 @@ class GraphWriter:
             return name
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
-        offset = self._write(self.data, array.tobytes(), "ab")
+        offset = self._write(self.data, array.data, "ab")
         place = {"location": self.data.name, "offset": offset, "length": array.nbytes}
         for key, value in place.items():
             tensor.external_data.add(key=key, value=str(value))
@@ -216,10 +145,12 @@ class GraphWriter:
         return model
 
     @staticmethod
-    def _write(path: Path, values: bytes, mode: str) -> int:
-        """Write values and return the offset where they begin."""
+    def _write(path: Path, values: bytes | memoryview, mode: str) -> int:
+        """Write values at the next whole page and return the offset where they begin."""
         try:
             with path.open(mode) as stream:
+                # So that a tensor can be mapped by itself, as the ONNX specification advises.
+                stream.write(bytes(-stream.tell() % PAGE))
                 offset = stream.tell()
                 stream.write(values)
         except OSError as error:
@@ -227,7 +158,7 @@ class GraphWriter:
         return offset
 
 
-def tensor_info(name: str, shape: Sequence[int], ids: bool = False) -> onnx.ValueInfoProto:
+def tensor_info(name: str, shape: Sequence[int | str], ids: bool = False) -> onnx.ValueInfoProto:
     """Describe a graph input or output: float32, or int64 for ids."""
     kind = TensorProto.INT64 if ids else TensorProto.FLOAT
     return helper.make_tensor_value_info(name, kind, list(shape))

