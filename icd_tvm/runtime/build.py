@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import relax, tvm
+from icd_tvm.relax_passes.fuse_quantized_matmul import read_byte_kernels
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
 from icd_tvm.relax_passes.state_order import StateOrder
 from icd_tvm.relax_passes.step_cache import StepCache
@@ -23,7 +24,7 @@ class Built:
     input_names : Sequence[str]
         Names of the inputs of ``main``, in order.
     kernels : Mapping[str, str]
-        The kernel chosen for each matmul whose weight has zeros.
+        The kernel chosen for each matmul whose weight has zeros or is quantised.
     states : StateOrder, optional
         The order in which the module keeps its opaque states. Callers see the original one.
     lowered : tvm.IRModule, optional
@@ -91,6 +92,7 @@ def build(mod: Any, target: Any) -> Built:
     names = [parameter.name for parameter in mod["main"].params]
     lowered = lower_and_build(mod, target)
     kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in lowered.choices.items()}
+    kernels |= read_byte_kernels(lowered.mod)
     states, cache = StateOrder.read(mod), StepCache.read(mod)
     return Built(lowered.executable, names, kernels, states, lowered.mod, cache)
 

@@ -124,7 +124,8 @@ def _limit(memory_mb: int) -> None:
 
 def _received(receiver: int, limit_s: float) -> bytes:
     """Return all that the child writes; ChildError once it is out of time."""
-    deadline, parts = time.monotonic() + limit_s, []
+    deadline = time.monotonic() + limit_s
+    parts: list[bytes] = []
     while True:
         ready, _, _ = select.select([receiver], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
