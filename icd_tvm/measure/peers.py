@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from icd_tvm.errors import MeasurementError, ModelFileError
 from icd_tvm.measure.latency import Account, Samples, interleave
+from icd_tvm.steps import steps
 
 Array = npt.NDArray[Any]
 
@@ -296,7 +297,7 @@ def compare_with_peer(
         if warmup:
             peer.run(warmup)
             peer.settle(settle_s)
-    for block in range(blocks):
+    for block in steps(range(blocks), "measuring in turns"):
         extra = warmup if block == 0 else 0
         for name in _turns(peers, backwards=block % 2 == 1):
             if name is None:

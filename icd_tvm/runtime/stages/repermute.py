@@ -13,6 +13,7 @@ from icd_tvm.runtime.orders import NOTHING, decided, permutations
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.stages.order import keep_graph, keep_order
 from icd_tvm.runtime.stages.transform import changed_accesses, unchanged_because
+from icd_tvm.steps import steps
 
 VERIFICATION_RUNS = 3
 
@@ -96,7 +97,7 @@ def _no_opportunity(job: Job) -> str:
 def _build_arms(job: Job) -> None:
     result = job.result
     with job.progress.stage("compile") as stage:
-        for arm in result.arms.values():
+        for arm in steps(result.arms.values(), "compiling arms"):
             result.built[arm.name] = result.built.get(arm.same_as) or build(arm.mod, job.target)
         stage.meta = {"builds": len({id(built) for built in result.built.values()})}
 
