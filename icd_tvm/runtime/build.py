@@ -12,6 +12,7 @@ from icd_tvm.relax_passes.fuse_quantized_matmul import read_byte_kernels
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
 from icd_tvm.relax_passes.state_order import StateOrder
 from icd_tvm.relax_passes.step_cache import StepCache
+from icd_tvm.tvm_log import without_scope_lines
 
 
 class Built:
@@ -74,7 +75,8 @@ class Built:
 
     def export(self, path: str) -> None:
         """Write the library, weights inside, to ``path``."""
-        self.executable.export_library(path)
+        with without_scope_lines():
+            self.executable.export_library(path)
 
     def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the inputs as the module takes them: its own cache slots, states in its order."""
