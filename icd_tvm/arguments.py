@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -35,8 +36,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError with argparse's message."""
-        raise ConfigError(message, "see --help")
+        """Raise ConfigError with argparse's message, and the nearest flag for an unknown one."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        known = self._flags() if unknown.startswith("--") else []
+        near = difflib.get_close_matches(unknown.partition("=")[0], known, n=1)
+        raise ConfigError(message, f"did you mean {near[0]}?" if near else "see --help")
+
+    def _flags(self) -> list[str]:
+        """Return the flags of this parser and of its actions, whose unknown ones it reports."""
+        actions = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        inner = [parser for action in actions for parser in action.choices.values()]
+        return [flag for parser in (self, *inner) for flag in parser._option_string_actions]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

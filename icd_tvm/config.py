@@ -140,6 +140,13 @@ class SolverKeys(Section):
         default=4, ge=1, le=4096, description="blocks of the modularity Q; null: one for each tile"
     )
     rng_seed: int | None = Field(default=None, ge=0, le=2**31, description="null: the run's seed")
+    memory_mb: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**8,
+        description="MiB that the solver's process may take; null: what there is. Without enough "
+        "the order stays as it was",
+    )
 
 
 class TransformKeys(Section):

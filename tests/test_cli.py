@@ -65,6 +65,23 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "icd explain model.onnx" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["run", "--overide", "seed=1"], "did you mean --override?"),
+        (["cache", "ls", "--cach=x", "--jsn"], "did you mean --json?"),
+        (["solve", "W.npz", "-o", "p.json", "--sead=1"], "did you mean --seed?"),
+        (["doctor", "--nothing-like-it"], "see --help"),
+        (["doctor", "word"], "see --help"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"({hint})")
+
+
 def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["solvee"]) == 2
     assert "did you mean solve?" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from icd_tvm._tvm import GenericConst, const_name, relax, tvm
 from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
-from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
+from icd_tvm.relax_passes.fuse_quantized_matmul import (
+    BYTE_KERNELS_ATTR,
+    FuseQuantizedMatmul,
+)
 from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
 from icd_tvm.relax_passes.relax_graph import call_func
+from icd_tvm.runtime.build import build
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
 from icd_tvm.tir_schedules.target import host_target
 
@@ -369,16 +374,17 @@ def test_the_expected_module() -> None:
         return op.multiply(floats, relax.const(scale * step))
 
     modules = []
-    for build in (before, expected):
+    for made in (before, expected):
         builder = relax.BlockBuilder()
         q = relax.Var("q", relax.TensorType((M, K), "uint8"))
         with builder.function("main", [q]):
             with builder.dataflow():
-                more = (builder,) if build is expected else ()
-                out = builder.emit_output(build(builder.emit, q, *more))
+                more = (builder,) if made is expected else ()
+                out = builder.emit_output(made(builder.emit, q, *more))
             builder.emit_func_output(out)
         modules.append(builder.get())
-    tvm.ir.assert_structural_equal(fuse(modules[0])[0], modules[1])
+    wanted = modules[1].with_attr(BYTE_KERNELS_ATTR, json.dumps({"gv": f"int8, {K} rows"}))
+    tvm.ir.assert_structural_equal(fuse(modules[0])[0], wanted)
 
 
 def test_a_model_of_floats_is_untouched() -> None:
@@ -495,6 +501,14 @@ def test_groups_of_zeros_are_skipped(zero: tuple[Any, int]) -> None:
     assert kernels(mod)[-1] == "fused_block_int8_matmul_subtract_cast_multiply_add"
     rewrite = fuse(mod)[1]
     assert "of the dense byte product" in rewrite.sparse["w"]
+    assert list(build(mod, TARGET).kernels.values()) == ["block_int8, 64 rows"]
+
+
+def test_a_build_names_the_kernel_of_every_quantised_matmul() -> None:
+    mod = import_onnx(qdq()).mod
+    assert list(build(mod, TARGET).kernels.values()) == [f"int8, {K} rows"]
+    narrow = import_onnx(blocked(18, (M, K))).mod
+    assert list(build(narrow, TARGET).kernels.values()) == [f"narrow, {K} rows of 8 bits"]
 
 
 # A whole encoder

@@ -755,6 +755,27 @@ def test_the_installed_versions_are_in_the_key(monkeypatch: pytest.MonkeyPatch) 
     assert cache_key.cache_key(**fields) != before
 
 
+def test_the_code_that_decides_is_in_the_key(tmp_path: Path) -> None:
+    package = Path(cache_key.__file__).parents[1]
+    copy = tmp_path / "icd_tvm"
+    for name in ("core", "relax_passes", "tir_schedules"):
+        shutil.copytree(package / name, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
+    (copy / "runtime").mkdir()
+    for name in ("access_graphs.py", "orders.py"):
+        shutil.copy(package / "runtime" / name, copy / "runtime")
+    digest = cache_key.code_digest(copy)
+    assert tool_versions()["icd-tvm code"] == digest == cache_key.code_digest(package)
+    (copy / "core" / "README.txt").write_text("no code")
+    assert cache_key.code_digest(copy) == digest
+    seen = {digest}
+    for name in ("core/solver.py", "core/cost.py", "relax_passes/build_access_graph.py"):
+        with (copy / name).open("a") as file:
+            file.write("# changed\n")
+        seen.add(cache_key.code_digest(copy))
+    (copy / "core" / "cost.py").rename(copy / "core" / "cost_of.py")
+    assert len(seen | {cache_key.code_digest(copy)}) == 5
+
+
 @pytest.mark.parametrize("value", [{1, 2}, float("nan"), object(), {"x": np.float32(1)}])
 def test_a_key_of_what_is_not_plain_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="cache key"):

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from run_support import not_to_be_called, orders_of, quietly, settings, states
 from tiny_model import tiny_onnx
 
 import icd_tvm
 from icd_tvm.cli import main
+from icd_tvm.config_file import make_config
+from icd_tvm.core.mock_graph import mock_w
+from icd_tvm.core.solver import fit_permutation
 from icd_tvm.errors import IcdError, MeasurementError, ModelFileError, OutputError
 from icd_tvm.measure.metrics import validate_metrics
+from icd_tvm.relax_passes.decide_permutation import Decision
 from icd_tvm.runtime import orders, retry
+from icd_tvm.runtime.access_graphs import AccessGraphs
+from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.progress import Progress
 from icd_tvm.runtime.stages import measure, repermute, report, transform
 
 
@@ -77,16 +87,74 @@ def test_a_refused_model_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert record["failure"]["stage"] == "READY"
 
 
-def test_solver_without_memory_keeps_the_initial_order(
+def killed(*arguments: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_solver_keeps_the_order(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(orders, "_fit", killed)
+        found = quietly(settings(model, measure={"enabled": False}), tmp_path / "a")
+    assert found.failure is None
+    flags = [flag["reason"] for flag in found.metrics["flags"]]
+    assert [text.split(": ")[0] for text in flags] == [
+        f"the solver failed {when} the transform" for when in ("before", "after")
+    ]
+    assert all("SIGKILL" in text for text in flags)
+    assert found.metrics["decision"]["arm"] == "linear"
+    assert "not decided" in found.metrics["decision"]["reason"]
+    # Nothing was decided, so nothing is taken for a decision later.
+    assert "perm.json" not in found.paths
+
+
+def test_a_solver_without_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is the system's, in the child that solves."""
+    graph = mock_w(256, 4, 0.05, 0.1, 0)
+
     def fit(*arguments: Any) -> Any:
-        raise MemoryError
+        # More than any heap has at hand: a small graph might fit in what this process freed.
+        assert np.ones(256 << 20, np.uint8).all()
+        perm, stats = fit_permutation(graph, time_budget_s=20.0, refine_steps=20)
+        return [Decision("large", perm, stats.to_dict(), graph.nnz)]
+
+    def asked(megabytes: int | None) -> tuple[Any, list[str]]:
+        config = make_config(settings(model, solver={"memory_mb": megabytes}))
+        job = Job(config, None, [], Progress(quiet=True))
+        job.graphs["before"] = AccessGraphs("mock", None, {})
+        return orders.decided(job, "before", None), [flag.reason for flag in job.flags]
 
     monkeypatch.setattr(orders, "_fit", fit)
-    found = quietly(settings(model, measure={"enabled": False}), tmp_path)
+    (decisions, how), flags = asked(1)
+    assert (decisions, how) == ([], orders.NOTHING)
+    assert flags[0].endswith("it ran out of memory; the order stays")
+    limited, free = asked(2048), asked(None)
+    assert limited[0][0][0].improved
+    assert limited[0][0][0].perm.tolist() == free[0][0][0].perm.tolist()
+    assert limited[1] == free[1] == []
+
+
+def test_without_a_second_order_the_first_one_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"measure": {"enabled": False}, "graph": {"source": "mock"}}
+    real = orders.access_graphs
+
+    def graphs(job: Any, when: str, mod: Any) -> Any:
+        if when == "after":
+            monkeypatch.setattr(orders, "_fit", killed)
+        return real(job, when, mod)
+
+    monkeypatch.setattr(orders, "access_graphs", graphs)
+    found = quietly(settings(model, **keys), tmp_path)
     assert found.failure is None
-    assert "initial order" in found.metrics["flags"][0]["reason"]
+    assert [flag["stage"] for flag in found.metrics["flags"]] == ["order"]
+    assert "first order stays" in found.metrics["decision"]["reason"]
+    assert set(orders_of(tmp_path)) == {"before"}
+    monkeypatch.undo()
+    again = quietly(settings(model, **keys), tmp_path, resume=True)
+    assert again.failure is None
 
 
 def test_failing_transform_is_left_out(

@@ -135,6 +135,11 @@ def parse_quant(text: str) -> QuantSpec:
     ------
     ConfigError
         Unknown format or part, a part given twice, or parts that exclude each other.
+
+    Examples
+    --------
+    >>> parse_quant("int8:w8a8").dtype
+    'int8'
     """
     # "group:128" and "salient:0.01" are how apply_quant's own parameters spell these parts.
     clean = re.sub(r"\b(group|salient|smooth):(?=[\d.])", r"\1", text.strip().lower())

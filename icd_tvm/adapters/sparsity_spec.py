@@ -96,6 +96,14 @@ def parse_sparsity(text: str) -> SparsitySpec:
     ------
     ConfigError
         Unknown type, missing or unreadable rate, or a number out of range.
+
+    Examples
+    --------
+    >>> parse_sparsity("unit:0.5").rate
+    0.5
+    >>> parse_sparsity("unit:2")
+    Traceback (most recent call last):
+    icd_tvm.errors.ConfigError: ...
     """
     clean = text.strip().lower()
     if clean == "none":

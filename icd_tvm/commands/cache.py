@@ -29,7 +29,7 @@ _EXAMPLES = f"""examples:
 The folder is --cache, else {CACHE_VARIABLE}/permutations, else the user's cache folder."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the argument parser of the command."""
     result = Parser(
         prog="icd cache",
@@ -54,11 +54,10 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
-    result: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text)
+def _action(actions: Any, name: str, text: str) -> Parser:
+    result: Parser = actions.add_parser(name, help=text, description=text)
     result.add_argument("--cache", type=Path, metavar="DIR", help="folder of the cache")
-    result.add_argument("--json", action="store_true", help="print JSON instead of text")
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result.add_common()
     return result
 
 
@@ -68,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     cache = PermutationCache(arguments.cache)
     record, text = _ACTIONS[arguments.action](cache, arguments)
-    print(json.dumps(record, indent=1) if arguments.json else text)
+    if arguments.json or not arguments.quiet:
+        print(json.dumps(record, indent=1) if arguments.json else text)
     if record.get("damaged"):
         raise PermutationError(
             f"{len(record['damaged'])} damaged cache entries", "the next run decides them again"

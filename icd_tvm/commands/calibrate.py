@@ -35,14 +35,17 @@ def run(arguments: argparse.Namespace) -> None:
     set_threads(1)
     from icd_tvm.measure import calibrate_cost
     from icd_tvm.runtime.output import check_writable_file
+    from icd_tvm.runtime.progress import Progress
 
     check_writable_file(arguments.out)
-    record = calibrate_cost.calibrate(
-        calibrate_cost.QUICK if arguments.quick else calibrate_cost.FULL,
-        rounds=20 if arguments.quick else 60,
-        solve_s=2.0 if arguments.quick else 5.0,
-        progress=lambda line: arguments.quiet or print(line, file=sys.stderr, flush=True),
-    )
+    quiet = arguments.quiet or arguments.json
+    with Progress(quiet).stage("calibrate"):
+        record = calibrate_cost.calibrate(
+            calibrate_cost.QUICK if arguments.quick else calibrate_cost.FULL,
+            rounds=20 if arguments.quick else 60,
+            solve_s=2.0 if arguments.quick else 5.0,
+            progress=lambda line: quiet or print(line, file=sys.stderr, flush=True),
+        )
     path = calibrate_cost.save_calibration(record, arguments.out)
     print(json.dumps(record, indent=1) if arguments.json else table(record))
     print(f"wrote {path}", file=sys.stderr)

@@ -109,5 +109,5 @@ def run(arguments: argparse.Namespace) -> None:
     from icd_tvm.runtime.compile_model import compile_model, summary
     from icd_tvm.runtime.progress import Progress
 
-    result = compile_model(options, Progress(arguments.quiet))
+    result = compile_model(options, Progress(arguments.quiet or arguments.json))
     print(json.dumps(result.record, default=str) if arguments.json else summary(result.record))

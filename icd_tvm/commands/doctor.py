@@ -8,15 +8,14 @@ import json
 from icd_tvm.arguments import Parser
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the argument parser of the command."""
     result = Parser(
         prog="icd doctor",
         description="Print what can be measured on this machine, what can't, and how to enable it.",
         examples="  icd doctor\n  icd doctor --json\n",
     )
-    result.add_argument("--json", action="store_true", help="print JSON instead of text")
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result.add_common()
     return result
 
 

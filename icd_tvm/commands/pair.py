@@ -30,8 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from icd_tvm.runtime.pair import pair, table
     from icd_tvm.runtime.progress import Progress
 
-    found = pair(
-        config, out=arguments.out, resume=arguments.resume, progress=Progress(arguments.quiet)
-    )
+    progress = Progress(arguments.quiet or arguments.json)
+    found = pair(config, out=arguments.out, resume=arguments.resume, progress=progress)
     print(json.dumps(found) if arguments.json else table(found))
     return 2 if any(found["failures"].values()) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from icd_tvm.arguments import Parser
@@ -10,7 +11,7 @@ from icd_tvm.arguments import Parser
 COMPARISON = "comparison.html"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the argument parser of the command."""
     result = Parser(
         prog="icd report",
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"default: report.html beside the record; {COMPARISON} here for several runs",
     )
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result.add_common("print the file's name as JSON")
     return result
 
 
@@ -52,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
         page = render_folder(runs[0])
     else:
         page = render(read_record(runs[0]))
-    print(f"wrote {write_page(path, page)}")
+    written = str(write_page(path, page))
+    if arguments.json or not arguments.quiet:
+        print(json.dumps({"file": written}) if arguments.json else f"wrote {written}")
 
 
 def _names(runs: list[Path]) -> list[str]:

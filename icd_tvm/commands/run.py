@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         resume=arguments.resume,
         reuse_perm=arguments.reuse_perm,
-        progress=Progress(arguments.quiet),
+        progress=Progress(arguments.quiet or arguments.json),
     )
     print(json.dumps(artifacts.metrics) if arguments.json else summary(artifacts.metrics))
     told = _told(artifacts.folder, artifacts.failure)

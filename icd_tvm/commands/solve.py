@@ -10,14 +10,17 @@ from typing import Any
 from icd_tvm.arguments import Parser
 
 _SCORES = ("U", "C", "Q", "J")
+EXAMPLES = """  icd solve W.npz -o perm.json
+  icd solve W.npz -o better.json --start perm.json --time-budget 10 --objective J
+"""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the argument parser of the command."""
     result = Parser(
         prog="icd solve",
         description="Find an order of one axis that lowers the cost of its access graph W.",
-        epilog="example: icd solve W.npz -o perm.json --time-budget 10 --objective J",
+        examples=EXAMPLES,
     )
     result.add_argument("graph", type=Path, metavar="W.npz", help="file of save_w")
     result.add_argument("-o", "--out", type=Path, required=True, metavar="perm.json")
@@ -34,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--start", type=Path, metavar="perm.json", help="order to improve (default: identity)"
     )
-    result.add_argument("--json", action="store_true", help="print the statistics as JSON")
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    result.add_common("print the statistics as JSON")
     return result
 
 
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     )
     record = json.loads(json.dumps(stats.to_dict(), default=float))
     save_permutation(arguments.out, order, {"graph": about, "stats": record})
-    print(json.dumps(record, indent=1) if arguments.json else _text(record))
+    if arguments.json or not arguments.quiet:
+        print(json.dumps(record, indent=1) if arguments.json else _text(record))
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -59,19 +59,23 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print("\n".join(point.name for point in points))
         return 0
+    from icd_tvm.runtime.progress import Progress
     from icd_tvm.runtime.sweep import sweep
     from icd_tvm.runtime.sweep_table import table
 
+    quiet = arguments.quiet or arguments.json
+
     def tell(text: str) -> None:
-        if not arguments.quiet:
+        if not quiet:
             print(text, file=sys.stderr)
 
-    record = sweep(
-        points,
-        arguments.out,
-        resume=arguments.resume,
-        scheduler=arguments.scheduler,
-        tell=tell,
-    )
+    with Progress(quiet).stage("sweep"):
+        record = sweep(
+            points,
+            arguments.out,
+            resume=arguments.resume,
+            scheduler=arguments.scheduler,
+            tell=tell,
+        )
     print(json.dumps(record) if arguments.json else table(record))
     return 2 if record["counts"]["failed"] else 0

@@ -62,6 +62,14 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
     ------
     ConfigError, ShapeError, NonFiniteError
         If a key is unknown or a value invalid.
+
+    Examples
+    --------
+    Two windows touch the indices 0 and 1, and 1 and 2:
+
+    >>> graph = build_w("trace", windows=[0, 0, 1, 1], indices=[0, 1, 1, 2], n=3)
+    >>> graph.toarray().tolist()
+    [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     """
     normalize = cfg.pop("normalize", "none")
     nnz_cap = cfg.pop("nnz_cap", None)

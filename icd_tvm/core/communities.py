@@ -39,6 +39,14 @@ def cluster_graph(matrix: Csr, cfg: Mapping[str, Any] | None = None) -> NDArray[
         If the matrix or a key of ``cfg`` is invalid.
     MissingDependencyError
         If scikit-network is not installed.
+
+    Examples
+    --------
+    >>> from scipy.sparse import block_diag, csr_matrix
+    >>> pair = [[0.0, 1.0], [1.0, 0.0]]
+    >>> found = cluster_graph(csr_matrix(block_diag([pair, pair])))
+    >>> bool(found[0] == found[1] != found[2] == found[3])
+    True
     """
     options = {"method": "louvain", "resolution": 1.0, "seed": 0, **(cfg or {})}
     if unknown := set(options) - {"method", "resolution", "seed"}:

@@ -98,6 +98,14 @@ def fit_permutation(
     ------
     ConfigError, ShapeError, NonFiniteError, PermutationError
         If an argument is invalid.
+
+    Examples
+    --------
+    >>> from icd_tvm.core.access_graph import build_w
+    >>> graph = build_w("mock", n=64, blocks=4, density=0.05, seed=0)
+    >>> pi, stats = fit_permutation(graph, time_budget_s=5.0, refine_steps=20, k_blocks=4)
+    >>> sorted(pi.tolist()) == list(range(64)), stats.improved
+    (True, True)
     """
     began = time.perf_counter()
     if objective not in OBJECTIVES:

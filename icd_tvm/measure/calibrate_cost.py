@@ -26,6 +26,7 @@ from icd_tvm.measure.rank_correlation import (
     repeatability,
     spearman_rows,
 )
+from icd_tvm.steps import steps
 
 FORMAT = "icd/cost-calibration/v1"
 SCORES = ("U", "U_sum", "U_wrong", "-Q", "C", "J")
@@ -94,7 +95,7 @@ def calibrate(
         raise MeasurementError(f"a pilot of {len(cases)} cases and {rounds} rounds shows nothing")
     began = time.perf_counter()
     records = []
-    for number, case in enumerate(cases, 1):
+    for number, case in enumerate(steps(cases, "calibrating"), 1):
         progress(f"{number}/{len(cases)} {case.name}")
         times = run_case(case, rounds=rounds, solve_s=solve_s, layouts=layouts, seed=seed)
         records.append(case_record(times))

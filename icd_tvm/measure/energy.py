@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from icd_tvm.errors import MeasurementError
+from icd_tvm.steps import steps
 
 # A window of five seconds holds at least 50 ticks of 100 ms.
 MIN_WINDOW_S = 5.0
@@ -177,7 +178,7 @@ def measure_energy(
         )
     idle = _window(lambda: sleep(0.01), counter, idle_s, clock) if idle_s else None
     found: dict[str, list[Window]] = {name: [] for name in arms}
-    for turn in range(windows):
+    for turn in steps(range(windows), "counting energy"):
         for name in list(arms) if turn % 2 == 0 else list(arms)[::-1]:
             found[name].append(_window(arms[name], counter, window_s, clock))
     return {name: _record(counter.source, taken, idle) for name, taken in found.items()}

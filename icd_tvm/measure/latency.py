@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.statistics import ratio
+from icd_tvm.steps import counted
 
 Arm = Callable[[], object]
 Samples = npt.NDArray[np.float64]
@@ -133,12 +134,13 @@ def interleave(
     names = list(arms)
     deadline = None if budget_s is None else time.perf_counter() + budget_s
     rows: list[list[float]] = []
-    with _collector_off():
+    with _collector_off(), counted("measuring rounds", repeats) as advance:
         _warm_up(arms, orders, prepare, warmup, budget_s, spent)
         look = max(min_repeats, 1)
         while len(rows) < repeats:
             rows.append(_round(arms, names, next(orders), prepare))
             spent.calls_s += sum(rows[-1])
+            advance()
             done = len(rows)
             if done < min_repeats:
                 continue

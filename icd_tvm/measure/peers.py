@@ -29,6 +29,7 @@ from icd_tvm.errors import MeasurementError, ModelFileError
 from icd_tvm.measure import peer_worker
 from icd_tvm.measure.latency import Account, Samples, interleave
 from icd_tvm.measure.peer_worker import PEERS
+from icd_tvm.steps import steps
 
 Array = npt.NDArray[Any]
 
@@ -334,7 +335,7 @@ def compare_with_peer(
         if warmup:
             peer.run(warmup)
             peer.settle(settle_s)
-    for block in range(blocks):
+    for block in steps(range(blocks), "measuring in turns"):
         extra = warmup if block == 0 else 0
         for name in _turns(peers, backwards=block % 2 == 1):
             if name is None:

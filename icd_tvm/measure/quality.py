@@ -21,6 +21,7 @@ from icd_tvm.errors import (
     ShapeError,
 )
 from icd_tvm.models.tokenize import encode
+from icd_tvm.steps import steps
 
 DATA_VARIABLE = "ICD_DATA"
 DATA_HINT = f"set {DATA_VARIABLE} to the folder that holds stsb/, sst2/ and the others"
@@ -186,7 +187,7 @@ def embed(run: Runner, texts: Sequence[str], seq: int, batch: int = 1) -> NDArra
     if batch < 1:
         raise ConfigError(f"batch {batch} is below 1")
     pooled = []
-    for start in range(0, len(texts), batch):
+    for start in steps(range(0, len(texts), batch), "evaluating quality"):
         chunk = list(texts[start : start + batch])
         feeds = encode(chunk + [""] * (batch - len(chunk)), seq)
         vectors = mean_pool(np.asarray(run(feeds)), feeds["attention_mask"])

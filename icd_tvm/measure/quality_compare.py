@@ -10,6 +10,7 @@ import numpy as np
 from icd_tvm.errors import ShapeError
 from icd_tvm.measure.quality import agreement
 from icd_tvm.measure.quality_task import QualityTask, Run, TaskScore
+from icd_tvm.steps import steps
 
 # Rows of logits that are widened at a time.
 CHUNK = 1024
@@ -37,7 +38,7 @@ def judge(
     """
     fit = getattr(task, "fitted", None)
     task = task if fit is None else fit(next(iter(runs.values())))
-    scores = {name: task.evaluate(run) for name, run in runs.items()}
+    scores = {name: task.evaluate(run) for name, run in steps(runs.items(), "evaluating arms")}
     first = next(iter(scores.values()))
     return {
         "metric": task.source.split(",")[0],

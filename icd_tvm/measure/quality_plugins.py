@@ -20,6 +20,7 @@ from icd_tvm.measure.quality import embed
 from icd_tvm.measure.quality_task import QualityTask, Run, StsbTask, TaskScore
 from icd_tvm.models.smollm2 import smollm2_tokenizer
 from icd_tvm.models.tokenize import encode
+from icd_tvm.steps import steps
 
 Array = NDArray[Any]
 # Weight of the penalty of the linear probe, for unit vectors.
@@ -107,7 +108,7 @@ class SstTask:
 
     def _classified(self, run: Run, texts: Sequence[str]) -> Array:
         parts = []
-        for start in range(0, len(texts), self.batch):
+        for start in steps(range(0, len(texts), self.batch), "evaluating quality"):
             chunk = list(texts[start : start + self.batch])
             feeds = encode(chunk + [""] * (self.batch - len(chunk)), self.seq)
             parts.append(np.asarray(run(feeds))[: len(chunk)])
@@ -151,7 +152,8 @@ class WindowTask:
             The model's outputs are not finite.
         """
         kept, losses, right = [], [], []
-        for feeds, targets in zip(self.feeds, self.targets, strict=True):
+        pairs = list(zip(self.feeds, self.targets, strict=True))
+        for feeds, targets in steps(pairs, "evaluating quality"):
             outputs = np.asarray(run(feeds))
             logits = outputs.reshape(-1, outputs.shape[-1])[: len(targets)]
             if not np.isfinite(logits).all():

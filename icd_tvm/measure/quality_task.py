@@ -14,6 +14,7 @@ from scipy import stats
 from icd_tvm.errors import ConfigError, MeasurementError
 from icd_tvm.measure.quality import mean_pool, stsb_pairs
 from icd_tvm.models.tokenize import encode
+from icd_tvm.steps import steps
 
 Run = Callable[[Mapping[str, NDArray[Any]]], NDArray[Any]]
 
@@ -123,7 +124,7 @@ class StsbTask:
 
     def _embed(self, run: Run) -> NDArray[Any]:
         vectors: NDArray[Any] | None = None
-        for rows, feeds in self._batches:
+        for rows, feeds in steps(self._batches, "evaluating quality"):
             pooled = mean_pool(np.asarray(run(feeds)), feeds["attention_mask"])[: len(rows)]
             if vectors is None:
                 vectors = np.zeros((len(self._texts), pooled.shape[1]))

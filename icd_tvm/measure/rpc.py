@@ -20,6 +20,7 @@ import numpy as np
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.latency import Samples, balanced_orders
+from icd_tvm.steps import steps
 
 # Seconds to wait for an answer of the tracker, and for a device that is free.
 WAIT_S = 60.0
@@ -183,7 +184,7 @@ def interleave_remotely(
     """
     names, orders = list(arms), balanced_orders(len(arms), seed)
     table = np.empty((repeats, len(names)))
-    for row in range(-warmup, repeats):
+    for row in steps(range(-warmup, repeats), "measuring rounds"):
         for column in next(orders):
             with _talking(f"time arm {names[column]!r}"):
                 seconds = arms[names[column]].seconds()

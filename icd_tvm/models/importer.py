@@ -125,6 +125,12 @@ def import_onnx(
         A given shape or constant that does not fit the model.
     NonFiniteError
         NaN or infinity in a weight.
+
+    Examples
+    --------
+    >>> imported = import_onnx(model_file)
+    >>> [(item.name, item.shape, item.dtype) for item in imported.inputs]
+    [('x', (4, 64), 'float32')]
     """
     model = load_proto(source, large_data=not parameters)
     if model.functions:

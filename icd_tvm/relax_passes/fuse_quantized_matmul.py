@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 from typing import Any
 
@@ -35,6 +36,8 @@ from icd_tvm.tir_schedules.cpu.tile import flat_rows
 _MAX_DEPTH = 16384
 # With more non-zeros than this there are too few groups to skip.
 _DENSE = 0.95
+# JSON: name of each matmul of quantised operands -> its kernel.
+BYTE_KERNELS_ATTR = "icd.byte_kernels"
 
 
 # The activation is None where only the weight is quantised.
@@ -75,6 +78,8 @@ class FuseQuantizedMatmul:
         Name of each matmul with a quantised weight that was left alone -> the reason.
     sparse : dict of str to str
         Name of each weight with zeros in a byte product -> what skipping them is worth.
+    kernels : dict of str to str
+        Name of each result that was replaced -> its kernel; also `BYTE_KERNELS_ATTR` of the module.
     """
 
     def __init__(self, target: Any) -> None:
@@ -82,11 +87,12 @@ class FuseQuantizedMatmul:
         self.fused: list[str] = []
         self.refused: dict[str, str] = {}
         self.sparse: dict[str, str] = {}
+        self.kernels: dict[str, str] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the matmuls replaced."""
         mod = mod.clone()
-        self.fused, self.refused, self.sparse = [], {}, {}
+        self.fused, self.refused, self.sparse, self.kernels = [], {}, {}, {}
         for name, func in mod.functions_items():
             if not isinstance(func, relax.Function):
                 continue
@@ -102,7 +108,8 @@ class FuseQuantizedMatmul:
             return mod
         # A result that is bound to a second name would end the fusion of its consumers.
         mod = relax.transform.CanonicalizeBindings()(mod)
-        return relax.transform.DeadCodeElimination()(mod)
+        mod = relax.transform.DeadCodeElimination()(mod)
+        return mod.with_attr(BYTE_KERNELS_ATTR, json.dumps(self.kernels))
 
     def _find(self, flow: Dataflow) -> dict[Any, Operands]:
         """Return the operands of each matmul that gets another kernel, by its call."""
@@ -148,6 +155,11 @@ class FuseQuantizedMatmul:
         return ""
 
 
+def read_byte_kernels(mod: Any) -> dict[str, str]:
+    """Return the kernels that `FuseQuantizedMatmul` named in a module; none if it made none."""
+    return json.loads(str((mod.attrs or {}).get(BYTE_KERNELS_ATTR, "{}")))
+
+
 def _not_narrow(call: Any, shape: tuple[int, ...], weight: Weight) -> str:
     """Return why a product of floats and a quantised weight stays, or an empty string."""
     lead, rows = flat_rows(shape[:-2], shape[-2])
@@ -176,12 +188,16 @@ class _Rewriter(PyExprMutator):
         super().__init__(mod)
         self._flow, self._found = flow, found
         self._target, self._sparse = owner.target, owner.sparse
+        self._kernels, self._names = owner.kernels, {call: var for var, call in flow.values.items()}
         self._unsigned: dict[Any, Any] = {}
 
     def visit_call_(self, call: Any) -> Any:
         if call in self._found:
             data, weight = self._found[call]
-            return self._narrow(call, weight) if data is None else self._matmul(data, weight)
+            node = str(self._names[call].name)
+            if data is None:
+                return self._narrow(call, weight, node)
+            return self._matmul(data, weight, node)
         if is_call(call, "relax.max") or is_call(call, "relax.min"):
             return self._extreme(call)
         return super().visit_call_(call)
@@ -199,11 +215,12 @@ class _Rewriter(PyExprMutator):
         most = self.builder_.emit(relax.op.max(rows))
         return relax.op.negative(most) if lowest else most
 
-    def _narrow(self, call: Any, weight: Weight) -> Any:
+    def _narrow(self, call: Any, weight: Weight, node: str) -> Any:
         """Multiply floats by the narrow weight."""
         x = self.visit_expr(call.args[0])
         *lead, m, k = static_shape(x) or ()
         form, values, tables = narrow_form(weight)
+        self._kernels[node] = f"narrow, {k} rows of {form.bits} bits"
         tile = narrow_tile(flat_rows(tuple(lead), m)[1], self._target)
         names = (weight.name, f"{weight.name}.scale", f"{weight.name}.zero_point")
         packed = pack_narrow(values, tables, form, tile.columns)
@@ -211,10 +228,10 @@ class _Rewriter(PyExprMutator):
         func = narrow_matmul(m, k, values.shape[1], form, self._target, lead=tuple(lead))
         return call_func(self.builder_, func, "narrow_matmul", [x, *args], call.ty)
 
-    def _matmul(self, data: Activation, weight: Weight) -> Any:
+    def _matmul(self, data: Activation, weight: Weight, node: str) -> Any:
         values, zero = weight.signed()
         x, offset = self._bytes(data)
-        total = self._product(x, values, weight.name)
+        total, self._kernels[node] = self._product(x, values, weight.name)
         total = self._compensated(total, x, (values, zero), data, offset, weight.name)
         if weight.scale is None:
             return total
@@ -242,7 +259,8 @@ class _Rewriter(PyExprMutator):
         source, scale = (self.visit_expr(arg) for arg in call.args[:2])
         return relax.op.quantize(source, scale, point, axis=int(call.attrs.axis), out_dtype="uint8")
 
-    def _product(self, x: Any, values: npt.NDArray[np.int8], name: str) -> Any:
+    def _product(self, x: Any, values: npt.NDArray[np.int8], name: str) -> tuple[Any, str]:
+        """Return the sums of products, and the kernel that makes them."""
         *lead, m, k = static_shape(x) or ()
         n, rows = values.shape[1], flat_rows(tuple(lead), m)[1]
         like = relax.TensorType((*lead, m, n), "int32")
@@ -253,11 +271,12 @@ class _Rewriter(PyExprMutator):
             shape = (m, k, n, quads.shape[1])
             func = block_int8_matmul(*shape, tile, self._target, lead=tuple(lead))
             args = [x, *(named_const(array, part) for part, array in parts.items())]
-            return self._call(func, "block_int8_matmul", args, like)
+            kernel = f"block_int8, {4 * quads.shape[1]} rows"
+            return self._call(func, "block_int8_matmul", args, like), kernel
         tile = int8_tile(rows, k, n, self._target)
         packed = named_const(pack_int8(values, tile.columns), name)
         func = int8_matmul(m, k, n, self._target, lead=tuple(lead), tile=tile)
-        return self._call(func, "int8_matmul", [x, packed], like)
+        return self._call(func, "int8_matmul", [x, packed], like), f"int8, {k} rows"
 
     def _block_tile(self, rows: int, values: npt.NDArray[np.int8], name: str) -> Any:
         if np.count_nonzero(values) > _DENSE * values.size:
@@ -282,7 +301,7 @@ class _Rewriter(PyExprMutator):
         sums = values.sum(axis=0, dtype=np.int32) - np.int32(len(values)) * zero
         total = self._less_point(total, sums, data, offset, name)
         if zero.any():
-            rows = self._product(x, np.ones((len(values), 1), np.int8), f"{name}.ones")
+            rows, _ = self._product(x, np.ones((len(values), 1), np.int8), f"{name}.ones")
             part = relax.op.multiply(rows, named_const(zero, f"{name}.zero_point"))
             total = self.builder_.emit(relax.op.subtract(total, part))
         return total

@@ -50,6 +50,14 @@ class RepermutePass:
     Examples
     --------
     ``tvm.transform.Sequential([icd_tvm.RepermutePass(), relax.transform.LegalizeOps()])(mod)``
+
+    Examples
+    --------
+    >>> from icd_tvm.models.importer import import_onnx
+    >>> rewrite = RepermutePass(time_budget_s=5.0)
+    >>> mod = tvm.transform.Sequential([rewrite])(import_onnx(model_file).mod)
+    >>> [decision.group for decision in rewrite.decisions], rewrite.reason
+    (['up:1'], 'no opportunity: ...')
     """
 
     def __init__(

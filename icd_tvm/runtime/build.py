@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import relax, tvm
+from icd_tvm.relax_passes.fuse_quantized_matmul import read_byte_kernels
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
 from icd_tvm.relax_passes.state_order import StateOrder
 from icd_tvm.relax_passes.step_cache import StepCache
+from icd_tvm.tvm_log import without_scope_lines
 
 
 class Built:
@@ -23,7 +25,7 @@ class Built:
     input_names : Sequence[str]
         Names of the inputs of ``main``, in order.
     kernels : Mapping[str, str]
-        The kernel chosen for each matmul whose weight has zeros.
+        The kernel chosen for each matmul whose weight has zeros or is quantised.
     states : StateOrder, optional
         The order in which the module keeps its opaque states. Callers see the original one.
     lowered : tvm.IRModule, optional
@@ -73,7 +75,8 @@ class Built:
 
     def export(self, path: str) -> None:
         """Write the library, weights inside, to ``path``."""
-        self.executable.export_library(path)
+        with without_scope_lines():
+            self.executable.export_library(path)
 
     def own_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the inputs as the module takes them: its own cache slots, states in its order."""
@@ -93,6 +96,7 @@ def build(mod: Any, target: Any) -> Built:
     names = [parameter.name for parameter in mod["main"].params]
     lowered = lower_and_build(mod, target)
     kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in lowered.choices.items()}
+    kernels |= read_byte_kernels(lowered.mod)
     states, cache = StateOrder.read(mod), StepCache.read(mod)
     return Built(lowered.executable, names, kernels, states, lowered.mod, cache)
 

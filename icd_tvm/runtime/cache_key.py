@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _SCHEME = "icd/perm-key/v1"
 # Beyond those of a measurement: the package whose communities start the search.
 _DECIDING = (*PACKAGES, "scikit-network")
+# What makes W, its cost and the order from a model. Transforms are seen by what they made.
+_CODE = ("core", "relax_passes", "tir_schedules", "runtime/access_graphs.py", "runtime/orders.py")
 
 
 def cache_key(
@@ -90,11 +92,27 @@ def _installed() -> tuple[tuple[str, str], ...]:
             found.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             found.append((name, "absent"))
+    found.append(("icd-tvm code", code_digest(Path(__file__).parents[1])))
     return tuple(found)
 
 
+def code_digest(package: Path) -> str:
+    """Return the sha256 of the modules that decide an order: their names and contents.
+
+    The version of a package stands still while its code is changed in a working tree.
+    """
+    digest = hashlib.sha256()
+    for part in _CODE:
+        root = package / part
+        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
 def tool_versions() -> dict[str, str]:
-    """Return package -> version of everything that has a part in a decision."""
+    """Return package -> version of everything that has a part in a decision, and its code."""
     return dict(_installed())
 
 

@@ -11,6 +11,7 @@ from icd_tvm._tvm import apply_pass
 from icd_tvm.adapters.activation_statistics import activation_statistics
 from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats, Statistic
 from icd_tvm.runtime.build import build
+from icd_tvm.steps import steps
 
 
 def calibrate(
@@ -44,7 +45,7 @@ def calibrate(
         return {}
     runner = build(apply_pass(CollectActivationStats(requests), mod), target)
     totals: dict[str, Any] = {}
-    for number, feeds in enumerate(batches):
+    for number, feeds in enumerate(steps(batches, "calibrating activations")):
         statistics = runner.run_all(feeds)[-len(requests) :]
         for (name, kind), found in zip(requests.items(), statistics, strict=True):
             if kind == "gram-halves":

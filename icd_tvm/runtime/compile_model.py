@@ -36,6 +36,13 @@ def compile_model(options: CompileOptions, progress: Progress | None = None) -> 
     ------
     IcdError
         For every refused input; nothing half-written is left behind.
+
+    Examples
+    --------
+    >>> options = CompileOptions(model=str(model_file), measure=False)
+    >>> result = compile_model(options, Progress(quiet=True))
+    >>> result.verdict.arm, [group.id for group in result.groups.free]
+    ('linear', ['up:1'])
     """
     config = options.to_config()
     target, transforms = prepare(config)

@@ -16,6 +16,7 @@ from icd_tvm.measure.cache_model import host_levels, model_caches
 from icd_tvm.measure.energy import as_json, measure_energy, open_counter
 from icd_tvm.runtime.arms import DENSE, ITERATIVE, LINEAR
 from icd_tvm.runtime.build import Built
+from icd_tvm.steps import steps
 
 ENERGY, CACHES = "ept_j_per_tok", "cache_model"
 # The arms that gates and readers compare; the others would only lengthen the run.
@@ -117,5 +118,5 @@ def _caches(
     levels = host_levels()[:LEVELS]
     return {
         name: model_caches(arm.lowered, target, arm.own_feeds(feeds), levels).record()
-        for name, arm in arms.items()
+        for name, arm in steps(arms.items(), "modelling caches")
     }

@@ -16,6 +16,7 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from icd_tvm.errors import ModelFileError, ShapeError
+from icd_tvm.tvm_log import without_scope_lines
 
 MODULE, SIGNATURE, METRICS = "module.so", "model.json", "metrics.json"
 FORMAT = "icd/model/v1"
@@ -49,7 +50,8 @@ class LoadedModel:
 
     def __init__(self, library: Path, signature: Mapping[str, Any] | None = None) -> None:
         try:
-            self._machine = VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
+            with without_scope_lines():
+                self._machine = VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
             self._main = self._machine["main"]
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from icd_tvm.relax_passes.permutation_file import model_hash
 from icd_tvm.runtime.access_graphs import AccessGraphs, access_graphs
 from icd_tvm.runtime.cache_entry import CacheEntry
 from icd_tvm.runtime.cache_key import cache_key, tool_versions
+from icd_tvm.runtime.child import ChildError, in_child
 from icd_tvm.runtime.job import Flag, Job
 from icd_tvm.runtime.order_file import AFTER, Record, as_decisions, as_records
 from icd_tvm.runtime.perm_cache import PermutationCache
+
+# Where an order comes from that could not be decided.
+NOTHING = "nothing"
+# Seconds that a solver may take beyond its budget, which it does not look at in every loop.
+GRACE_S = 120.0
+# What the solver imports when it needs it.
+_LIBRARIES = ("scipy.sparse.linalg", "sknetwork.clustering")
 
 
 def made_from(job: Job) -> dict[str, Any]:
@@ -29,7 +38,7 @@ def made_from(job: Job) -> dict[str, Any]:
         "task": config.model.task,
         "transforms": {transform.name: transform.text for transform in job.transforms},
         "solver": {
-            **config.solver.model_dump(),
+            **config.solver.model_dump(exclude={"memory_mb"}),
             "graph": _graph(job),
             "opaque_states": config.model.opaque_states,
         },
@@ -49,6 +58,13 @@ def decided(job: Job, when: str, mod: Any) -> tuple[list[Decision], str]:
         ``before`` or ``after`` the transform.
     mod : tvm.IRModule
         The module whose axes are ordered.
+
+    Returns
+    -------
+    decisions : list of Decision
+    how : str
+        ``file``, ``cache``, ``solver``, or :data:`NOTHING` where the solver's process ended
+        without an order; then the run is flagged and there are no decisions.
     """
     name = f"order {when} the transform"
     if when in job.orders:
@@ -57,9 +73,10 @@ def decided(job: Job, when: str, mod: Any) -> tuple[list[Decision], str]:
         return job.orders[when], "file"
     try:
         return _cached(job, when, mod) if job.config.cache.enabled else _fresh(job, when, mod)
-    except MemoryError:
-        job.warn("order", f"the solver ran out of memory {when} the transform: initial order")
-        return [], "nothing"
+    except (ChildError, MemoryError) as error:
+        reason = str(error) or "it ran out of memory"
+        job.warn("order", f"the solver failed {when} the transform: {reason}; the order stays")
+        return [], NOTHING
 
 
 def _fresh(job: Job, when: str, mod: Any) -> tuple[list[Decision], str]:
@@ -82,12 +99,27 @@ def _cached(job: Job, when: str, mod: Any) -> tuple[list[Decision], str]:
 def _solved(job: Job, when: str, mod: Any) -> list[Decision]:
     """Build the access graphs, unless they are there, and solve for every axis."""
     graphs = access_graphs(job, when, mod)
+    keys = job.config.solver
+    if keys.memory_mb is not None:
+        # Loaded below the limit, a library that does not fit would look like a missing one.
+        for library in _LIBRARIES:
+            import_module(library)
     with job.progress.stage(f"order {when} the transform") as stage:
-        decisions = _fit(job, graphs)
+        records = in_child(
+            lambda: as_records(_fit(job, graphs)),
+            memory_mb=keys.memory_mb,
+            limit_s=keys.time_budget_s / 2 + GRACE_S,
+        )
+        decisions = [_decision(record) for record in records]
         stage.meta = counts(decisions)
     for decision in decisions:
         decision.stats["W"] = graphs.source
     return decisions
+
+
+def _decision(record: Record) -> Decision:
+    perm = np.asarray(record["perm"], np.int32)
+    return Decision(record["group"], perm, record["stats"], record["w_nnz"])
 
 
 def permutations(decisions: Sequence[Decision]) -> dict[str, np.ndarray]:

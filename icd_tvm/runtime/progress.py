@@ -1,4 +1,4 @@
-"""Stage names on a terminal with a spinner, plain lines otherwise; every stage is timed."""
+"""Stage names on a terminal with a spinner or bars, plain lines otherwise; all stages are timed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+
+from icd_tvm.runtime.bars import Bars
+from icd_tvm.steps import shown_by
 
 
 @dataclass
@@ -55,12 +58,14 @@ class Progress:
     ----------
     quiet : bool
         Show nothing but warnings; the times are kept all the same.
+    console : rich.console.Console, optional
+        Where to show it; stderr if omitted.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
         self.stages: list[Stage] = []
         self._quiet = quiet
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._console = console or Console(file=sys.stderr, highlight=False)
 
     @contextmanager
     def stage(self, name: str, began: float | None = None) -> Iterator[Stage]:
@@ -69,14 +74,21 @@ class Progress:
         try:
             with timed(name, began) as current:
                 self.stages.append(current)
-                if self._quiet or not self._console.is_terminal:
+                with self._shown(f"{len(self.stages)} {name}"):
                     yield current
-                else:
-                    with self._console.status(f"{len(self.stages)} {name}"):
-                        yield current
         finally:
             if current is not None:
                 self._report(current)
+
+    @contextmanager
+    def _shown(self, title: str) -> Iterator[None]:
+        """Show a spinner, or bars where the body counts its steps; nothing but on a terminal."""
+        if self._quiet or not self._console.is_terminal:
+            with shown_by(None):
+                yield
+            return
+        with self._console.status(title) as spinner, shown_by(Bars(self._console, spinner).row):
+            yield
 
     @staticmethod
     def now() -> float:

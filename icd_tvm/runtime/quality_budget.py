@@ -17,6 +17,7 @@ from icd_tvm.runtime.budget_result import Budget, BudgetResult, Candidate
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.candidates import CandidateModel
 from icd_tvm.runtime.strengths import RATES, Strengths
+from icd_tvm.steps import counted, steps
 
 __all__ = ["Budget", "BudgetResult", "Candidate", "search_strengths"]
 
@@ -129,10 +130,10 @@ class _Search:
 
     def profile(self, task: QualityTask) -> dict[tuple[str, float], Candidate]:
         """Try every target alone at every rate."""
+        alone = [(key, spec.rate) for key, tried in self.strengths.ladder.items() for spec in tried]
         return {
-            (key, spec.rate): self.judge("profile", task, {key: spec.rate})
-            for key, ladder in self.strengths.ladder.items()
-            for spec in ladder
+            (key, rate): self.judge("profile", task, {key: rate})
+            for key, rate in steps(alone, "rates alone")
         }
 
     def greedy(
@@ -142,22 +143,23 @@ class _Search:
         rates: dict[str, float] = {}
         path: list[Candidate] = []
         blocked: set[str] = set()
-        while True:
-            steps = [
+        # As many as there are where none is blocked.
+        with counted("raising rates", len(profile)) as advance:
+            while raises := [
                 s
                 for key in self.strengths.ladder
                 if key not in blocked
                 for s in self._next(key, rates, profile)
-            ]
-            if not steps:
-                return path
-            _, key, rate = max(steps, key=lambda step: step[0])
-            found = self.judge("greedy", task, {**rates, key: rate})
-            if found.fits:
-                rates[key] = rate
-                path.append(found)
-            else:
-                blocked.add(key)
+            ]:
+                _, key, rate = max(raises, key=lambda step: step[0])
+                found = self.judge("greedy", task, {**rates, key: rate})
+                advance()
+                if found.fits:
+                    rates[key] = rate
+                    path.append(found)
+                else:
+                    blocked.add(key)
+        return path
 
     def _next(
         self,

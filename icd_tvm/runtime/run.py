@@ -83,6 +83,20 @@ def run(
         If the configuration is refused, or a resumed run was of another one.
     OutputError
         If the directory is in use, holds another run, or cannot be written.
+
+    Examples
+    --------
+    >>> config = {
+    ...     "model": {"path": str(model_file)},
+    ...     "transform": {"sparsity": "unit:0.5; min-size=0"},
+    ...     "measure": {"enabled": False},
+    ...     "cache": {"enabled": False},
+    ... }
+    >>> artifacts = run(config, out=folder / "run", progress=Progress(quiet=True))
+    >>> artifacts.failure is None, artifacts.metrics["decision"]["accepted"]
+    (True, None)
+    >>> "module.so" in artifacts.paths
+    True
     """
     checked = _checked(config)
     target, transforms = prepare(checked)

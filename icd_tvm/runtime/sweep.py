@@ -20,6 +20,7 @@ from icd_tvm.runtime.run import finished
 from icd_tvm.runtime.run_folder import RunFolder
 from icd_tvm.runtime.sweep_grid import Point
 from icd_tvm.runtime.sweep_table import CSV, JSON, as_csv, row, summary
+from icd_tvm.steps import counted
 
 RUNS, CONFIGS = "runs", "configs"
 CONNECT_S = 10
@@ -85,10 +86,12 @@ def sweep(
             tell(f"{name}: finished before")
         _write(folder, points, ended)
         results = _here(todo) if scheduler is None else _on_dask(scheduler, todo)
-        for name, reason in results:
-            ended[name] = reason
-            tell(f"{name}: {reason or 'done'}")
-            _write(folder, points, ended)
+        with counted("points", len(todo)) as advance:
+            for name, reason in results:
+                ended[name] = reason
+                tell(f"{name}: {reason or 'done'}")
+                _write(folder, points, ended)
+                advance()
         return _write(folder, points, ended)
 
 

@@ -9,7 +9,7 @@ from icd_tvm.runtime.access_graphs import access_graphs
 from icd_tvm.runtime.graph_file import save_graphs
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.order_file import AFTER, BEFORE, orders_text
-from icd_tvm.runtime.orders import counts, decided, made_from, permutations
+from icd_tvm.runtime.orders import NOTHING, counts, decided, made_from, permutations
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.run_folder import GRAPH, GRAPH_AFTER, PERM
 
@@ -57,6 +57,9 @@ def keep_graph(job: Job, when: str, mod: Any, event: Stage) -> None:
 def keep_order(job: Job, when: str, decisions: list[Decision], event: Stage, how: str) -> None:
     """Store the orders decided so far in the run directory."""
     event.meta |= {**counts(decisions), "from": how}
+    if how == NOTHING:
+        # Not stored: a run that is continued may have what the solver lacked.
+        return
     late = sum(decision.stats.get("stopped_by") == "time" for decision in decisions)
     if late:
         job.warn("order", f"the time budget ended the search of {late} axes {when} the transform")

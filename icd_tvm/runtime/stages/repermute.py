@@ -9,10 +9,11 @@ from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, ordere
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.order_file import AFTER, BEFORE
-from icd_tvm.runtime.orders import decided, permutations
+from icd_tvm.runtime.orders import NOTHING, decided, permutations
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.stages.order import keep_graph, keep_order
 from icd_tvm.runtime.stages.transform import changed_accesses, unchanged_because
+from icd_tvm.steps import steps
 
 VERIFICATION_RUNS = 3
 
@@ -43,8 +44,11 @@ def second_order(job: Job, event: Stage) -> None:
     if job.transforms:
         keep_graph(job, AFTER, mod, event)
     result.after, how = decided(job, AFTER, mod)
-    job.perms[AFTER] = permutations(result.after)
     keep_order(job, AFTER, result.after, event, how)
+    job.perms[AFTER] = permutations(result.after)
+    if how == NOTHING:
+        job.perms[AFTER] = job.perms[BEFORE]
+        result.no_opportunity = "the first order stays, because the second was not decided"
 
 
 def _keeps_first(job: Job) -> str:
@@ -66,7 +70,7 @@ def _make_arms(job: Job) -> None:
     with job.progress.stage("rewrite") as stage:
         transformed = result.arms[IDENTITY].mod
         result.arms |= ordered_arms(transformed, before, after, job.config.seed)
-        result.no_opportunity = _no_opportunity(job)
+        result.no_opportunity = result.no_opportunity or _no_opportunity(job)
         dense = result.arms[DENSE]
         unchanged = result.no_opportunity and not before
         if unchanged and model_hash(transformed["main"]) == job.model_hash:
@@ -93,7 +97,7 @@ def _no_opportunity(job: Job) -> str:
 def _build_arms(job: Job) -> None:
     result = job.result
     with job.progress.stage("compile") as stage:
-        for arm in result.arms.values():
+        for arm in steps(result.arms.values(), "compiling arms"):
             result.built[arm.name] = result.built.get(arm.same_as) or build(arm.mod, job.target)
         stage.meta = {"builds": len({id(built) for built in result.built.values()})}
 

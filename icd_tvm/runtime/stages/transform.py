@@ -14,7 +14,10 @@ from icd_tvm.runtime.arms import DENSE, IDENTITY, Arm
 from icd_tvm.runtime.budget_search import within_budget
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.runtime.job import Job
+from icd_tvm.runtime.order_file import AFTER
 from icd_tvm.runtime.progress import Stage
+from icd_tvm.runtime.run_folder import COUNTERS, MEASURED
+from icd_tvm.runtime.states import State
 from icd_tvm.runtime.transforms import NONE, Transform
 
 CALIBRATION_BATCHES = 24
@@ -36,7 +39,27 @@ def transform(job: Job, event: Stage) -> None:
             stage.meta["budget"] = job.budget["reason"]
     job.result.transform = {**meta, "calibration": source, "delta_layout": _says_layout(meta)}
     job.result.arms = {DENSE: Arm(DENSE, dense), IDENTITY: Arm(IDENTITY, mod)}
-    event.meta |= {**stage.meta, "delta_layout": job.result.transform["delta_layout"]}
+    left_out = [name for name, item in meta.items() if "why" in item]
+    event.meta |= {**stage.meta, "left_out": left_out}
+    event.meta["delta_layout"] = job.result.transform["delta_layout"]
+    _forget_another(job, event)
+
+
+def _forget_another(job: Job, event: Stage) -> None:
+    """Keep nothing that the continued run decided and measured on other weights than these.
+
+    A transform may fail, or find its data gone, in only one of the processes of a run.
+    """
+    if job.folder is None:
+        return
+    earlier = job.folder.events()
+    made = [e["meta"] for e in earlier if e["stage"] == State.TRANSFORMED and e.get("ok")]
+    if not made or all(made[-1].get(k) == event.meta[k] for k in ("calibration", "left_out")):
+        return
+    job.warn("transform", "it made other weights than before: ordered and measured again")
+    job.orders.pop(AFTER, None)
+    for name in (MEASURED, COUNTERS):
+        job.folder.path(name).unlink(missing_ok=True)
 
 
 def _applied(job: Job, item: Transform, mod: Any) -> tuple[Any, dict[str, Any], str]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import tvm
+from icd_tvm.steps import steps
 from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, pack_dense
 from icd_tvm.tir_schedules.cpu.matmul_kinds import (
@@ -60,7 +61,8 @@ def timed_kernels(rows: Mapping[str, int], shape: Shape, target: Any) -> dict[st
     kept = {kind: _reference_rows(count, shape[-2], reference[-2]) for kind, count in rows.items()}
     key = (str(target), reference, tuple(sorted(kept.items())))
     if key not in _TIMES:
-        _TIMES[key] = least_seconds({k: _arm(k, reference, nk, target) for k, nk in kept.items()})
+        kinds = steps(kept.items(), "timing kernels")
+        _TIMES[key] = least_seconds({k: _arm(k, reference, nk, target) for k, nk in kinds})
     return {
         kind: seconds
         * modelled_cycles(kind, shape, rows[kind], target)
