@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from icd_tvm.files import write_atomically
-from icd_tvm.report import charts, kernel_tables, roofline, tables, verdict
+from icd_tvm.report import charts, kernel_tables, kernel_times, roofline, tables, verdict
 from icd_tvm.report.heat_map import heat_maps
 from icd_tvm.report.run_files import EVENTS, NCU, POWER, AxisGraph, read_run
 from icd_tvm.report.table import pairs
@@ -112,10 +112,17 @@ def render(
         **_rest(record, events or (), power or ()),
         maps=maps,
         maps_left_out=left_out,
-        gaps={**_NOT_GIVEN, **problems},
+        gaps={**_NOT_GIVEN, **problems, **_reasons(record)},
         missing=verdict.not_measured(record, problems),
         sections=_SECTIONS,
     )
+
+
+def _reasons(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return why a run wrote no power samples and no profile, where it says so."""
+    known = as_mapping(record.get("not_measured"))
+    keys = {POWER: "power.csv", NCU: "ncu"}
+    return {file: text(known[key]) for file, key in keys.items() if known.get(key)}
 
 
 def template(name: str) -> Any:
@@ -223,6 +230,11 @@ def _kernels(record: Mapping[str, Any], ncu: Mapping[str, Any]) -> dict[str, Any
     return {
         "kernels": kernel_tables.kernels(record),
         "removed": kernel_tables.removed_units(record),
+        "layers": kernel_times.layers(record),
+        "kernel_times": kernel_times.all_kernel_times(record),
+        "no_kernel_times": text(
+            dig(record, "not_measured", "kernel_times") or "no arm of the record was profiled"
+        ),
         "cache_totals": kernel_tables.cache_totals(record),
         "cache_kernels": kernel_tables.all_cache_kernels(record),
         "profiles": kernel_tables.profiles(ncu),

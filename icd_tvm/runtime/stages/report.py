@@ -13,12 +13,14 @@ from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.record import make_record
 from icd_tvm.runtime.reports import REPORTS
 from icd_tvm.runtime.run_folder import TRACEBACK, RunFolder
+from icd_tvm.runtime.stages.profile import profile
 
 
 def report(job: Job, event: Stage) -> None:
     """Write everything a user reads; the record is in memory where there is no folder."""
     began = time.perf_counter()
     _export(job)
+    profile(job)
     record_began = time.perf_counter()
     record = make_record(job)
     now = time.perf_counter()
