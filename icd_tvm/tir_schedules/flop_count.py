@@ -52,7 +52,7 @@ def count_flop(func: Any, consts: Constants | None = None) -> int:
     return sum(
         work * executions(access, consts or {})
         for access, value in stores(func)
-        if (work := _per_store(access, value))
+        if (work := _operations(value))
     )
 
 
@@ -60,12 +60,15 @@ def touched_bytes(func: Any, consts: Constants | None = None) -> list[int]:
     """Return, for each parameter, the bytes that a call must move at least once.
 
     That is the size of the parameter, or less where fewer elements are read than it has (the rows
-    that a gather takes). Errors as :func:`count_flop`.
+    that a gather takes); the same read twice in the text is one. Errors as :func:`count_flop`.
     """
     touched = dict.fromkeys((str(p.name) for p in func.params), 0)
     sizes = dict(touched)
+    seen: set[tuple[Any, ...]] = set()
     for access in accesses(func):
-        if access.name in touched:
+        key = (access.name, *map(str, access.indices), *(loop.var for loop in access.loops))
+        if access.name in touched and key not in seen:
+            seen.add(key)
             item = access.item_bits // 8
             sizes[access.name] = int(np.prod(access.shape, dtype=np.int64)) * item
             touched[access.name] += executions(access, consts or {}) * item
@@ -99,15 +102,8 @@ def _deciding(access: Access) -> set[Any]:
     return found
 
 
-def _per_store(access: Access, value: Any) -> int:
-    """Return the operations of one execution; lanes that are a loop of the access count there."""
-    lanes = 1
-    for loop in access.loops:
-        lanes *= int(loop.extent) if loop.name.startswith("lane") else 1
-    return _operations(value) // lanes
-
-
 def _operations(value: Any) -> int:
+    """Return the operations of a value, all lanes of a vector together."""
     seen: dict[Any, list[Any]] = {}
     total, pending = 0, [value]
     while pending:

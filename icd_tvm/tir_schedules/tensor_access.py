@@ -92,6 +92,8 @@ def accesses(func: Any) -> list[Access]:
 def stores(func: Any) -> list[tuple[Access, Any]]:
     """Return every store of a TIR function with the value it stores; see :func:`accesses`.
 
+    The lanes of a vector store are no loop of it: its value has them.
+
     Raises
     ------
     UnsupportedOpError
@@ -179,7 +181,9 @@ class _Walk:
         for index in node.indices:
             self.loads(index)
         self._record(node.buffer, node.indices, write=True)
-        self.stored.append((self.found[-1], node.value))
+        # The lanes of a vector are in the value already.
+        scalar = replace(self.found[-1], loops=tuple(self.loops))
+        self.stored.append((scalar, node.value))
         if any(load.source.same_as(node.buffer) for load in _loads_of(node.value)):
             fixed = variables(self.found[-1].indices)
             self.accumulated |= {loop.var for loop in self.loops if loop.var not in fixed}
