@@ -10,12 +10,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from icd_tvm.files import write_atomically
 from icd_tvm.report import charts, kernel_tables, kernel_times, roofline, tables, verdict
 from icd_tvm.report.heat_map import heat_maps
-from icd_tvm.report.run_files import EVENTS, NCU, POWER, AxisGraph, read_run
+from icd_tvm.report.run_files import EVENTS, NCU, POWER, TILES, AxisGraph, read_run
 from icd_tvm.report.table import pairs
+from icd_tvm.report.tile_map import tile_maps
 from icd_tvm.report.values import as_list, as_mapping, as_number, dig, fixed, interval, text
 
 REPORT = "report.html"
@@ -26,6 +28,7 @@ _SECTIONS = (
     ("roofline", "Roofline"),
     ("groups", "Axis groups"),
     ("heat-maps", "Access graph"),
+    ("tiles", "Tiles"),
     ("quality", "Quality"),
     ("energy", "Energy"),
     ("stages", "Stages"),
@@ -37,6 +40,7 @@ _NOT_GIVEN = {
     EVENTS: "no events were given to this report",
     POWER: "no power samples were given to this report",
     NCU: "no profile was given to this report",
+    TILES: "no masks were given to this report",
 }
 
 
@@ -73,6 +77,7 @@ def render_folder(folder: Path) -> str:
         graphs=run.graphs,
         power=run.power,
         ncu=run.ncu,
+        tiles=run.tiles,
         problems=run.problems,
     )
 
@@ -84,6 +89,7 @@ def render(
     graphs: Sequence[AxisGraph] | None = None,
     power: Sequence[Mapping[str, float]] | None = None,
     ncu: Mapping[str, Any] | None = None,
+    tiles: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> str:
     """Return the report of a record as one HTML page.
@@ -99,6 +105,8 @@ def render(
         ``t`` in seconds and ``watts``.
     ncu : mapping, optional
         See :func:`icd_tvm.measure.ncu.as_json`; of one arm, or arm -> that.
+    tiles : mapping, optional
+        Weight -> arm -> share of non-zero weights in each tile.
     problems : mapping of str to str, optional
         File -> why nothing of it is shown.
     """
@@ -112,6 +120,7 @@ def render(
         **_rest(record, events or (), power or ()),
         maps=maps,
         maps_left_out=left_out,
+        tile_maps=tile_maps(tiles or {}),
         gaps={**_NOT_GIVEN, **problems, **_reasons(record)},
         missing=verdict.not_measured(record, problems),
         sections=_SECTIONS,

@@ -20,7 +20,7 @@ CONFIG, EVENTS, METRICS = "config.resolved.yaml", "events.jsonl", "metrics.json"
 PERM, GRAPH, GRAPH_AFTER = "perm.json", "W.npz", "W_after.npz"
 MEASURED, MODULE, REPORT = "measured.npz", "module.so", "report.csv"
 COUNTERS, BUDGET = "counters.json", "budget.json"
-NCU, POWER = "ncu.json", "power.csv"
+NCU, POWER, TILES = "ncu.json", "power.csv", "tiles.npz"
 ENVIRONMENT, TRACEBACK = "environment.json", "traceback.txt"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _NAMES = (
@@ -33,6 +33,7 @@ _NAMES = (
     COUNTERS,
     NCU,
     POWER,
+    TILES,
     MODULE,
     ENVIRONMENT,
     TRACEBACK,
