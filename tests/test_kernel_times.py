@@ -59,7 +59,7 @@ def test_the_roof_is_measured_once_and_says_how() -> None:
     target = parse_target("x86-64-v3", 1)
     roof = machine_peaks(target)
     assert roof == machine_peaks(target)
-    assert roof["source"].startswith("measured, fp32 on ")
+    assert roof["source"].startswith("measured, fp32, threads: ")
     # No machine that runs this is slower than a gigaflop or a hundred megabytes a second.
     assert roof["peak_flops"] > 1e9
     assert roof["dram_bandwidth"] > 1e8

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from report_pages import record
 
 from icd_tvm._tvm import named_const, relax
 from icd_tvm.measure.metrics import write_metrics
 from icd_tvm.report.page import render_folder
 from icd_tvm.report.run_files import read_run
-from icd_tvm.report.tile_map import tile_maps
 from icd_tvm.runtime.arms import Arm
-from icd_tvm.runtime.tile_occupancy import MAX_TILES, occupancy, save_tiles, tile_occupancy
+from icd_tvm.runtime.tile_occupancy import MAX_PIXELS, Tiles, occupancy, save_tiles, tile_occupancy
 
 RNG = np.random.default_rng(3)
 
@@ -42,16 +40,19 @@ def module(**weights: np.ndarray) -> Any:
     return builder.get()
 
 
-def test_a_tile_counts_what_it_holds_also_at_the_edge() -> None:
+def test_a_tile_is_a_row_of_sixteen_columns_also_at_the_edge() -> None:
     mask = np.zeros((20, 33), dtype=np.bool_)
     mask[:16, :16] = True
     mask[19, 32] = True
     found = occupancy(mask)
-    assert found.shape == (2, 3)
-    assert found[0, 0] == 1
-    assert found[1, 2] == 0.25
-    assert found.sum() == 1.25
-    assert max(occupancy(np.ones((16 * MAX_TILES + 1, 16), np.bool_)).shape) <= MAX_TILES
+    assert (found.held, found.total) == (17, 60)
+    assert found.picture.shape == (20, 3)
+    assert found.picture[19, 2] == 1
+    assert found.picture.sum() == 17
+    long = occupancy(np.arange(2 * MAX_PIXELS + 1)[:, None] % 2 == np.zeros(16))
+    assert long.held == MAX_PIXELS + 1
+    assert max(long.picture.shape) <= MAX_PIXELS
+    assert set(long.picture.ravel().tolist()) <= {np.float16(1 / 3), np.float16(2 / 3), 1.0}
 
 
 def test_an_order_that_gathers_the_zeros_empties_half_of_the_tiles() -> None:
@@ -66,8 +67,14 @@ def test_an_order_that_gathers_the_zeros_empties_half_of_the_tiles() -> None:
     found = tile_occupancy(arms)
     assert list(found) == ["w"]
     assert list(found["w"]) == ["identity", "linear", "iterative"]
-    shares = {arm: float(np.mean(image > 0)) for arm, image in found["w"].items()}
-    assert shares == {"identity": 1, "linear": 1, "iterative": 0.5}
+    assert {arm: tiles.held for arm, tiles in found["w"].items()} == {
+        "identity": 96,
+        "linear": 96,
+        "iterative": 96,
+    }
+    # As many tiles, side by side: the picture is what changes.
+    assert found["w"]["identity"].picture[:, 0].tolist() == [0, 1] * 32
+    assert found["w"]["iterative"].picture[:, 0].tolist() == [1] * 32 + [0] * 32
 
 
 def test_only_the_weights_that_gain_most_are_kept() -> None:
@@ -83,22 +90,18 @@ def test_only_the_weights_that_gain_most_are_kept() -> None:
 
 def test_pictures_reach_the_page_and_damaged_ones_are_named(tmp_path: Path) -> None:
     write_metrics(tmp_path / "metrics.json", record("vec16-0.5-2t"))
-    images = {"identity": np.ones((4, 3), np.float16), "iterative": np.eye(4, 3, dtype=np.float16)}
+    images = {"identity": Tiles(np.ones((4, 3), np.float16), 1200, 1200)}
+    images["iterative"] = Tiles(np.eye(4, 3, dtype=np.float16), 300, 1200)
     save_tiles(tmp_path / "tiles.npz", {"layer.0/w|odd <name>": images})
     page = render_folder(tmp_path)
-    assert "as it comes 12 of 12, re-permuted 3 of 12" in page
+    assert "as it comes 1,200 of 1,200 (100.0 %); re-permuted 300 of 1,200 (25.0 %)." in page
     assert "layer.0/w|odd &lt;name&gt;" in page
     for damage in (b"", b"PK\x03\x04 nothing"):
         (tmp_path / "tiles.npz").write_bytes(damage)
         assert "cannot be read" in read_run(tmp_path).problems["tiles.npz"]
         assert "cannot be read" in render_folder(tmp_path)
-    np.savez(tmp_path / "tiles.npz", **{"w|identity": np.full((2, 2), np.nan)})
+    whole = {"w|identity|tiles": np.array([1, 2])}
+    np.savez(tmp_path / "tiles.npz", **whole, **{"w|identity|picture": np.full((2, 2), np.nan)})
     assert "no picture" in read_run(tmp_path).problems["tiles.npz"]
-
-
-@pytest.mark.parametrize("shapes", [((4, 4), (2, 4)), ((1, 60), (1, 60)), ((60, 1), (3, 1))])
-def test_smaller_arms_and_long_weights_are_drawn(shapes: tuple[tuple[int, int], ...]) -> None:
-    arms = zip(("identity", "iterative"), shapes, strict=True)
-    [drawn] = tile_maps({"w": {arm: np.ones(shape) for arm, shape in arms}})
-    assert drawn.svg.count("<image") == 2
-    assert [total for *_, total in drawn.counts] == [int(np.prod(shape)) for shape in shapes]
+    np.savez(tmp_path / "tiles.npz", **{"w|identity|picture": np.ones((2, 2))})
+    assert "tiles" in read_run(tmp_path).problems["tiles.npz"]

@@ -66,7 +66,7 @@ def _measured(text: str, threads: int) -> dict[str, Any]:
         "dram_bandwidth": read,
         "buffer_bytes": size,
         "threads": threads,
-        "source": f"measured, fp32 on {threads} threads, best of {_LEAST_S} s; reading "
+        "source": f"measured, fp32, threads: {threads}, best of {_LEAST_S} s; reading "
         f"{size >> 20} MiB{note}",
     }
 

@@ -23,7 +23,7 @@ def layers(record: Mapping[str, Any]) -> Table:
     """Lay out the microseconds of each layer, an arm in each column."""
     found = {name: _by_layer(times) for name, times in profiled(record)}
     rows = dict.fromkeys(key for times in found.values() for key in times)
-    table = Table("Time of each layer, µs (profiled run)", ["layer", *found])
+    table = Table("Least time of each layer, µs (profiled run)", ["layer", *found])
     for key in sorted(rows, key=lambda key: float(key) if key.isdecimal() else float("inf")):
         title = Cell(key, float(key)) if key.isdecimal() else Cell(key)
         table.add(title, *(numeric(times.get(key), 2) for times in found.values()))
@@ -38,7 +38,7 @@ def _by_layer(times: Mapping[str, Any]) -> dict[str, float]:
     for kernel in as_list(times.get("kernels")):
         shown = _layer(kernel).shown
         key = _OUTSIDE if shown == ABSENT else shown
-        sums[key] = sums.get(key, 0.0) + (as_number(dig(kernel, "us")) or 0.0)
+        sums[key] = sums.get(key, 0.0) + (as_number(dig(kernel, "us_min")) or 0.0)
     return sums
 
 
@@ -56,18 +56,29 @@ def all_kernel_times(record: Mapping[str, Any]) -> list[Table]:
 
 def kernel_times(arm: str, times: Mapping[str, Any]) -> Table:
     """Lay out what each kernel of an arm took, computed and moved."""
-    heads = ["operator", "layer", "µs", "share %", "least µs", "flop", "flop / s", "flop / byte"]
-    table = Table(f"Kernels of {text(arm)} (profiled run)", [*heads, "kernel", "axis groups"])
+    heads = [
+        "operator",
+        "layer",
+        "least µs",
+        "share %",
+        "median",
+        "flop",
+        "flop / s",
+        "flop / byte",
+    ]
+    table = Table(
+        f"Kernels of {text(arm)} (profiled run)", [*heads, "flop / byte", "kernel", "axis groups"]
+    )
     kernels = as_list(times.get("kernels"))
-    total = sum(as_number(dig(kernel, "us")) or 0.0 for kernel in kernels)
+    total = sum(as_number(dig(kernel, "us_min")) or 0.0 for kernel in kernels)
     for kernel in kernels:
-        us, flop, moved = (as_number(dig(kernel, key)) for key in ("us", "flop", "bytes"))
+        us, flop, moved = (as_number(dig(kernel, key)) for key in ("us_min", "flop", "bytes"))
         table.add(
             dig(kernel, "node"),
             _layer(kernel),
             numeric(us, 2),
             numeric(100 * us / total if us is not None and total else None, 1),
-            numeric(dig(kernel, "us_min"), 2),
+            numeric(dig(kernel, "us"), 2),
             scaled(flop),
             scaled(flop / us * 1e6 if flop and us else None),
             numeric(flop / moved if flop and moved else None, 2),

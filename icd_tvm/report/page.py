@@ -10,12 +10,19 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from icd_tvm.files import write_atomically
 from icd_tvm.report import charts, kernel_tables, kernel_times, roofline, tables, verdict
 from icd_tvm.report.heat_map import heat_maps
-from icd_tvm.report.run_files import EVENTS, NCU, POWER, TILES, AxisGraph, read_run
+from icd_tvm.report.run_files import (
+    EVENTS,
+    NCU,
+    POWER,
+    TILES,
+    AxisGraph,
+    TilePicture,
+    read_run,
+)
 from icd_tvm.report.table import pairs
 from icd_tvm.report.tile_map import tile_maps
 from icd_tvm.report.values import as_list, as_mapping, as_number, dig, fixed, interval, text
@@ -89,7 +96,7 @@ def render(
     graphs: Sequence[AxisGraph] | None = None,
     power: Sequence[Mapping[str, float]] | None = None,
     ncu: Mapping[str, Any] | None = None,
-    tiles: Mapping[str, Mapping[str, NDArray[Any]]] | None = None,
+    tiles: Mapping[str, Mapping[str, TilePicture]] | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> str:
     """Return the report of a record as one HTML page.
@@ -106,7 +113,7 @@ def render(
     ncu : mapping, optional
         See :func:`icd_tvm.measure.ncu.as_json`; of one arm, or arm -> that.
     tiles : mapping, optional
-        Weight -> arm -> share of non-zero weights in each tile.
+        Weight -> arm -> its tiles.
     problems : mapping of str to str, optional
         File -> why nothing of it is shown.
     """

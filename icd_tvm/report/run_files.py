@@ -58,6 +58,25 @@ class AxisGraph:
     source: str
 
 
+@dataclass(frozen=True)
+class TilePicture:
+    """Tiles of one weight in one order: the share that holds something, and the numbers.
+
+    Raises
+    ------
+    ValueError
+        If that is no picture.
+    """
+
+    image: NDArray[np.float64]
+    held: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 2 or not self.image.size or not np.isfinite(self.image).all():
+            raise ValueError(f"tiles of shape {self.image.shape} are no picture")
+
+
 @dataclass
 class RunFiles:
     """A run folder, read; ``problems`` maps a file to why nothing of it is shown."""
@@ -67,7 +86,7 @@ class RunFiles:
     graphs: list[AxisGraph] = field(default_factory=list)
     power: list[dict[str, float]] = field(default_factory=list)
     ncu: Mapping[str, Any] = field(default_factory=dict)
-    tiles: dict[str, dict[str, NDArray[Any]]] = field(default_factory=dict)
+    tiles: dict[str, dict[str, TilePicture]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
 
@@ -176,8 +195,9 @@ def _ncu(folder: Path, found: RunFiles) -> None:
 def _tiles(folder: Path, found: RunFiles) -> None:
     with np.load(folder / TILES) as stored:
         for key in stored.files:
-            weight, _, arm = key.rpartition("|")
-            image = np.asarray(stored[key], dtype=np.float64)
-            if image.ndim != 2 or not image.size or not np.isfinite(image).all():
-                raise ValueError(f"{key} is no picture")
-            found.tiles.setdefault(weight, {})[arm] = image
+            place, _, part = key.rpartition("|")
+            weight, _, arm = place.rpartition("|")
+            if part == "picture":
+                held, total = (int(number) for number in stored[f"{place}|tiles"])
+                image = np.asarray(stored[key], dtype=np.float64)
+                found.tiles.setdefault(weight, {})[arm] = TilePicture(image, held, total)
