@@ -207,6 +207,13 @@ class MeasureKeys(Section):
     cache_model: bool = Field(
         default=False, description="model the first two caches, kernel by kernel; some minutes"
     )
+    kernel_times: bool = Field(
+        default=True, description="time every kernel in a run of its own; two seconds an arm"
+    )
+    roofline: bool = Field(default=True, description="measure what the machine reaches; a second")
+    ncu: bool = Field(
+        default=True, description="count with Nsight Compute where the target is a GPU"
+    )
     rpc: str | None = Field(
         default=None,
         pattern=r"^([^\s:\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}$",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tvm.script import tirx as T
 
 from icd_tvm._tvm import Var, dlight, i64, te, tirx, tvm
 from icd_tvm.errors import ConfigError, MeasurementError, UnsupportedOpError
@@ -330,3 +331,28 @@ def test_host_levels_are_read_or_refused(tmp_path: Any) -> None:
     assert host_levels(tmp_path) == (L1,)
     with pytest.raises(UnsupportedOpError, match="no caches"):
         host_levels(tmp_path / "nothing")
+
+
+@T.prim_func(s_tir=True)
+def accumulating(x_: T.handle, y_: T.handle) -> None:
+    x = T.match_buffer(x_, (16,), "float32x8")
+    y = T.match_buffer(y_, (16,), "float32x8")
+    sums = T.alloc_buffer((16,), "float32x8", scope="local")
+    for k in range(16):
+        sums[k] = x[k]
+    for k in range(16):
+        y[k] = sums[k]
+
+
+@pytest.mark.parametrize(("level", "spilled"), [("x86-64-v3", [13, 14, 15]), ("x86-64-v4", [])])
+def test_accumulators_beyond_the_registers_are_in_memory(level: str, spilled: list[int]) -> None:
+    func = accumulating.with_attr("target", parse_target(level, 1))
+    scratch = 1 << 20
+    chunks = list(address_trace(func, [0, 4096], scratch))
+    address = np.concatenate([chunk.address for chunk in chunks])
+    write = np.concatenate([chunk.write for chunk in chunks])
+    inside = address >= scratch
+    places = [scratch + 32 * k for k in spilled]
+    assert address[inside & write].tolist() == places
+    assert address[inside & ~write].tolist() == places
+    assert (~inside).sum() == 32

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_ncu import PAGE, fake_ncu
 
 from icd_tvm.config import MeasureKeys
 from icd_tvm.errors import MeasurementError
@@ -14,9 +15,11 @@ from icd_tvm.measure.energy import EnergyRecord
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.registry import build as build_model
+from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.runtime import counters as module
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.counters import Counters, count, read_counters
+from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.run import run
 from icd_tvm.tir_schedules.target import parse_target
 
@@ -30,10 +33,13 @@ def arms() -> Any:
     return {"dense": built, "random": built, "linear": built}, random_inputs(imported, 0)
 
 
+NOTHING = MeasureKeys(energy=False, kernel_times=False, roofline=False)
+
+
 def test_nothing_asked_for_is_nothing_counted(arms: Any) -> None:
-    found = count(*arms, MeasureKeys(energy=False), V3)
-    assert (found.energy, found.caches) == ({}, {})
-    assert set(found.reasons) == {"ept_j_per_tok", "cache_model"}
+    found = count(*arms, NOTHING, V3)
+    assert (found.energy, found.caches, found.kernels, found.roof) == ({}, {}, {}, {})
+    assert set(found.reasons) == {"ept_j_per_tok", "cache_model", "kernel_times", "roofline"}
     assert all("not asked for" in reason for reason in found.reasons.values())
 
 
@@ -46,6 +52,44 @@ def test_caches_are_modelled_for_the_arms_that_are_compared(
     assert found.caches["dense"] == found.caches["linear"]
     assert found.caches["dense"]["source"] == "model"
     assert found.reasons == {"ept_j_per_tok": "no RAPL here"}
+    nodes = [kernel["node"] for kernel in found.caches["dense"]["kernels"] if kernel["kernel"]]
+    assert nodes == [kernel["node"] for kernel in found.kernels["dense"]["kernels"]]
+
+
+def test_every_kernel_is_timed_counted_and_belongs_somewhere(arms: Any) -> None:
+    built, feeds = arms
+    groups = find_axis_groups(import_onnx(build_model("bert-mini-random")).mod["main"])
+    found = count(built, feeds, NOTHING.model_copy(update={"kernel_times": True}), V3, groups)
+    assert set(found.work) == {"dense", "random", "linear"}
+    assert set(found.kernels) == {"dense", "linear"}
+    record, work = found.kernels["dense"], found.work["dense"]
+    assert work["flop"] == sum(kernel["flop"] for kernel in record["kernels"])
+    assert found.work["random"] == work
+    assert record["source"].startswith("measured in a profiled run of its own")
+    assert min(kernel["us_min"] for kernel in record["kernels"]) > 0
+    first = "encoder.layer.0.intermediate.dense.weight"
+    [kernel] = [kernel for kernel in record["kernels"] if first in kernel["weights"]]
+    # 16 tokens, 64 -> 256; bias and GELU on top.
+    assert kernel["flop"] > 2 * 16 * 64 * 256
+    assert kernel["groups"] == ["/encoder/layer.0/intermediate/dense/MatMul:2"]
+    attention = next(k for k in record["kernels"] if k["kernel"].startswith("attention"))
+    assert attention["flop"] > 2 * 2 * 16 * 16 * 64
+    assert attention["weights"] == []
+    assert len(attention["groups"]) == 2
+    # All weights but the tables that are looked up, the inputs and the output.
+    assert 4 * 2 * (4 * 64 * 64 + 2 * 64 * 256) < work["bytes"] < 4 * 2 * 60_000
+
+
+def test_an_arm_that_runs_other_kernels_is_not_timed(
+    arms: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*_: Any) -> Any:
+        raise MeasurementError("the machine ran 3 kernels, not the 4 of the module")
+
+    monkeypatch.setattr(module, "kernel_record", other)
+    found = count(*arms, NOTHING.model_copy(update={"kernel_times": True}), V3)
+    assert found.kernels == {}
+    assert found.reasons["kernel_times"].startswith("linear: the machine ran")
 
 
 def test_energy_comes_from_the_counter_or_with_the_reason(
@@ -85,6 +129,9 @@ def test_a_run_records_energy_per_token_its_gate_and_its_page(
 
     monkeypatch.setattr(module, "open_counter", lambda: (object(), ""))
     monkeypatch.setattr(module, "measure_energy", measured)
+    monkeypatch.setattr(Job, "on_gpu", property(lambda _: True))
+    (tmp_path / "page").write_text(PAGE)
+    fake_ncu(tmp_path, monkeypatch, f"cat {tmp_path / 'page'}", "2024.1.1.0")
     config = {
         "model": {"name": "bert-mini-random"},
         "transform": {"sparsity": "unit:0.5"},
@@ -101,6 +148,17 @@ def test_a_run_records_energy_per_token_its_gate_and_its_page(
     assert arms["linear"]["cache_model"]["source"] == "model"
     gate = next(gate for gate in artifacts.gates if gate["name"] == "energy")
     assert (gate["status"], gate["value"]) == ("pass", 50.0)
+    kept = artifacts.metrics["decision"]["arm"]
+    assert arms[kept]["l2_hit_pct"] == pytest.approx(30)
+    assert arms[kept]["source"]["dram_bytes"] == "measured"
+    assert artifacts.metrics["not_measured"]["l2_hit_pct"] == f"counted for {kept} only"
+    assert "NVML" in artifacts.metrics["not_measured"]["power.csv"]
+    profiles = json.loads(artifacts.paths["ncu.json"].read_text())
+    assert set(profiles) == {f"{kept}, warm caches", f"{kept}, cold caches"}
+    assert artifacts.metrics["roofline"]["peak_flops"] > 0
     page = artifacts.paths["report.html"].read_text("utf-8")
+    assert "gemv_kernel_2" in page
+    assert "(profiled run)" in page
+    assert 'id="roofline-wide-title"' in page
     assert "model" in page
     assert page.rstrip().endswith("</html>")

@@ -168,3 +168,15 @@ def test_bad_options(options: dict, message: str) -> None:
 def test_no_arms() -> None:
     with pytest.raises(MeasurementError, match="no arm"):
         interleave({})
+
+
+def test_nothing_is_collected_before_or_between_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A full collection takes as long as thousands of calls of a small model.
+    def refused(*_: object) -> int:
+        raise AssertionError("the collector ran")
+
+    monkeypatch.setattr(gc, "collect", refused)
+    enabled: list[bool] = []
+    interleave({"a": lambda: enabled.append(gc.isenabled())}, repeats=3, warmup=1, min_repeats=3)
+    assert enabled == [False] * 4
+    assert gc.isenabled()

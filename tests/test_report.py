@@ -124,6 +124,7 @@ def test_everything_missing_is_named(unit: Page) -> None:
     }
     said = [line for line in unit.texts["p"] if line.startswith(("Not shown", "Nothing to draw"))]
     assert said == [
+        "Not shown: no arm of the record was profiled",
         "Not shown: no arm of the record has a cache model",
         "Not shown: no profile was given to this report",
         "Nothing to draw: no flop of a call and no bytes from memory in "

@@ -7,7 +7,7 @@ through `CacheSimulator`, one thread, in the order of execution. Checked against
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from icd_tvm._tvm import GenericConst, Var, relax, tvm_ffi
 from icd_tvm.errors import IcdError, UnsupportedOpError
 from icd_tvm.measure.cache_sim import CacheLevel, CacheSimulator, LevelCount
 from icd_tvm.measure.environment import data_cache_levels
-from icd_tvm.relax_passes.relax_graph import is_call
+from icd_tvm.relax_passes.kernel_calls import KernelCall, kernel_calls
 from icd_tvm.tir_schedules.address_trace import address_trace, lower_loops
 
 _PAGE = 4096
@@ -56,7 +56,7 @@ class KernelModel:
     kernel : str
         Name of the PrimFunc.
     node : str
-        Name of the Relax binding.
+        The operator, see :attr:`KernelCall.node`.
     levels : list of LevelCount
         Nearest first.
     reason : str
@@ -127,7 +127,7 @@ def model_caches(
     runs : int
         1 models cold caches.
     """
-    calls = list(_calls(lowered))
+    calls = kernel_calls(lowered)
     memory = _Memory(lowered["main"], calls, inputs)
     loops: dict[str, Any] = {}
     simulator = CacheSimulator(levels)
@@ -137,41 +137,15 @@ def model_caches(
     return CacheModel(tuple(levels), kernels)
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One binding of ``main``; ``kernel`` is empty where it calls no PrimFunc.
-
-    ``in_place``: the result is the first argument.
-    """
-
-    var: Any
-    kernel: str
-    arguments: list[Any]
-    in_place: bool = False
-
-
-def _calls(lowered: Any) -> Iterator[_Call]:
-    for block in lowered["main"].body.blocks:
-        for binding in block.bindings:
-            value = binding.value
-            in_place = is_call(value, "relax.call_tir_inplace")
-            if in_place or is_call(value, "relax.call_tir"):
-                packed = value.args[1]
-                fields = list(packed.fields) if isinstance(packed, relax.Tuple) else [packed]
-                yield _Call(binding.var, str(value.args[0].name_hint), fields, in_place)
-            else:
-                yield _Call(binding.var, "", [])
-
-
 def _run(
-    call: _Call,
+    call: KernelCall,
     lowered: Any,
     target: Any,
     memory: _Memory,
     loops: dict[str, Any],
     simulator: CacheSimulator,
 ) -> KernelModel:
-    result = KernelModel(call.kernel, str(call.var.name))
+    result = KernelModel(call.kernel, call.node)
     if not call.kernel:
         result.reason = "no call of a TIR function"
         return result
@@ -196,7 +170,7 @@ def _run(
 class _Memory:
     """Where every tensor of ``main`` lies: constants apart, intermediates reused when dead."""
 
-    def __init__(self, func: Any, calls: Sequence[_Call], inputs: Mapping[str, Any]) -> None:
+    def __init__(self, func: Any, calls: Sequence[KernelCall], inputs: Mapping[str, Any]) -> None:
         self.top = _PAGE
         self.places: dict[Any, list[int]] = {}
         self.values: dict[Any, NDArray[Any]] = {}
@@ -207,7 +181,7 @@ class _Memory:
         self._constants(calls)
         self._intermediates(func, calls)
 
-    def arguments(self, call: _Call, func: Any) -> tuple[list[int], dict[str, NDArray[Any]]]:
+    def arguments(self, call: KernelCall, func: Any) -> tuple[list[int], dict[str, NDArray[Any]]]:
         """Return the address of each parameter, and the values of the integer ones."""
         addresses = [a for argument in call.arguments for a in self._of(argument)]
         if not call.in_place:
@@ -225,7 +199,7 @@ class _Memory:
             raise UnsupportedOpError(f"the address of {argument} is unknown")
         return found
 
-    def _constants(self, calls: Sequence[_Call]) -> None:
+    def _constants(self, calls: Sequence[KernelCall]) -> None:
         for call in calls:
             for argument in call.arguments:
                 if isinstance(argument, GenericConst) and _key(argument) not in self.places:
@@ -233,7 +207,7 @@ class _Memory:
                     if "int" in str(argument.ty.dtype):
                         self.values[_key(argument)] = argument.value.numpy()
 
-    def _intermediates(self, func: Any, calls: Sequence[_Call]) -> None:
+    def _intermediates(self, func: Any, calls: Sequence[KernelCall]) -> None:
         last = {v: k for k, call in enumerate(calls) for v in call.arguments if isinstance(v, Var)}
         kept = set(relax.analysis.free_vars(func.body.body))
         free: list[tuple[int, int]] = []

@@ -326,10 +326,44 @@ def attribute(
     return found
 
 
-def as_json(kernels: Sequence[KernelProfile]) -> dict[str, Any]:
-    """Return kernels and their summary as plain JSON values."""
+def as_json(
+    kernels: Sequence[KernelProfile], calls: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Return kernels, their summary and the sums of each operator and axis group, as plain JSON.
+
+    Parameters
+    ----------
+    kernels : sequence of KernelProfile
+    calls : sequence of mapping
+        ``kernel``, ``node`` and ``groups`` of each call of a PrimFunc, as
+        :func:`icd_tvm.relax_passes.kernel_calls.owners` returns them.
+    """
+    nodes, groups = (owners_of_kernels(calls, key) for key in ("node", "groups"))
     return {
         "source": "ncu",
         "summary": vars(summarise(kernels)),
-        "kernels": [{"name": kernel.name, **kernel.values} for kernel in kernels],
+        "by_operator": _summaries(attribute(kernels, nodes)),
+        "by_group": _summaries(attribute(kernels, groups)),
+        "kernels": [
+            {
+                "name": kernel.name,
+                "operators": nodes.get(kernel.prim_func, []),
+                "groups": groups.get(kernel.prim_func, []),
+                **kernel.values,
+            }
+            for kernel in kernels
+        ],
     }
+
+
+def owners_of_kernels(calls: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[str]]:
+    """Return PrimFunc -> the distinct values of ``node`` or ``groups`` of its calls."""
+    found: dict[str, dict[str, None]] = {}
+    for call in calls:
+        values = call[key] if isinstance(call[key], list) else [call[key]]
+        found.setdefault(call["kernel"], {}).update(dict.fromkeys(values))
+    return {kernel: list(values) for kernel, values in found.items()}
+
+
+def _summaries(owned: Mapping[str, Sequence[KernelProfile]]) -> dict[str, Any]:
+    return {owner: vars(summarise(kernels)) for owner, kernels in owned.items() if owner}

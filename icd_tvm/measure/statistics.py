@@ -181,7 +181,10 @@ def ratios(
                 "time both arms in the same interleaved run",
             )
     drawn = {n: _rounds_drawn(n, seed, resamples) for n in set(sizes.values())}
-    medians = {name: np.median(x[drawn[x.size]], axis=1) for name, x in checked.items()}
+    medians = {
+        name: np.median(x[drawn[x.size]], axis=1, overwrite_input=True)
+        for name, x in checked.items()
+    }
     return {
         f"{a}/{b}": _ratio(checked[a], checked[b], medians[a] / medians[b], level) for a, b in pairs
     }

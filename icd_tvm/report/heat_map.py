@@ -132,7 +132,7 @@ def _picture(graph: AxisGraph, tiles: dict[str, Image], name: str) -> HeatMap:
                 x = (_LEFT + column * (_SIDE + _GAP)) / width
                 y = 1 - (_HEAD + row * (_SIDE + _GAP) + _SIDE) / height
                 axes = figure.add_axes((x, y, _SIDE / width, _SIDE / height))
-                _show(axes, image, top)
+                show(axes, image, top)
                 axes.set_title(title if row == 0 else "", fontsize=12, color=MUTED)
                 axes.set_ylabel(label if column == 0 else "")
 
@@ -148,7 +148,8 @@ def _scale(images: dict[str, Image]) -> float:
     return float(np.percentile(present, 99)) if present.size else 1.0
 
 
-def _show(axes: Axes, image: Image, top: float) -> None:
+def show(axes: Axes, image: Image, top: float) -> None:
+    """Draw a picture whose full colour is ``top``; zero is the paper."""
     levels = np.ceil(np.clip(image / top, 0, 1) * _LEVELS) / _LEVELS
     pixels = np.empty((*image.shape, 4), dtype=np.uint8)
     pixels[..., :3] = _COLOUR

@@ -12,10 +12,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from icd_tvm.files import write_atomically
-from icd_tvm.report import charts, kernel_tables, roofline, tables, verdict
+from icd_tvm.report import charts, kernel_tables, kernel_times, roofline, tables, verdict
 from icd_tvm.report.heat_map import heat_maps
-from icd_tvm.report.run_files import EVENTS, NCU, POWER, AxisGraph, read_run
+from icd_tvm.report.run_files import (
+    EVENTS,
+    NCU,
+    POWER,
+    TILES,
+    AxisGraph,
+    TilePicture,
+    read_run,
+)
 from icd_tvm.report.table import pairs
+from icd_tvm.report.tile_map import tile_maps
 from icd_tvm.report.values import as_list, as_mapping, as_number, dig, fixed, interval, text
 
 REPORT = "report.html"
@@ -26,6 +35,7 @@ _SECTIONS = (
     ("roofline", "Roofline"),
     ("groups", "Axis groups"),
     ("heat-maps", "Access graph"),
+    ("tiles", "Tiles"),
     ("quality", "Quality"),
     ("energy", "Energy"),
     ("stages", "Stages"),
@@ -37,6 +47,7 @@ _NOT_GIVEN = {
     EVENTS: "no events were given to this report",
     POWER: "no power samples were given to this report",
     NCU: "no profile was given to this report",
+    TILES: "no masks were given to this report",
 }
 
 
@@ -73,6 +84,7 @@ def render_folder(folder: Path) -> str:
         graphs=run.graphs,
         power=run.power,
         ncu=run.ncu,
+        tiles=run.tiles,
         problems=run.problems,
     )
 
@@ -84,6 +96,7 @@ def render(
     graphs: Sequence[AxisGraph] | None = None,
     power: Sequence[Mapping[str, float]] | None = None,
     ncu: Mapping[str, Any] | None = None,
+    tiles: Mapping[str, Mapping[str, TilePicture]] | None = None,
     problems: Mapping[str, str] | None = None,
 ) -> str:
     """Return the report of a record as one HTML page.
@@ -99,6 +112,8 @@ def render(
         ``t`` in seconds and ``watts``.
     ncu : mapping, optional
         See :func:`icd_tvm.measure.ncu.as_json`; of one arm, or arm -> that.
+    tiles : mapping, optional
+        Weight -> arm -> its tiles.
     problems : mapping of str to str, optional
         File -> why nothing of it is shown.
     """
@@ -112,10 +127,18 @@ def render(
         **_rest(record, events or (), power or ()),
         maps=maps,
         maps_left_out=left_out,
-        gaps={**_NOT_GIVEN, **problems},
+        tile_maps=tile_maps(tiles or {}),
+        gaps={**_NOT_GIVEN, **problems, **_reasons(record)},
         missing=verdict.not_measured(record, problems),
         sections=_SECTIONS,
     )
+
+
+def _reasons(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return why a run wrote no power samples and no profile, where it says so."""
+    known = as_mapping(record.get("not_measured"))
+    keys = {POWER: "power.csv", NCU: "ncu"}
+    return {file: text(known[key]) for file, key in keys.items() if known.get(key)}
 
 
 def template(name: str) -> Any:
@@ -223,6 +246,11 @@ def _kernels(record: Mapping[str, Any], ncu: Mapping[str, Any]) -> dict[str, Any
     return {
         "kernels": kernel_tables.kernels(record),
         "removed": kernel_tables.removed_units(record),
+        "layers": kernel_times.layers(record),
+        "kernel_times": kernel_times.all_kernel_times(record),
+        "no_kernel_times": text(
+            dig(record, "not_measured", "kernel_times") or "no arm of the record was profiled"
+        ),
         "cache_totals": kernel_tables.cache_totals(record),
         "cache_kernels": kernel_tables.all_cache_kernels(record),
         "profiles": kernel_tables.profiles(ncu),

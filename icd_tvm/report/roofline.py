@@ -55,7 +55,8 @@ def points(record: Mapping[str, Any]) -> tuple[list[Point], dict[str, list[str]]
     """Return what can be drawn, and what is lacking for which other arms.
 
     An arm needs ``flop`` (of a call), ``lat_ms`` and ``dram_bytes``, measured or from its cache
-    model; ``roofline.points`` adds kernels as ``{name, flop, bytes, seconds, source}``.
+    model, or ``least_bytes``; ``roofline.points`` adds kernels as ``{name, flop, bytes, seconds,
+    source}``.
     """
     found = list(_given(record))
     missing: dict[str, list[str]] = {}
@@ -152,4 +153,5 @@ def _traffic(arm: Any) -> tuple[float | None, str]:
     measured = as_number(dig(arm, "dram_bytes"))
     if measured is not None:
         return measured, text(dig(arm, "source", "dram_bytes"))
-    return as_number(dig(arm, "cache_model", "dram_bytes")), "model"
+    modelled = as_number(dig(arm, "cache_model", "dram_bytes"))
+    return modelled if modelled is not None else as_number(dig(arm, "least_bytes")), "model"

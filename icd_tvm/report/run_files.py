@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from icd_tvm.core.access_graph import load_w
 from icd_tvm.core.cost import Csr
@@ -20,15 +22,18 @@ from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.measure.metrics import validate_metrics
 from icd_tvm.report.values import as_list, as_mapping, dig
 
-METRICS, EVENTS, PERM, POWER, NCU = (
+METRICS, EVENTS, PERM, POWER, NCU, TILES = (
     "metrics.json",
     "events.jsonl",
     "perm.json",
     "power.csv",
     "ncu.json",
+    "tiles.npz",
 )
 # File of W, and the state whose event says which rows belong to which axis.
 GRAPHS = (("W_after.npz", "REPERMUTED"), ("W.npz", "W_BUILT"))
+# numpy raises EOFError for an empty archive and BadZipFile for a torn one.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, EOFError, BadZipFile)
 _ORDERS = (("before", "first order"), ("after", "re-permuted"))
 
 
@@ -53,6 +58,25 @@ class AxisGraph:
     source: str
 
 
+@dataclass(frozen=True)
+class TilePicture:
+    """Tiles of one weight in one order: the share that holds something, and the numbers.
+
+    Raises
+    ------
+    ValueError
+        If that is no picture.
+    """
+
+    image: NDArray[np.float64]
+    held: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 2 or not self.image.size or not np.isfinite(self.image).all():
+            raise ValueError(f"tiles of shape {self.image.shape} are no picture")
+
+
 @dataclass
 class RunFiles:
     """A run folder, read; ``problems`` maps a file to why nothing of it is shown."""
@@ -62,6 +86,7 @@ class RunFiles:
     graphs: list[AxisGraph] = field(default_factory=list)
     power: list[dict[str, float]] = field(default_factory=list)
     ncu: Mapping[str, Any] = field(default_factory=dict)
+    tiles: dict[str, dict[str, TilePicture]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
 
 
@@ -91,14 +116,14 @@ def read_record(path: Path) -> Mapping[str, Any]:
 def read_run(folder: Path) -> RunFiles:
     """Read a run folder; only ``metrics.json`` must be there. See :func:`read_record`."""
     found = RunFiles(read_record(folder))
-    readers = {EVENTS: _events, "W": _graphs, POWER: _power, NCU: _ncu}
+    readers = {EVENTS: _events, "W": _graphs, POWER: _power, NCU: _ncu, TILES: _tiles}
     for name, read in readers.items():
         try:
             read(folder, found)
         except FileNotFoundError as error:
             missing = Path(str(error.filename)).name
             found.problems[name] = f"{missing} is not in the run folder"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, IcdError) as error:
+        except (*_UNREADABLE, IcdError) as error:
             found.problems[name] = f"it cannot be read: {error}"
     return found
 
@@ -165,3 +190,14 @@ def _power(folder: Path, found: RunFiles) -> None:
 
 def _ncu(folder: Path, found: RunFiles) -> None:
     found.ncu = as_mapping(json.loads((folder / NCU).read_text("utf-8")))
+
+
+def _tiles(folder: Path, found: RunFiles) -> None:
+    with np.load(folder / TILES) as stored:
+        for key in stored.files:
+            place, _, part = key.rpartition("|")
+            weight, _, arm = place.rpartition("|")
+            if part == "picture":
+                held, total = (int(number) for number in stored[f"{place}|tiles"])
+                image = np.asarray(stored[key], dtype=np.float64)
+                found.tiles.setdefault(weight, {})[arm] = TilePicture(image, held, total)

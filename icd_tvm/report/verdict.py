@@ -122,4 +122,7 @@ def not_measured(record: Mapping[str, Any], problems: Mapping[str, str]) -> dict
     missing = {text(k): text(v) for k, v in as_mapping(record.get("not_measured")).items()}
     reasons = as_mapping(dig(record, "env", "reasons"))
     missing |= {f"environment: {text(k)}": text(v) for k, v in reasons.items()}
-    return missing | {text(k): text(v) for k, v in problems.items()}
+    # The run's own reason says more than that a file is not there.
+    told = {"ncu.json": "ncu", "power.csv": "power.csv"}
+    absent = {k: v for k, v in problems.items() if told.get(k) not in missing}
+    return missing | {text(k): text(v) for k, v in absent.items()}

@@ -62,10 +62,13 @@ class Built:
         """Return another build's outputs with zeros where this one keeps no state."""
         return self.states.outputs_to_original(self.states.outputs_to_own(outputs))
 
-    def caller(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Any]:
-        """Return a function without arguments that runs the module on fixed inputs."""
+    def caller(self, feeds: Mapping[str, np.ndarray], machine: Any = None) -> Callable[[], Any]:
+        """Return a function without arguments that runs the module on fixed inputs.
+
+        ``machine`` is another virtual machine of the executable; this one's own if omitted.
+        """
         arguments = self._arguments(feeds)
-        function = self.vm["main"]
+        function = (machine or self.vm)["main"]
         return lambda: function(*arguments)
 
     def evaluate_time(self, feeds: Mapping[str, np.ndarray], repeats: int) -> list[float]:

@@ -120,6 +120,11 @@ class Job:
         return self.compilation
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether the library is for a CUDA device."""
+        return self.target.kind.name == "cuda" or self.config.target.startswith("cuda")
+
+    @property
     def iterative(self) -> bool:
         """Whether a second order is asked for."""
         keys = self.config.pipeline

@@ -27,7 +27,7 @@ def make_record(job: Job) -> dict[str, Any]:
     measured = result.measured if result else None
     record = {
         "schema": SCHEMA,
-        "model": _model(result, job.config.source),
+        "model": model_record(result, job.config.source),
         "target": str(job.target),
         "env": fingerprint(),
         "arms": _arms(result) if result else {},
@@ -42,6 +42,7 @@ def make_record(job: Job) -> dict[str, Any]:
         "device": measured.device if measured else None,
         "peers": _peers(job, measured),
         "energy": result.counters.energy if result else {},
+        "roofline": result.counters.roof if result else {},
         "stages": [
             {"stage": s.stage, "seconds": s.seconds, "ok": s.ok, "meta": s.meta}
             for s in job.progress.stages
@@ -104,7 +105,8 @@ def _equivalence(result: Compilation | None) -> dict[str, Any] | None:
     }
 
 
-def _model(result: Compilation | None, source: str) -> dict[str, Any]:
+def model_record(result: Compilation | None, source: str) -> dict[str, Any]:
+    """Return what is known of a model: name, source, inputs, outputs and kind of weights."""
     if result is None:
         return {"name": None, "source": source}
     return {
@@ -158,9 +160,10 @@ def _arms(result: Compilation) -> dict[str, Any]:
     tokens = _tokens(result)
     arms = {}
     for name, samples in result.measured.samples.items():
-        arms[name] = {**arm_record(samples, tokens_per_call=tokens, **_energy(result, name))}
+        arms[name] = {**arm_record(samples, tokens_per_call=tokens, **_counted(result, name))}
         if name in result.counters.caches:
             arms[name]["cache_model"] = result.counters.caches[name]
+        arms[name] |= _work(result, name)
         if name in result.arms:
             arm = result.arms[name]
             kernels = result.built[name].kernels if name in result.built else {}
@@ -169,10 +172,26 @@ def _arms(result: Compilation) -> dict[str, Any]:
     return arms
 
 
-def _energy(result: Compilation, arm: str) -> dict[str, float]:
-    """Return the joules per token of an arm, where they were counted."""
+def _work(result: Compilation, arm: str) -> dict[str, Any]:
+    """Return what a call computes and moves, and the times of its kernels, where known."""
+    counters, found = result.counters, {}
+    if arm in counters.work:
+        work = counters.work[arm]
+        found = {"flop": work["flop"], "least_bytes": work["bytes"]}
+        found["least_bytes_source"] = work["source"]
+    if arm in counters.kernels:
+        found["kernel_times"] = counters.kernels[arm]
+    return found
+
+
+def _counted(result: Compilation, arm: str) -> dict[str, float]:
+    """Return the joules per token, L2 hits and DRAM bytes of an arm, where they were counted."""
     counted, tokens = result.counters.energy.get(arm), _tokens(result)
-    return {"ept_j_per_tok": counted["joules_per_call"] / tokens} if counted and tokens else {}
+    profile = result.counters.ncu.get(arm, {})
+    found = {"l2_hit_pct": profile.get("l2_read_hit_pct"), "dram_bytes": profile.get("dram_bytes")}
+    if counted and tokens:
+        found["ept_j_per_tok"] = counted["joules_per_call"] / tokens
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _tokens(result: Compilation) -> int | None:
@@ -240,6 +259,12 @@ def _not_measured(job: Job) -> dict[str, str]:
     )
     if result is not None:
         missing |= result.counters.reasons
+        if result.counters.ncu:
+            only = f"counted for {', '.join(result.counters.ncu)} only"
+            missing |= dict.fromkeys(("l2_hit_pct", "dram_bytes"), only)
+        elif "ncu" in result.counters.reasons:
+            why = f"{NO_COUNTER}: {result.counters.reasons['ncu']}"
+            missing |= dict.fromkeys(("l2_hit_pct", "dram_bytes"), why)
         if result.counters.energy:
             missing["ept_j_per_tok"] = f"counted for {', '.join(result.counters.energy)} only"
     flags = {flag.stage: flag.reason for flag in job.flags}

@@ -20,6 +20,7 @@ CONFIG, EVENTS, METRICS = "config.resolved.yaml", "events.jsonl", "metrics.json"
 PERM, GRAPH, GRAPH_AFTER = "perm.json", "W.npz", "W_after.npz"
 MEASURED, MODULE, REPORT = "measured.npz", "module.so", "report.csv"
 COUNTERS, BUDGET = "counters.json", "budget.json"
+NCU, POWER, TILES = "ncu.json", "power.csv", "tiles.npz"
 ENVIRONMENT, TRACEBACK = "environment.json", "traceback.txt"
 _LOCK, _OWNER = ".lock", ".owner.json"
 _NAMES = (
@@ -30,6 +31,9 @@ _NAMES = (
     GRAPH_AFTER,
     MEASURED,
     COUNTERS,
+    NCU,
+    POWER,
+    TILES,
     MODULE,
     ENVIRONMENT,
     TRACEBACK,

@@ -2,7 +2,9 @@
 
 One record is one load or store of the lowered text; a vector access is one record. Loops marked
 parallel run one after the other, as they do on one thread. Scratch that holds vectors and fits the
-register file is taken to live there; LLVM may keep more in registers, which only removes hits.
+register file is taken to live there, less the registers that operands need: of a tile of 16
+accumulators on 16 registers three are spilled. LLVM may keep more in registers, which only removes
+hits.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from icd_tvm._tvm import Call, apply_pass, s_tir, tirx, tvm, tvm_ffi
 from icd_tvm.errors import ConfigError
 from icd_tvm.tir_schedules.access_patterns import Access, accesses
 from icd_tvm.tir_schedules.index_eval import Constants, Ints, Loop, Points, variables
+from icd_tvm.tir_schedules.target import vector_bits
 
-# 32 vector registers of 64 bytes; arrays of scalars are indexed and so stay in memory.
-_REGISTER_BYTES, _SCALAR_BYTES = 2048, 64
+# Vector registers by their bits; a load, a broadcast and a temporary take three of them.
+_REGISTERS, _OPERANDS = {512: 32, 256: 16, 128: 16}, 3
+# Arrays of scalars are indexed and so stay in memory.
+_SCALAR_BYTES = 64
 # Records evaluated at a time, about.
 _CHUNK = 1 << 20
 # For planning only: iterations of a loop whose extent depends on data.
@@ -119,7 +124,7 @@ def address_trace(
         raise ConfigError(f"{len(func.params)} parameters but {len(addresses)} addresses")
     found = accesses(func)
     bases = _bases(func, found, addresses, scratch)
-    placed = [_Placed(a, bases[a.buffer]) for a in found if a.buffer in bases]
+    placed = [_Placed(a, *bases[a.buffer]) for a in found if a.buffer in bases]
     for shape in (p.access.shape for p in placed):
         if min(shape, default=0) < 0:
             raise ConfigError(f"shape {shape} is symbolic", "specialise the function")
@@ -134,6 +139,8 @@ class _Placed:
 
     access: Access
     base: int
+    # Bytes at its start that are in registers.
+    resident: int = 0
 
     @property
     def loops(self) -> list[Loop]:
@@ -150,19 +157,30 @@ class _Placed:
 
 def _bases(
     func: Any, found: Sequence[Access], addresses: Sequence[int], scratch: int
-) -> dict[Any, int]:
+) -> dict[Any, tuple[int, int]]:
+    """Return the first byte of each buffer in memory, and how many of its bytes are not."""
+    registers, free = _register_bytes(func)
     parameters = {str(p.name): address for p, address in zip(func.params, addresses, strict=True)}
-    bases: dict[Any, int] = {}
+    bases: dict[Any, tuple[int, int]] = {}
     for access in found:
         if access.name in parameters:
-            bases[access.buffer] = parameters[access.name]
+            bases[access.buffer] = parameters[access.name], 0
         elif access.buffer not in bases:
             dtype = tvm_ffi.dtype(access.dtype)
             size = int(np.prod(access.shape)) * int(dtype.itemsize)
-            if size > (_REGISTER_BYTES if dtype.lanes > 1 else _SCALAR_BYTES):
-                bases[access.buffer] = scratch
+            if size > (free if dtype.lanes > 1 else _SCALAR_BYTES):
+                # A tile meant for the registers is spilled in part, a larger array as a whole.
+                spilled = dtype.lanes > 1 and size <= registers
+                bases[access.buffer] = scratch, free if spilled else 0
                 scratch += -(-size // 64) * 64
     return bases
+
+
+def _register_bytes(func: Any) -> tuple[int, int]:
+    """Return the bytes of the vector registers of a function's target, and those that are free."""
+    target = func.attrs["target"] if func.attrs and "target" in func.attrs else None
+    bits = 512 if target is None or target.kind.name != "llvm" else vector_bits(target)
+    return _REGISTERS[bits] * bits // 8, (_REGISTERS[bits] - _OPERANDS) * bits // 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,6 +303,8 @@ def _records(placed: _Placed, points: Points) -> tuple[Ints, Ints, Ints, bool]:
     else:
         inner.expand_all(lanes, placed.access.predicates)
         size = placed.item_bytes
+    if placed.resident:
+        inner.take(_addresses(placed, inner) >= placed.base + placed.resident)
     return inner.env[_KEY], _addresses(placed, inner), np.full(inner.size, size), _writes(placed)
 
 

@@ -89,6 +89,23 @@ def accesses(func: Any) -> list[Access]:
     return [_marked(access, reduction) for access in walk.found]
 
 
+def stores(func: Any) -> list[tuple[Access, Any]]:
+    """Return every store of a TIR function with the value it stores; see :func:`accesses`.
+
+    The lanes of a vector store are no loop of it: its value has them.
+
+    Raises
+    ------
+    UnsupportedOpError
+        If the function has a while loop, or a tensor instruction that works through pointers.
+    """
+    walk = _Walk()
+    walk.statement(func.body)
+    if walk.regions:
+        raise UnsupportedOpError("tensor instruction: what it computes is not in the loops")
+    return walk.stored
+
+
 def _marked(access: Access, reduction: set[Any]) -> Access:
     loops = tuple(replace(loop, reduction=loop.var in reduction) for loop in access.loops)
     return replace(access, loops=loops)
@@ -99,6 +116,8 @@ class _Walk:
 
     def __init__(self) -> None:
         self.found: list[Access] = []
+        self.stored: list[tuple[Access, Any]] = []
+        self.regions = 0
         self.loops: list[Loop] = []
         self.predicates: list[Any] = []
         self.values: dict[Any, Any] = {}
@@ -162,6 +181,9 @@ class _Walk:
         for index in node.indices:
             self.loads(index)
         self._record(node.buffer, node.indices, write=True)
+        # The lanes of a vector are in the value already.
+        scalar = replace(self.found[-1], loops=tuple(self.loops))
+        self.stored.append((scalar, node.value))
         if any(load.source.same_as(node.buffer) for load in _loads_of(node.value)):
             fixed = variables(self.found[-1].indices)
             self.accumulated |= {loop.var for loop in self.loops if loop.var not in fixed}
@@ -189,6 +211,7 @@ class _Walk:
         self.statement(block.body)
 
     def _region(self, region: Any, write: bool) -> None:
+        self.regions += 1
         spans = [Var(f"span{k}", "int64") for k in range(len(region.region))]
         added = [
             Loop(span, 0, self.plain(part.extent), "intrinsic")

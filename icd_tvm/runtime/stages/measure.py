@@ -10,12 +10,13 @@ from icd_tvm.measure.peers import PeerError
 from icd_tvm.measure.statistics import cross_check
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
-from icd_tvm.runtime.counters import CACHES, ENERGY, count, read_counters
+from icd_tvm.runtime.counters import CACHES, ENERGY, KERNELS, ROOF, count, read_counters
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
 from icd_tvm.runtime.measure_remote import measure_remotely
 from icd_tvm.runtime.measured_file import read_measured, save_measured
+from icd_tvm.runtime.power_samples import sampled_power
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.retry import retried
 from icd_tvm.runtime.run_folder import COUNTERS, MEASURED
@@ -65,12 +66,13 @@ def _time_arms(job: Job) -> None:
     with job.progress.stage("measure") as stage:
         while job.result.measured is None:
             try:
-                job.result.measured = retried(
-                    partial(_timed, job, peers),
-                    MeasurementError,
-                    lambda text: job.progress.warn(f"measure: {text}"),
-                    PAUSES_S,
-                )
+                with sampled_power(job):
+                    job.result.measured = retried(
+                        partial(_timed, job, peers),
+                        MeasurementError,
+                        lambda text: job.progress.warn(f"measure: {text}"),
+                        PAUSES_S,
+                    )
                 stage.meta = {"rounds": job.result.measured.rounds}
             except (IcdError, OSError) as error:
                 failed = [error.backend] if isinstance(error, PeerError) else list(peers)
@@ -105,15 +107,17 @@ def _timed(job: Job, peers: list[str]) -> Measured:
 def _count(job: Job) -> None:
     """Count beside the clock; what is missing there is never an error."""
     result, keys = job.result, job.config.measure
-    if result.measured is None or not (keys.energy or keys.cache_model):
+    if result.measured is None:
         return
     if keys.rpc is not None:
         reason = "counted on this machine only, not on a device behind RPC"
-        result.counters.reasons = dict.fromkeys((ENERGY, CACHES), reason)
+        result.counters.reasons = dict.fromkeys((ENERGY, CACHES, KERNELS, ROOF), reason)
         return
     with job.progress.stage("count") as stage:
         feeds = result.inputs(job.config.seed)
-        result.counters = count(result.built, feeds, keys, job.target)
+        power = result.counters.reasons
+        result.counters = count(result.built, feeds, keys, job.target, result.groups)
+        result.counters.reasons |= power
         stage.meta = dict(result.counters.reasons)
 
 

@@ -12,13 +12,16 @@ from icd_tvm.runtime.overhead import overhead
 from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.record import make_record
 from icd_tvm.runtime.reports import REPORTS
-from icd_tvm.runtime.run_folder import TRACEBACK, RunFolder
+from icd_tvm.runtime.run_folder import TILES, TRACEBACK, RunFolder
+from icd_tvm.runtime.stages.profile import profile
+from icd_tvm.runtime.tile_occupancy import save_tiles, tile_occupancy
 
 
 def report(job: Job, event: Stage) -> None:
     """Write everything a user reads; the record is in memory where there is no folder."""
     began = time.perf_counter()
     _export(job)
+    profile(job)
     record_began = time.perf_counter()
     record = make_record(job)
     now = time.perf_counter()
@@ -28,6 +31,7 @@ def report(job: Job, event: Stage) -> None:
     if job.folder is not None:
         for name, text in REPORTS.items():
             job.folder.write_text(name, text(record))
+        _tiles(job, job.folder)
         _page(job, job.folder)
         if job.failure is not None:
             job.folder.write_text(TRACEBACK, job.failure.trace)
@@ -40,6 +44,13 @@ def report(job: Job, event: Stage) -> None:
         "decision": record["decision"],
         "overhead": record["overhead"],
     }
+
+
+def _tiles(job: Job, folder: RunFolder) -> None:
+    """Keep what the orders did to the masks of the weights, for the page."""
+    tiles = tile_occupancy(job.compilation.arms) if job.compilation is not None else {}
+    if tiles and job.config.report.html:
+        save_tiles(folder.path(TILES), tiles)
 
 
 def _page(job: Job, folder: RunFolder) -> None:
