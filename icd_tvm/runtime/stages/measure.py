@@ -10,6 +10,7 @@ from icd_tvm.measure.statistics import cross_check
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.counters import CACHES, ENERGY, count, read_counters
+from icd_tvm.runtime.cross_compile import NOT_MEASURED
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
@@ -57,6 +58,9 @@ def _finished_before(job: Job) -> bool:
 def _time_arms(job: Job) -> None:
     """Time all arms beside the peer; without it where it fails; not at all where that fails."""
     if not job.config.measure.enabled:
+        return
+    if job.cuda is not None:
+        job.warn("measure", NOT_MEASURED)
         return
     keys = job.config.measure
     # A peer is a process of this machine: nothing to compare with what another one does.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
-from icd_tvm.errors import OutputError
+from icd_tvm.errors import IcdError, OutputError
 from icd_tvm.files import write_atomically
 from icd_tvm.measure.metrics import write_metrics
+from icd_tvm.runtime.build import Built
+from icd_tvm.runtime.cross_compile import cross_compile
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.overhead import overhead
 from icd_tvm.runtime.progress import Stage
@@ -67,14 +70,23 @@ def _export(job: Job) -> None:
     with job.progress.stage("export") as stage:
         stage.meta = {"arm": job.result.verdict.arm}
         try:
-            write_atomically(job.library, lambda path: built.export(str(path)))
-        except OutputError:
+            write_atomically(job.library, lambda path: _write(job, built, path, stage))
+        except IcdError:
             raise
         except Exception as error:
             # The linker runs in a process of its own; a full disk is its error, not the system's.
             raise OutputError(
                 f"cannot write {str(job.library)!r}: {_reason(error)}", "is the disk full?"
             ) from error
+
+
+def _write(job: Job, built: Built, path: Path, stage: Stage) -> None:
+    """Write the kept arm's library for the target."""
+    if job.cuda is None:
+        built.export(str(path))
+        return
+    code = cross_compile(job.result.arms[job.result.verdict.arm].mod, job.cuda, path)
+    stage.meta["machine code"] = f"{job.cuda}, {sum(entry.size for entry in code)} bytes"
 
 
 def _reason(error: Exception) -> str:
