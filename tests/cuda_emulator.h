@@ -182,6 +182,7 @@ template <class C = Chunk> static inline C load_stream(const void* p) {
   memcpy(&r, p, 16);
   return r;
 }
+template <class C = Chunk> static inline C load_chunk(const void* p) { return load_stream<C>(p); }
 static inline void matrix_words(u32 (&r)[4], const void* row, bool trans) {
   emu::check_shared(row, "ldmatrix: bad shared address");
   emu::Exchange all(&row, sizeof row);

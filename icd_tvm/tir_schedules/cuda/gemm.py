@@ -29,6 +29,7 @@ ROW = 64  # bytes of K in a tile
 SLAB = 16  # rows of W in a block that is live or dead
 SMS = {"sm_80": 108, "sm_90": 132}
 STAGES = 4
+LAUNCH = 500  # rows of 64 bytes that a multiprocessor reads from DRAM in 1 us
 PLAIN = Epilogue()
 
 
@@ -73,11 +74,13 @@ def choose_tile(m: int, n: int, k_tiles: int, arch: str, columns: int | None = N
     columns : int, optional
         Columns that a block must have: those of a group with one list of live blocks.
     """
-    fits = [tile for tile in TILES if columns in (None, tile.n)]
-    return min(
-        (_split(tile, m, n, k_tiles, SMS[arch]) for tile in fits),
-        key=lambda tile: _cost(tile, m, n, k_tiles, SMS[arch]),
-    )
+    fits = [
+        option
+        for tile in TILES
+        if columns in (None, tile.n)
+        for option in (tile, _split(tile, m, n, k_tiles, SMS[arch]))
+    ]
+    return min(fits, key=lambda tile: _cost(tile, m, n, k_tiles, SMS[arch]))
 
 
 def _split(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> GemmTile:
@@ -88,11 +91,16 @@ def _split(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> GemmTile:
 
 
 def _cost(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> float:
-    """Return modelled time: waves of blocks times the bytes or operations of one."""
+    """Return modelled time, in rows of 64 bytes that a multiprocessor loads.
+
+    Waves of blocks times what one loads or computes; parts of K are written and read once more, in
+    float32, and cost a launch.
+    """
     blocks = -(-m // tile.m) * -(-n // tile.n) * tile.splits
     # Small tiles are bound by the bytes they load: a tile of 128 x 128 hides them.
     work = max(tile.m * tile.n / 128, tile.m + tile.n)
-    return float(-(-blocks // sms) * work * -(-k_tiles // tile.splits) + 64 * (tile.splits > 1))
+    sums = 8 * tile.splits * m * n / ROW / sms + LAUNCH if tile.splits > 1 else 0
+    return float(-(-blocks // sms) * work * -(-k_tiles // tile.splits) + sums)
 
 
 def live_blocks(weight: Array, columns: int) -> npt.NDArray[np.int32]:

@@ -45,6 +45,11 @@ ICD_DEVICE Chunk load_stream(const void* p) {
                : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3]) : "l"(p));
   return r;
 }
+// Read more than once: 16 bytes in one instruction.
+ICD_DEVICE Chunk load_chunk(const void* p) {
+  uint4 v = *(const uint4*)p;
+  return Chunk{{v.x, v.y, v.z, v.w}};
+}
 ICD_DEVICE void load_matrix(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row))
@@ -105,6 +110,11 @@ template <int WIDTH> ICD_DEVICE float warp_sum(float x) {
 ICD_DEVICE float load_one(F32, const void* p, long i) { return ((const float*)p)[i]; }
 ICD_DEVICE float load_one(F16 t, const void* p, long i) { return widen(t, ((const u16*)p)[i]); }
 ICD_DEVICE float load_one(BF16 t, const void* p, long i) { return widen(t, ((const u16*)p)[i]); }
+ICD_DEVICE float2 load_two(F32, const void* p, long i) { return ((const float2*)p)[i / 2]; }
+template <class T> ICD_DEVICE float2 load_two(T t, const void* p, long i) {
+  u32 both = ((const u32*)p)[i / 2];
+  return make_float2(widen(t, (u16)(both & 0xffff)), widen(t, (u16)(both >> 16)));
+}
 ICD_DEVICE void store_two(F32, void* p, long i, float a, float b) {
   ((float2*)p)[i / 2] = make_float2(a, b);
 }

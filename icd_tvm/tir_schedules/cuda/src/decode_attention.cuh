@@ -61,10 +61,12 @@ ICD_DEVICE void decode_attention(void* parts, const void* q, const void* k, cons
     top[h] = -INFINITY;
     sum[h] = 0;
 #pragma unroll
-    for (int i = 0; i < G::PER; ++i) {
+    for (int i = 0; i < G::PER; i += 2) {
       long at = (head * G::HEADS + h) * G::D + at_lane * G::PER + i;
-      query[h][i] = load_one(typename G::T(), q, at) * scale;
-      out[h][i] = 0;
+      float2 two = load_two(typename G::T(), q, at);
+      query[h][i] = two.x * scale;
+      query[h][i + 1] = two.y * scale;
+      out[h][i] = out[h][i + 1] = 0;
     }
   }
   for (int base = first + warp * G::SLOTS; base < last; base += G::WARPS * G::SLOTS) {

@@ -77,28 +77,33 @@ ICD_DEVICE void gemm_stage(typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4], 
   }
 }
 
-// Two neighbouring outputs of one row; int8 products are scaled by row of A and column of W.
-template <class G>
-ICD_DEVICE void gemm_finish(void* c, float x, float y, const void* bias, const void* residual,
-                            const float* row_scale, const float* column_scale, int row, int column,
-                            int n) {
-  long at = (long)row * n + column;
-  if (row_scale) {
-    x *= row_scale[row] * column_scale[column];
-    y *= row_scale[row] * column_scale[column + 1];
+// What an epilogue reads for two neighbouring columns, once for all rows.
+template <class G> struct GemmColumns {
+  float2 bias, scale;
+  bool scaled;
+
+  ICD_DEVICE GemmColumns(const void* bias_, const float* column_scale, int column) {
+    scaled = column_scale != nullptr;
+    bias = G::BIAS && bias_ ? load_two(F32(), bias_, column) : make_float2(0, 0);
+    scale = scaled ? load_two(F32(), column_scale, column) : make_float2(1, 1);
   }
-  if (G::BIAS) {
-    x += ((const float*)bias)[column];
-    y += ((const float*)bias)[column + 1];
+  // int8 products are scaled by row of A and column of W.
+  ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
+                         int row, long at) const {
+    if (scaled) {
+      x *= row_scale[row] * scale.x;
+      y *= row_scale[row] * scale.y;
+    }
+    x = activate<G::ACT>(x + bias.x);
+    y = activate<G::ACT>(y + bias.y);
+    if (G::RESIDUAL) {
+      float2 more = load_two(typename G::Out(), residual, at);
+      x += more.x;
+      y += more.y;
+    }
+    store_two(typename G::Out(), c, at, x, y);
   }
-  x = activate<G::ACT>(x);
-  y = activate<G::ACT>(y);
-  if (G::RESIDUAL) {
-    x += load_one(typename G::Out(), residual, at);
-    y += load_one(typename G::Out(), residual, at + 1);
-  }
-  store_two(typename G::Out(), c, at, x, y);
-}
+};
 
 // Grid: x column blocks, y row blocks, z parts of K. With parts, C is float32[SPLITS, M, N] of plain
 // sums. `slabs` is int32[column blocks, tiles * 64 / 16 / SLAB]; `tiles` of K for each column block.
@@ -144,20 +149,23 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
   }
 
 #pragma unroll
-  for (int i = 0; i < G::WM / 16; ++i)
+  for (int j = 0; j < G::WN / 8; ++j) {
+    int column = blockIdx.x * G::BN + wn + j * 8 + lane % 4 * 2;
+    if (column >= n) continue;
+    const GemmColumns<G> columns(bias, column_scale, column);
 #pragma unroll
-    for (int j = 0; j < G::WN / 8; ++j)
+    for (int i = 0; i < G::WM / 16; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int row = tile.m0 + wm + i * 16 + lane / 4 + half * 8;
-        int column = blockIdx.x * G::BN + wn + j * 8 + lane % 4 * 2;
-        if (row >= m || column >= n) continue;
+        if (row >= m) continue;
         float x = (float)acc[i][j][half * 2], y = (float)acc[i][j][half * 2 + 1];
         if (G::SPLITS > 1)
           store_two(F32(), c, ((long)blockIdx.z * m + row) * n + column, x, y);
         else
-          gemm_finish<G>(c, x, y, bias, residual, row_scale, column_scale, row, column, n);
+          columns.finish(c, x, y, residual, row_scale, row, (long)row * n + column);
       }
+  }
 }
 
 // Sum of the parts of K, in order, then the epilogue; a thread makes two columns.
@@ -169,10 +177,12 @@ ICD_DEVICE void gemm_reduce(void* c, const float* parts, const void* bias, const
   float x = 0, y = 0;
 #pragma unroll
   for (int s = 0; s < G::SPLITS; ++s) {
-    x += parts[(long)s * m * n + at];
-    y += parts[(long)s * m * n + at + 1];
+    float2 two = load_two(F32(), parts, (long)s * m * n + at);
+    x += two.x;
+    y += two.y;
   }
-  gemm_finish<G>(c, x, y, bias, residual, row_scale, column_scale, (int)(at / n), (int)(at % n), n);
+  const GemmColumns<G> columns(bias, column_scale, (int)(at % n));
+  columns.finish(c, x, y, residual, row_scale, (int)(at / n), at);
 }
 
 }  // namespace icd

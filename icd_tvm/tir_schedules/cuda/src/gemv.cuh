@@ -77,7 +77,7 @@ ICD_DEVICE void gemv(void* y, const void* x, const void* w, const void* blocks, 
 #pragma unroll
     for (int i = 0; i < PER / 8; ++i) {
       float eight[8];
-      widen8(typename G::X(), ((const Chunk*)x)[(long)from * (PER / 8) + i], eight);
+      widen8(typename G::X(), load_chunk((const u8*)x + ((long)from * (PER / 8) + i) * 16), eight);
 #pragma unroll
       for (int e = 0; e < 8; ++e) xs[i * 8 + e] = eight[e];
     }
