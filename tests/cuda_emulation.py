@@ -7,9 +7,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
+from icd_tvm.measure.cuda_reference import numpy_dtype
 from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
 
 HERE = Path(__file__).resolve().parent
@@ -24,10 +24,6 @@ extern "C" long {name}(void** v, const int* grid, int threads, unsigned char* sh
   return emulate({name}_thread, v, grid, threads, shared, bytes, order);
 }}
 """
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 class Emulated:
@@ -69,21 +65,23 @@ class Emulated:
             views[argument.name] = view
         outputs = [a.name for a in kernel.arguments[-kernel.outputs :]]
         assert set(views) - set(outputs) == set(inputs)
-        pointers = (ctypes.c_void_p * len(views))(*(v.ctypes.data for v in views.values()))
-        raw = np.zeros(kernel.shared + 64, np.uint8)
-        shared = raw.ctypes.data + -raw.ctypes.data % 64
-        grid = (ctypes.c_int * 3)(*kernel.grid)
-        function = getattr(self._library, kernel.name)
-        function.restype = ctypes.c_long
-        conflicts = function(
-            pointers, grid, kernel.threads, ctypes.c_void_p(shared), kernel.shared, order
-        )
-        self._library.emulator_failure.restype = ctypes.c_char_p
-        assert conflicts >= 0, self._library.emulator_failure().decode()
-        assert conflicts == 0, f"{conflicts} bank conflicts"
+        self.launch(kernel, [view.ctypes.data for view in views.values()], order)
         for bytes_, start, count in buffers:
             assert (bytes_[:start] == 0xFF).all(), "written before an array"
             assert (bytes_[start + count :] == 0xFF).all(), "written behind an array"
         for name, array in inputs.items():
             assert views[name].tobytes() == np.asarray(array, order="C").tobytes(), name
         return {name: views[name].copy() for name in outputs}
+
+    def launch(self, kernel: SourceKernel, pointers: Sequence[int], order: int = 0) -> None:
+        """Run a kernel on memory; asserts that it ended well, without a bank conflict."""
+        addresses = (ctypes.c_void_p * len(pointers))(*pointers)
+        raw = np.zeros(kernel.shared + 64, np.uint8)
+        shared = ctypes.c_void_p(raw.ctypes.data + -raw.ctypes.data % 64)
+        grid = (ctypes.c_int * 3)(*kernel.grid)
+        function = getattr(self._library, kernel.name)
+        function.restype = ctypes.c_long
+        conflicts = function(addresses, grid, kernel.threads, shared, kernel.shared, order)
+        self._library.emulator_failure.restype = ctypes.c_char_p
+        assert conflicts >= 0, self._library.emulator_failure().decode()
+        assert conflicts == 0, f"{conflicts} bank conflicts"

@@ -12,9 +12,9 @@ from icd_tvm.cli import main
 from icd_tvm.errors import IcdError
 from icd_tvm.measure.cuda_inspect import Inspection, find_disassembler, inspect_kernels
 from icd_tvm.measure.cuda_roofline import DEVICES, predict
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
 from icd_tvm.tir_schedules.cuda.source_kernel import Argument, SourceKernel
-from icd_tvm.tir_schedules.target import CUDA_ARCHS
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
 ENTRIES = {arch: catalogue(arch, quick=True) for arch in CUDA_ARCHS}

@@ -17,8 +17,10 @@ from pathlib import Path
 from icd_tvm.errors import MissingDependencyError
 from icd_tvm.files import default_cache, write_atomically
 
-# What libtvm_runtime_cuda.so of TVM 0.27 takes from the driver; none is called in a build.
+# What libtvm_runtime_cuda.so of TVM 0.27 takes from the driver, none of which is called in a build;
+# and cuInit, so that whoever asks for a device is told that there is none.
 DRIVER_SYMBOLS = (
+    "cuInit",
     "cuDeviceGetName",
     "cuFuncSetAttribute",
     "cuGetErrorName",
@@ -82,7 +84,7 @@ def driver_stub(folder: Path | None = None) -> Path:
     MissingDependencyError
         If there is no C compiler.
     """
-    where = (folder or default_cache() / "cuda-stub").absolute()
+    where = (folder or default_cache() / f"cuda-stub-{len(DRIVER_SYMBOLS)}").absolute()
     library = where / "libcuda.so.1"
     if library.exists():
         return library

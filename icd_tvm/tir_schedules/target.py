@@ -8,11 +8,9 @@ from typing import Any
 
 from icd_tvm._tvm import tvm
 from icd_tvm.errors import ConfigError
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 
 _HOST_NAMES = ("host", "native")
-# Shared memory a block may ask for, and L2, in bytes (CUDA C Programming Guide, compute
-# capabilities 8.0 and 9.0; A100 and H200 data sheets).
-CUDA_ARCHS = {"sm_80": (166912, 40 << 20), "sm_90": (232448, 60 << 20)}
 
 
 def host_target(threads: int | None = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icd_tvm.tir_schedules.cuda.gemm import SMS
+from icd_tvm.tir_schedules.cuda.archs import SMS
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     WIDTHS,
     Argument,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from icd_tvm.tir_schedules.cuda.archs import SMS
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     WIDTHS,
     Argument,
@@ -27,7 +28,6 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
 Array = npt.NDArray[np.generic]
 ROW = 64  # bytes of K in a tile
 SLAB = 16  # rows of W in a block that is live or dead
-SMS = {"sm_80": 108, "sm_90": 132}
 STAGES = 4
 LAUNCH = 500  # rows of 64 bytes that a multiprocessor reads from DRAM in 1 us
 PLAIN = Epilogue()
@@ -301,6 +301,7 @@ class _Work:
             flop=2.0 * self.m * self.n * min(self.k, kept),
             bytes=width * (self.m * self.k + self.n * kept) + written * self.m * self.n,
             unit="int8" if self.dtype == "int8" else "fp16",
+            activation="none" if split else self.epilogue.activation,
         )
 
     def reduce(self) -> SourceKernel:
@@ -317,4 +318,5 @@ class _Work:
             flop=float(splits * size),
             bytes=size * (4.0 * splits + WIDTHS[self.out]),
             unit="fp32",
+            activation=self.epilogue.activation,
         )

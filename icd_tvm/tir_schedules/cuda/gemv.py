@@ -165,4 +165,5 @@ def _kernel(
         flop=2.0 * n * chunks * 16 / width,
         bytes=n * chunks * 16.0 + 2 * (k + n) + (4.0 * n * k / group if group else 0),
         unit="fp32",
+        activation=epilogue.activation,
     )

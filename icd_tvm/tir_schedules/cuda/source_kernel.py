@@ -79,6 +79,8 @@ class SourceKernel:
         Useful floating-point (or integer) operations, and bytes that must cross DRAM once.
     unit : str
         ``fp16`` or ``int8`` for tensor cores, ``fp32`` for the others.
+    activation : str
+        Of the epilogue, where there is one.
     """
 
     family: str
@@ -92,6 +94,7 @@ class SourceKernel:
     bytes: float
     unit: str
     outputs: int = 1
+    activation: str = "none"
 
     @property
     def name(self) -> str:
