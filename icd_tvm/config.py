@@ -287,7 +287,9 @@ class Config(Section):
     report: ReportKeys = ReportKeys()
     cache: CacheKeys = CacheKeys()
     target: str = Field(
-        default="host", description="host, x86-64-v3, x86-64-v4, cuda:sm_80 or cuda:sm_90"
+        default="host",
+        description="host, x86-64-v3, x86-64-v4, cuda:sm_80 or cuda:sm_90; with :float16 or "
+        ":bfloat16 behind it, products on tensor cores",
     )
     threads: int | None = Field(default=None, ge=1, le=4096, description="null: every core")
     seed: int = Field(

@@ -21,10 +21,11 @@ import icd_tvm
 from icd_tvm._tvm import apply_pass
 from icd_tvm.cli import main
 from icd_tvm.errors import ConfigError, IcdError, MissingDependencyError
+from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.plain_names import PlainNames, plain_name
 from icd_tvm.runtime.bundle import write_bundle
-from icd_tvm.runtime.cross_compile import NOT_MEASURED, check_machine_code
-from icd_tvm.runtime.fatbin import CodeEntry, fatbin_entries
+from icd_tvm.runtime.cross_compile import NOT_MEASURED, check_machine_code, cross_compile
+from icd_tvm.runtime.fatbin import CodeEntry, fatbin_entries, machine_code
 from icd_tvm.runtime.progress import Progress
 from icd_tvm.tir_schedules.target import cuda_arch, cuda_target
 
@@ -49,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"path": str(tiny_onnx(folder / "tiny.onnx"))},
         "transform": {"sparsity": "unit:0.5; min-size=0"},
         "cache": {"enabled": False, "dir": str(folder)},
-        "target": "cuda:sm_90",
+        "target": "cuda:sm_90:float16",
         "threads": 1,
     }
     return icd_tvm.run(keys, out=folder / "run", progress=Progress(quiet=True)).folder
@@ -80,7 +81,7 @@ def test_source_ptx_or_another_device_is_refused(tmp_path: Path, content: bytes)
         check_machine_code(library, "sm_90")
 
 
-@pytest.mark.parametrize("text", ["cuda", "cuda:", "cuda:sm_70", "cuda:90"])
+@pytest.mark.parametrize("text", ["cuda", "cuda:", "cuda:sm_70", "cuda:sm_90:int8"])
 def test_unknown_device_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="unknown CUDA target"):
         cuda_arch(text)
@@ -107,7 +108,7 @@ def test_missing_nvcc_is_refused_before_anything_is_written(
 
 def test_arch_without_cuda_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "minilm", "--arch", "sm_90"]) == 2
-    assert "--arch is for --target cuda" in capsys.readouterr().err
+    assert "--arch and --precision are for --target cuda" in capsys.readouterr().err
 
 
 def test_names_are_plain_and_inputs_keep_theirs() -> None:
@@ -136,12 +137,20 @@ def test_run_is_compiled_verified_and_not_measured(finished: Path) -> None:
     record = json.loads((finished / "metrics.json").read_text("utf-8"))
     assert record["failure"] is None
     assert record["not_measured"]["lat_ms"] == NOT_MEASURED
+    assert any("operands are float16" in flag["reason"] for flag in record["flags"])
     assert record["arms"] == {}
     assert record["ratios"] == {}
     assert record["decision"]["accepted"] is None
     assert record["decision"]["reason"].startswith("not measured")
     assert record["equivalence"]["max_rel"] <= 1e-4
     assert '"cuda"' in record["target"]
+
+
+@needs_nvcc
+def test_float32_library_is_machine_code_too(tmp_path: Path) -> None:
+    mod = import_onnx(str(tiny_onnx(tmp_path / "tiny.onnx"))).mod
+    assert cross_compile(mod, "sm_80", tmp_path / "a.so")
+    assert {entry.arch for entry in machine_code(tmp_path / "a.so")} == {"sm_80"}
 
 
 @needs_nvcc

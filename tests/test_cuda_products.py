@@ -70,7 +70,7 @@ def check_gemm(case: Gemm, emulated: Emulated) -> None:
     for order in ORDERS:
         found = emulated.run(rule.kernels[0], needs(rule.kernels[0], given), order)
         if case.splits > 1:
-            given["parts"] = found["c"]
+            given["parts"] = found["parts"]
             found = emulated.run(rule.kernels[1], needs(rule.kernels[1], given), order)
         close(found["c"], finish(sums, case.epilogue, given), case.out, case.k, 8 * scale)
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, SourceKernel
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = Epilogue("gelu", bias=True, residual=True)
+PARTS = replace(TILES[5], splits=2)
 ENTRIES = [
     Entry("gemm", gemm_rule(40, 64, 72, "float16", epilogue=FULL, tile=TILES[4])),
     Entry("gemm blocks", gemm_rule(16, 128, 256, "float16", live=8, tile=TILES[5]), "gemm"),
-    Entry("gemm parts", gemm_rule(8, 64, 512, "int8", epilogue=FULL)),
+    Entry(
+        "gemm parts", gemm_rule(8, 64, 512, "int8", epilogue=FULL, tile=replace(TILES[5], splits=2))
+    ),
     Entry("gemv blocks", gemv_rule(64, 256, "bfloat16", x="bfloat16", live=(4, 8))),
     Entry("gemv int4", gemv_rule(16, 256, "int4", group=64)),
     Entry("gemv int8", gemv_rule(16, 128, "int8", epilogue=FULL)),

@@ -6,10 +6,19 @@ from typing import Any
 
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.plain_names import PlainNames
+from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels
 
 
-def cuda_pipeline() -> Any:
+def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     """Return the passes that turn a Relax module into scheduled CUDA kernels.
+
+    Parameters
+    ----------
+    arch : str
+        ``sm_80`` or ``sm_90``.
+    precision : str, optional
+        ``float16`` or ``bfloat16``: round the operands of matmuls with constant weights to it and
+        use tensor cores. All stays float32, by TVM's schedules, if omitted.
 
     Returns
     -------
@@ -20,6 +29,8 @@ def cuda_pipeline() -> Any:
     return tvm.transform.Sequential(
         [
             rx.FoldConstant(),
+            *([] if precision is None else [SelectCudaKernels(arch, precision)]),
+            rx.DeadCodeElimination(),
             # Else a kernel of its own transposes the weight in every call.
             rx.FuseTransposeMatmul(),
             # Legalised operators are named after their inputs, fused ones after their parameters.
@@ -39,7 +50,7 @@ def cuda_pipeline() -> Any:
     )
 
 
-def build_cuda(mod: Any, target: Any) -> Any:
+def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
     """Lower and compile a module for a CUDA device.
 
     Parameters
@@ -48,6 +59,8 @@ def build_cuda(mod: Any, target: Any) -> Any:
         Constants bound. Left untouched.
     target : tvm.target.Target
         From `icd_tvm.tir_schedules.target.cuda_target`.
+    precision : str, optional
+        As for `cuda_pipeline`.
 
     Returns
     -------
@@ -55,5 +68,5 @@ def build_cuda(mod: Any, target: Any) -> Any:
         For ``VirtualMachine(executable, tvm.cuda())``.
     """
     with target:
-        lowered = cuda_pipeline()(mod)
+        lowered = cuda_pipeline(str(target.attrs["arch"]), precision)(mod)
         return tvm.compile(lowered, target, relax_pipeline=relax.get_default_pipeline(target))

@@ -21,7 +21,7 @@ TIMEOUT_S = 3600
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def cross_compile(mod: Any, arch: str, path: Path) -> list[CodeEntry]:
+def cross_compile(mod: Any, arch: str, path: Path, precision: str | None = None) -> list[CodeEntry]:
     """Write a library with machine code of a CUDA architecture inside.
 
     Parameters
@@ -32,6 +32,8 @@ def cross_compile(mod: Any, arch: str, path: Path) -> list[CodeEntry]:
         E.g. ``sm_90``.
     path : Path
         File to write.
+    precision : str, optional
+        As for `icd_tvm.relax_passes.lower_cuda.cuda_pipeline`.
 
     Returns
     -------
@@ -52,7 +54,7 @@ def cross_compile(mod: Any, arch: str, path: Path) -> list[CodeEntry]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "module.json"
         source.write_text(tvm.ir.save_json(mod), "utf-8")
-        _run_child([str(source), str(path), arch])
+        _run_child([str(source), str(path), arch, precision or ""])
     return check_machine_code(path, arch)
 
 
@@ -90,7 +92,7 @@ def _run_child(arguments: list[str]) -> None:
         raise IcdError(f"the CUDA compiler failed: {reason[:300]}")
 
 
-def _child(source: str, path: str, arch: str) -> None:
+def _child(source: str, path: str, arch: str, precision: str) -> None:
     load_driver()
     from icd_tvm._tvm import tvm, tvm_ffi
     from icd_tvm.relax_passes.lower_cuda import build_cuda
@@ -99,7 +101,7 @@ def _child(source: str, path: str, arch: str) -> None:
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
         raise MeasurementError("TVM's CUDA runtime did not load")
     mod = tvm.ir.load_json(Path(source).read_text("utf-8"))
-    build_cuda(mod, cuda_target(arch)).export_library(path)
+    build_cuda(mod, cuda_target(arch), precision or None).export_library(path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from icd_tvm.errors import ConfigError
 from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 
 _HOST_NAMES = ("host", "native")
+PRECISIONS = ("float16", "bfloat16")
 
 
 def host_target(threads: int | None = None) -> Any:
@@ -70,15 +71,21 @@ def cuda_arch(text: str) -> str | None:
     Raises
     ------
     ConfigError
-        If no architecture is named, or kernels are not made for it.
+        If no architecture is named, or kernels are not made for it or for the precision.
     """
-    kind, _, arch = text.strip().partition(":")
+    kind, *rest = text.strip().split(":")
     if kind != "cuda":
         return None
-    if arch not in CUDA_ARCHS:
+    if not rest or rest[0] not in CUDA_ARCHS or rest[1:] not in ([], *([p] for p in PRECISIONS)):
         known = " or ".join(f"cuda:{name}" for name in CUDA_ARCHS)
-        raise ConfigError(f"unknown CUDA target {text!r}", f"use {known}")
-    return arch
+        hint = f"use {known}, then perhaps :float16 or :bfloat16"
+        raise ConfigError(f"unknown CUDA target {text!r}", hint)
+    return rest[0]
+
+
+def cuda_precision(text: str) -> str | None:
+    """Return the type that a CUDA target rounds matmul operands to; None keeps float32."""
+    return next((p for p in PRECISIONS if text.strip().endswith(f":{p}")), None)
 
 
 def cuda_target(arch: str, host_cpu: str = "x86-64-v3") -> Any:

@@ -16,6 +16,7 @@ from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.record import make_record
 from icd_tvm.runtime.reports import REPORTS
 from icd_tvm.runtime.run_folder import TRACEBACK, RunFolder
+from icd_tvm.tir_schedules.target import cuda_precision
 
 
 def report(job: Job, event: Stage) -> None:
@@ -85,7 +86,11 @@ def _write(job: Job, built: Built, path: Path, stage: Stage) -> None:
     if job.cuda is None:
         built.export(str(path))
         return
-    code = cross_compile(job.result.arms[job.result.verdict.arm].mod, job.cuda, path)
+    precision = cuda_precision(job.config.target)
+    if precision is not None:
+        job.warn("export", f"matmul operands are {precision}; equality was checked in float32")
+    mod = job.result.arms[job.result.verdict.arm].mod
+    code = cross_compile(mod, job.cuda, path, precision)
     stage.meta["machine code"] = f"{job.cuda}, {sum(entry.size for entry in code)} bytes"
 
 

@@ -271,6 +271,10 @@ class _Work:
             )
         )
 
+    @property
+    def _parts(self) -> Argument:
+        return Argument("parts", (self.tile.splits, self.m, self.n), "float32")
+
     def main(self) -> SourceKernel:
         tile, groups = self.tile, -(-self.n // self.tile.n)
         width, split = WIDTHS[self.dtype], self.tile.splits > 1
@@ -283,8 +287,8 @@ class _Work:
             arguments.append(Argument("slabs", (groups, self.live), "int32"))
         if not split:
             arguments += self._extra
-        shape = (tile.splits, self.m, self.n) if split else (self.m, self.n)
-        arguments.append(Argument("c", shape, "float32" if split else self.out))
+        out = self._parts if split else Argument("c", (self.m, self.n), self.out)
+        arguments.append(out)
         finish = "nullptr, nullptr, nullptr, nullptr" if split else self._finish
         slabs = or_null("slabs", self.live is not None)
         kept = self.k_tiles * per_tile
@@ -292,7 +296,7 @@ class _Work:
         return SourceKernel(
             family="gemm",
             config=self._config,
-            call=f"icd::gemm<G>(c, a, w, {slabs}, {finish}, {self.m}, {self.n}, {self.k}, "
+            call=f"icd::gemm<G>({out.name}, a, w, {slabs}, {finish}, {self.m}, {self.n}, {self.k}, "
             f"{self.k_tiles}, shared)",
             arguments=tuple(arguments),
             grid=(groups, -(-self.m // tile.m), tile.splits),
@@ -306,12 +310,11 @@ class _Work:
 
     def reduce(self) -> SourceKernel:
         splits, size = self.tile.splits, self.m * self.n
-        parts = Argument("parts", (splits, self.m, self.n), "float32")
         return SourceKernel(
             family="gemm",
             config=self._config,
             call=f"icd::gemm_reduce<G>(c, (const float*)parts, {self._finish}, {self.m}, {self.n})",
-            arguments=(parts, *self._extra, Argument("c", (self.m, self.n), self.out)),
+            arguments=(self._parts, *self._extra, Argument("c", (self.m, self.n), self.out)),
             grid=(-(-size // 512), 1, 1),
             threads=256,
             shared=0,

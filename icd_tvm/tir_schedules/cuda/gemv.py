@@ -75,6 +75,7 @@ def gemv_rule(
     dtype: str,
     *,
     x: str = "float16",
+    out: str | None = None,
     epilogue: Epilogue = PLAIN,
     group: int = 0,
     live: tuple[int, int] | None = None,
@@ -88,7 +89,9 @@ def gemv_rule(
     dtype : str
         Of W: ``float16``, ``bfloat16``, ``int8`` or ``int4``.
     x : str
-        Of x and y: ``float16`` or ``bfloat16``.
+        Of x: ``float16`` or ``bfloat16``.
+    out : str, optional
+        Of y and the residual: that of x, or ``float32``.
     epilogue : Epilogue
     group : int
         Elements of K that share a scale in ``scales`` float32[n, k / group]; 0: float32[n] where W
@@ -103,6 +106,8 @@ def gemv_rule(
     """
     if dtype not in ("float16", "bfloat16", "int8", "int4") or x not in ("float16", "bfloat16"):
         return refused(f"no kernel for {dtype} times {x}")
+    if out not in (None, x, "float32"):
+        return refused(f"no kernel for {x} that writes {out}")
     per_chunk = int(16 / WIDTHS[dtype])
     if dtype in ("float16", "bfloat16") and dtype != x:
         return refused(f"{dtype} weights times {x}: cast one of them")
@@ -114,19 +119,20 @@ def gemv_rule(
     length = k if live is None else live[1] * SLAB
     if length % per_chunk or k % 8 or (group and (group % per_chunk or k % group)):
         return refused(f"{length} elements of {dtype} in groups of {group} are no whole 16 bytes")
-    return Rule((_kernel(n, k, length // per_chunk, dtype, x, epilogue, group, live),))
+    types = (dtype, x, out or x)
+    return Rule((_kernel(n, k, length // per_chunk, types, epilogue, group, live),))
 
 
 def _kernel(
     n: int,
     k: int,
     chunks: int,
-    dtype: str,
-    x: str,
+    types: tuple[str, str, str],
     epilogue: Epilogue,
     group: int,
     live: tuple[int, int] | None,
 ) -> SourceKernel:
+    dtype, x, out = types
     integers, width = dtype in ("int8", "int4"), WIDTHS[dtype]
     # Warps share a row where it is long enough for all.
     split = min(WARPS, max(1, 1 << (max(1, chunks // 32).bit_length() - 1)))
@@ -140,8 +146,8 @@ def _kernel(
     if epilogue.bias:
         arguments.append(Argument("bias", (n,), "float32"))
     if epilogue.residual:
-        arguments.append(Argument("residual", (1, n), x))
-    arguments.append(Argument("y", (1, n), x))
+        arguments.append(Argument("residual", (1, n), out))
+    arguments.append(Argument("y", (1, n), out))
     rows = WARPS // split * ROWS
     call = ", ".join(
         (
@@ -155,7 +161,7 @@ def _kernel(
     )
     return SourceKernel(
         family="gemv",
-        config=f"icd::GemvConfig<{operand(dtype)}, {operand(x)}, {operand(x)}, {ROWS}, {WARPS}, "
+        config=f"icd::GemvConfig<{operand(dtype)}, {operand(x)}, {operand(out)}, {ROWS}, {WARPS}, "
         f"{split}, {epilogue.flags}, {block}, {group}>",
         call=f"icd::gemv<G>({call})",
         arguments=tuple(arguments),
