@@ -96,6 +96,8 @@ def counters(arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     """Profile the chosen arms with ncu, in a process of its own, cold and as they follow."""
     from icd_tvm.measure import ncu
 
+    if arguments.kernels is None:
+        raise MeasurementError("ncu starts the program often: give --kernels")
     found: dict[str, Any] = {}
     for name in CHOSEN:
         for control, replay in (("all", "kernel"), ("none", "application")):

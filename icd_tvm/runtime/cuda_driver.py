@@ -93,6 +93,9 @@ class CudaDevice:
             ctypes.c_void_p(data.ctypes.data),
             ctypes.c_size_t(data.nbytes),
         )
+        # From pageable memory the call may return before the copy has landed, and our stream does
+        # not wait for it.
+        self._call("cuCtxSynchronize")
 
     def download(self, pointer: int, array: npt.NDArray[Any]) -> None:
         """Wait for the stream and copy into an array."""
