@@ -34,6 +34,7 @@ COMMANDS = {
     "sweep": ("icd_tvm.commands.sweep", "a grid of runs, resumable, with one summary"),
     "compile": ("icd_tvm.commands.compile", "one model, one result, no directory needed"),
     "explain": ("icd_tvm.commands.explain", "which axes may move, and what pins the others"),
+    "roofline": ("icd_tvm.commands.roofline", "predicted time of each CUDA kernel, from counts"),
     "calibrate": ("icd_tvm.commands.calibrate", "rank the cost terms against measured time"),
     "solve": ("icd_tvm.commands.solve", "an order of one axis, from a file of W"),
     "cache": ("icd_tvm.commands.cache", "look after the orders that earlier runs decided"),

@@ -326,7 +326,11 @@ class Config(Section):
     gates: GateKeys = GateKeys()
     report: ReportKeys = ReportKeys()
     cache: CacheKeys = CacheKeys()
-    target: str = Field(default="host", description="host, x86-64-v3 or x86-64-v4")
+    target: str = Field(
+        default="host",
+        description="host, x86-64-v3, x86-64-v4, cuda:sm_80 or cuda:sm_90; with :float16 or "
+        ":bfloat16 behind it, products on tensor cores",
+    )
     threads: int | None = Field(default=None, ge=1, le=4096, description="null: every core")
     seed: int = Field(
         default=0, ge=0, le=2**31, description="of the inputs, the solver and the arms"

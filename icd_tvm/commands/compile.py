@@ -8,6 +8,7 @@ from pathlib import Path
 
 from icd_tvm.arguments import Parser, add_device
 from icd_tvm.commands.threads import set_threads
+from icd_tvm.errors import ConfigError
 from icd_tvm.runtime.options import CompileOptions, parse_shape, parse_state
 
 HELP = {
@@ -20,7 +21,10 @@ HELP = {
     "kv": "what is done to the KV cache of a decoder step, drop=0.3,block=128,dtype=int8; needs "
     "--opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
-    "target": "host, x86-64-v3 or x86-64-v4",
+    "target": "host, x86-64-v3, x86-64-v4, or cuda with --arch (compiled, not timed)",
+    "precision": "with --target cuda: float16 or bfloat16 products on tensor cores (default: "
+    "float32 by TVM's own schedules)",
+    "arch": "CUDA architecture: sm_80 (A100) or sm_90 (H100, H200)",
     "threads": "worker threads (default: every core)",
     "repeats": "timed calls per arm, at least 30",
     "time_budget": "seconds the solver may spend",
@@ -40,6 +44,7 @@ HELP = {
 
 EXAMPLES = """  icd compile minilm --sparsity unit:0.5 --peer onnxruntime
   icd compile model.onnx --shape input_ids=1x128 --out runs/a -o model.so
+  icd compile minilm --sparsity unit:0.5 --target cuda --arch sm_90 -o model.so
 """
 
 
@@ -55,6 +60,8 @@ def parser() -> Parser:
     add("--kv", default="none", help=HELP["kv"])
     add("--mode", choices=("iterative", "linear"), default="iterative", help=HELP["mode"])
     add("--target", default="host", help=HELP["target"])
+    add("--arch", help=HELP["arch"])
+    add("--precision", choices=("float16", "bfloat16"), help=HELP["precision"])
     add("--threads", type=int, help=HELP["threads"])
     add("--repeats", type=int, default=200, help=HELP["repeats"])
     add("--time-budget", type=float, default=30.0, help=HELP["time_budget"])
@@ -83,7 +90,7 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         quant=arguments.quant,
         kv=arguments.kv,
         mode=arguments.mode,
-        target=arguments.target,
+        target=_target(arguments),
         threads=arguments.threads,
         repeats=arguments.repeats,
         time_budget_s=arguments.time_budget,
@@ -100,6 +107,14 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         rpc_key=arguments.rpc_key,
         opaque_states=tuple(parse_state(text) for text in arguments.opaque_state),
     )
+
+
+def _target(arguments: argparse.Namespace) -> str:
+    """Return ``cuda:ARCH`` for ``--target cuda --arch ARCH``, else the target as it is."""
+    more = [arguments.arch, arguments.precision]
+    if arguments.target != "cuda" and any(more):
+        raise ConfigError("--arch and --precision are for --target cuda", "leave them out")
+    return ":".join([arguments.target, *filter(None, more)])
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from icd_tvm.runtime.progress import Progress
 from icd_tvm.runtime.run_folder import RunFolder
 from icd_tvm.runtime.states import State
 from icd_tvm.runtime.transforms import Transform
+from icd_tvm.tir_schedules.target import cuda_arch, cuda_target
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Job:
     ----------
     config : Config
     target : tvm.target.Target
+        Of the machine that decides and verifies; that of the library is `target_text`.
     transforms : list of Transform
         S, Q and K in the order they are applied.
     progress : Progress
@@ -120,9 +122,14 @@ class Job:
         return self.compilation
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether the library is for a CUDA device."""
-        return self.target.kind.name == "cuda" or self.config.target.startswith("cuda")
+    def cuda(self) -> str | None:
+        """Architecture of the CUDA device that the library is for; None for a CPU."""
+        return cuda_arch(self.config.target)
+
+    @property
+    def target_text(self) -> str:
+        """What the library is compiled for."""
+        return str(self.target) if self.cuda is None else str(cuda_target(self.cuda))
 
     @property
     def iterative(self) -> bool:

@@ -16,6 +16,7 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from icd_tvm.errors import ModelFileError, ShapeError
+from icd_tvm.runtime.bundled_run import find_device
 from icd_tvm.tvm_log import without_scope_lines
 
 MODULE, SIGNATURE, METRICS = "module.so", "model.json", "metrics.json"
@@ -39,7 +40,8 @@ class LoadedModel:
     library : Path
         A library that ``icd run`` or ``icd compile -o`` wrote.
     signature : mapping, optional
-        ``inputs`` and ``outputs``, each a list of ``{name, shape, dtype}``. Without one the names
+        ``inputs`` and ``outputs``, each a list of ``{name, shape, dtype}``; and ``device``, which
+        is ``cuda`` for a library of a CUDA device. Without one the names
         of the inputs are those in the library, outputs are ``output_0``, ``output_1``, ...
 
     Attributes
@@ -50,8 +52,10 @@ class LoadedModel:
 
     def __init__(self, library: Path, signature: Mapping[str, Any] | None = None) -> None:
         try:
+            self._device = find_device((signature or {}).get("device"), library.parent)
             with without_scope_lines():
-                self._machine = VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
+                library_module = tvm.runtime.load_module(str(library))
+                self._machine = VirtualMachine(library_module, self._device)
             self._main = self._machine["main"]
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -107,8 +111,7 @@ class LoadedModel:
                 raise ShapeError(f"input {name!r} is missing", expected)
         return feeds
 
-    @staticmethod
-    def _tensor(info: TensorInfo, feeds: Mapping[str, Any]) -> Any:
+    def _tensor(self, info: TensorInfo, feeds: Mapping[str, Any]) -> Any:
         value = feeds[info.name]
         array = value if isinstance(value, np.ndarray) else np.asarray(value, info.dtype)
         if info.shape is not None and array.shape != info.shape:
@@ -118,7 +121,7 @@ class LoadedModel:
                 f"input {info.name!r} has dtype {array.dtype}, not {info.dtype}",
                 f"convert it: .astype({info.dtype!r})",
             )
-        return tvm.runtime.tensor(np.asarray(array, order="C"))
+        return tvm.runtime.tensor(np.asarray(array, order="C"), self._device)
 
     def _named_inputs(self) -> tuple[TensorInfo, ...]:
         ask = self._machine.module
@@ -168,7 +171,9 @@ def load(path: str | Path) -> LoadedModel:
 
 
 def read_signature(folder: Path) -> dict[str, Any]:
-    """Return ``name``, ``inputs`` and ``outputs`` of a run directory or an unpacked bundle.
+    """Return ``name``, ``inputs``, ``outputs`` and, if it is no CPU, ``device`` of a model.
+
+    Its folder is a run directory or an unpacked bundle.
 
     Raises
     ------
@@ -182,6 +187,8 @@ def read_signature(folder: Path) -> dict[str, Any]:
         about = content if bundled else content["model"]
         keys = ("name", "inputs", "outputs")
         result = {"format": FORMAT, **{key: about[key] for key in keys}}
+        if content.get("device") == "cuda" or '"kind":"cuda"' in str(content.get("target", "")):
+            result["device"] = "cuda"
         for key in keys[1:]:
             _infos(result, key)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

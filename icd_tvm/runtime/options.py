@@ -30,7 +30,8 @@ class CompileOptions:
     mode : {"iterative", "linear"}
         ``linear`` keeps the order that was decided before the transform.
     target : str
-        ``host``, or a portable x86-64 level (``x86-64-v3``, ``x86-64-v4``).
+        ``host``, a portable x86-64 level (``x86-64-v3``, ``x86-64-v4``), or a CUDA device
+        (``cuda:sm_80``, ``cuda:sm_90``), for which the library is compiled and nothing is timed.
     threads : int or None
         Worker threads; None uses every core.
     repeats : int

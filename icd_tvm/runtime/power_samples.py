@@ -16,7 +16,7 @@ NOT_A_GPU = "the target is a CPU; only NVML samples power, and RAPL counts energ
 @contextmanager
 def sampled_power(job: Job) -> Iterator[None]:
     """Sample the device's power while the body runs and keep the samples in the run folder."""
-    if not job.on_gpu:
+    if job.cuda is None:
         job.result.counters.reasons["power.csv"] = NOT_A_GPU
         yield
         return

@@ -6,9 +6,11 @@ from typing import Any
 
 from icd_tvm._tvm import tvm_ffi
 from icd_tvm.config import Config
+from icd_tvm.errors import ConfigError
+from icd_tvm.runtime.cuda_toolkit import find_cudart, find_nvcc
 from icd_tvm.runtime.evaluate import parse_quality
 from icd_tvm.runtime.transforms import Transform, find_transforms
-from icd_tvm.tir_schedules.target import parse_target
+from icd_tvm.tir_schedules.target import cuda_arch, host_target, parse_target
 
 
 def prepare(config: Config) -> tuple[Any, list[Transform]]:
@@ -18,11 +20,24 @@ def prepare(config: Config) -> tuple[Any, list[Transform]]:
     ------
     ConfigError
         If one of them, or the quality metric, is unknown.
+    MissingDependencyError
+        If the target is a CUDA device and its compiler is missing.
     """
     transforms = find_transforms(config)
-    target = parse_target(config.target, config.threads)
+    target = _target(config)
     if config.quality.metric is not None:
         parse_quality(config.quality.metric)
     if config.threads:
         tvm_ffi.get_global_func("runtime.config_threadpool")(1, config.threads)
     return target, transforms
+
+
+def _target(config: Config) -> Any:
+    """Return the CPU target; for a CUDA device that of the host, which decides and verifies."""
+    if cuda_arch(config.target) is None:
+        return parse_target(config.target, config.threads)
+    if config.measure.rpc is not None:
+        raise ConfigError("a CUDA target cannot be timed over RPC", "leave out --rpc")
+    find_nvcc()
+    find_cudart()
+    return host_target(config.threads)

@@ -28,7 +28,7 @@ def make_record(job: Job) -> dict[str, Any]:
     record = {
         "schema": SCHEMA,
         "model": model_record(result, job.config.source),
-        "target": str(job.target),
+        "target": job.target_text,
         "env": fingerprint(),
         "arms": _arms(result) if result else {},
         "ratios": measured.ratios(seed) if measured else {},

@@ -146,7 +146,7 @@ def _planned(job: Job, folder: Path) -> dict[str, str]:
     free, pinned = len(groups.free), len(groups.pinned)
     return {
         "model": f"{config.source}: {free} free axis groups, {pinned} pinned",
-        "target": str(job.target),
+        "target": job.target_text,
         "W": config.graph.source,
         "transforms": applied,
         "mode": config.pipeline.mode,

@@ -1,4 +1,4 @@
-"""CPU targets: the machine at hand, or a portable x86-64 level, with its vector width."""
+"""Targets: the machine at hand, a portable x86-64 level with its vector width, a CUDA device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from icd_tvm._tvm import tvm
 from icd_tvm.errors import ConfigError
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 
 _HOST_NAMES = ("host", "native")
+PRECISIONS = ("float16", "bfloat16")
 
 
 def host_target(threads: int | None = None) -> Any:
@@ -61,6 +63,59 @@ def parse_target(text: str, threads: int | None = None) -> Any:
     if name not in _known_cpus():
         raise ConfigError(f"unknown CPU target {text!r}", "use host, x86-64-v3 or x86-64-v4")
     return _llvm_target(name, threads)
+
+
+def cuda_arch(text: str) -> str | None:
+    """Return the architecture that a target names (``cuda:sm_90``), or None for a CPU target.
+
+    Raises
+    ------
+    ConfigError
+        If no architecture is named, or kernels are not made for it or for the precision.
+    """
+    kind, *rest = text.strip().split(":")
+    if kind != "cuda":
+        return None
+    if not rest or rest[0] not in CUDA_ARCHS or rest[1:] not in ([], *([p] for p in PRECISIONS)):
+        known = " or ".join(f"cuda:{name}" for name in CUDA_ARCHS)
+        hint = f"use {known}, then perhaps :float16 or :bfloat16"
+        raise ConfigError(f"unknown CUDA target {text!r}", hint)
+    return rest[0]
+
+
+def cuda_precision(text: str) -> str | None:
+    """Return the type that a CUDA target rounds matmul operands to; None keeps float32."""
+    return next((p for p in PRECISIONS if text.strip().endswith(f":{p}")), None)
+
+
+def cuda_target(arch: str, host_cpu: str = "x86-64-v3") -> Any:
+    """Return the CUDA target of an architecture; its host code runs on any AVX2 machine.
+
+    Parameters
+    ----------
+    arch : str
+        A key of `CUDA_ARCHS`.
+    host_cpu : str
+        LLVM's name of the least CPU of the GPU host.
+
+    Returns
+    -------
+    tvm.target.Target
+    """
+    shared, l2 = CUDA_ARCHS[arch]
+    return tvm.target.Target(
+        {
+            "kind": "cuda",
+            "arch": arch,
+            "max_num_threads": 1024,
+            "max_threads_per_block": 1024,
+            "thread_warp_size": 32,
+            "max_shared_memory_per_block": min(shared, 49152),
+            "registers_per_block": 65536,
+            "l2_cache_size_bytes": l2,
+            "host": {"kind": "llvm", "mcpu": host_cpu},
+        }
+    )
 
 
 def vector_bits(target: Any) -> int:

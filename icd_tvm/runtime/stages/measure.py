@@ -11,6 +11,7 @@ from icd_tvm.measure.statistics import cross_check
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.counters import CACHES, ENERGY, KERNELS, ROOF, count, read_counters
+from icd_tvm.runtime.cross_compile import NOT_MEASURED
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measure_arms import Measured, measure_arms
@@ -60,6 +61,9 @@ def _time_arms(job: Job) -> None:
     """Time all arms beside the peers; without those that fail; not at all where that fails."""
     keys = job.config.measure
     if not keys.enabled:
+        return
+    if job.cuda is not None:
+        job.warn("measure", NOT_MEASURED)
         return
     # A peer is a process of this machine: nothing to compare with what another one does.
     peers = list(keys.peer) if keys.rpc is None else []

@@ -30,7 +30,7 @@ def profile(job: Job) -> None:
 def _without(job: Job) -> str:
     if not job.config.measure.ncu:
         return NOT_ASKED
-    if not job.on_gpu:
+    if job.cuda is None:
         return NOT_A_GPU
     return "" if job.library is not None and job.library.exists() else NO_LIBRARY
 

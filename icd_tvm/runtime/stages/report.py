@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
-from icd_tvm.errors import OutputError
+from icd_tvm.errors import IcdError, OutputError
 from icd_tvm.files import write_atomically
 from icd_tvm.measure.metrics import write_metrics
+from icd_tvm.runtime.build import Built
+from icd_tvm.runtime.cross_compile import cross_compile
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.overhead import overhead
 from icd_tvm.runtime.progress import Stage
@@ -15,6 +18,7 @@ from icd_tvm.runtime.reports import REPORTS
 from icd_tvm.runtime.run_folder import TILES, TRACEBACK, RunFolder
 from icd_tvm.runtime.stages.profile import profile
 from icd_tvm.runtime.tile_occupancy import save_tiles, tile_occupancy
+from icd_tvm.tir_schedules.target import cuda_precision
 
 
 def report(job: Job, event: Stage) -> None:
@@ -78,14 +82,27 @@ def _export(job: Job) -> None:
     with job.progress.stage("export") as stage:
         stage.meta = {"arm": job.result.verdict.arm}
         try:
-            write_atomically(job.library, lambda path: built.export(str(path)))
-        except OutputError:
+            write_atomically(job.library, lambda path: _write(job, built, path, stage))
+        except IcdError:
             raise
         except Exception as error:
             # The linker runs in a process of its own; a full disk is its error, not the system's.
             raise OutputError(
                 f"cannot write {str(job.library)!r}: {_reason(error)}", "is the disk full?"
             ) from error
+
+
+def _write(job: Job, built: Built, path: Path, stage: Stage) -> None:
+    """Write the kept arm's library for the target."""
+    if job.cuda is None:
+        built.export(str(path))
+        return
+    precision = cuda_precision(job.config.target)
+    if precision is not None:
+        job.warn("export", f"matmul operands are {precision}; equality was checked in float32")
+    mod = job.result.arms[job.result.verdict.arm].mod
+    code = cross_compile(mod, job.cuda, path, precision)
+    stage.meta["machine code"] = f"{job.cuda}, {sum(entry.size for entry in code)} bytes"
 
 
 def _reason(error: Exception) -> str:

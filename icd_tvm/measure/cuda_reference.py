@@ -1,0 +1,237 @@
+"""Random inputs of a CUDA kernel, and what it must make of them, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import erf
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm.tir_schedules.cuda.gemm import SLAB, unpack_weight
+from icd_tvm.tir_schedules.cuda.gemv import unpack_int4
+from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule
+
+Array = npt.NDArray[Any]
+Arrays = dict[str, Array]
+Random = np.random.Generator
+EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+
+
+class Expected(NamedTuple):
+    """One output: which of its leading rows are checked, their values, and the error allowed."""
+
+    rows: Array
+    values: Array
+    allowed: Array
+
+
+class Trial(NamedTuple):
+    """Inputs by name, and what must come out of some rows of each output."""
+
+    inputs: Arrays
+    expected: dict[str, Expected]
+
+    def check(self, found: Mapping[str, Array]) -> float:
+        """Return the largest error as a share of what is allowed; more than 1 is wrong."""
+        shares = [
+            np.abs(found[name][expected.rows].astype(np.float64) - expected.values)
+            / expected.allowed
+            for name, expected in self.expected.items()
+        ]
+        # max() of Python would lose a NaN.
+        worst = float(np.max([np.max(share) for share in shares]))
+        return worst if np.isfinite(worst) else float("inf")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype of an argument."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:
+    """Return random inputs of a rule's kernels, and what its last one must write.
+
+    Parameters
+    ----------
+    rule : Rule
+    seed : int
+    rows : int
+        How many of the leading rows of a large output are checked, drawn at random.
+    """
+    rng, last = np.random.default_rng(seed), rule.kernels[-1]
+    made = {kernel.arguments[-1].name for kernel in rule.kernels[:-1]}
+    arguments = {a.name: a for k in rule.kernels for a in k.arguments[: -k.outputs]}
+    inputs = {name: _random(a, rng) for name, a in arguments.items() if name not in made}
+    family = last.family
+    if family == "mamba_step":
+        return _scan(inputs) if "state" in inputs else _conv(inputs)
+    out = last.arguments[-1]
+    if family == "attention":
+        return _attention(inputs, out)
+    if family == "decode_attention":
+        return _decode(inputs, out)
+    chosen = np.sort(rng.permutation(out.shape[0])[:rows])
+    return (_gemm if family == "gemm" else _gemv)(inputs, out, chosen, last.activation)
+
+
+def _random(argument: Argument, rng: Random) -> Array:
+    """Return values of a kind that the argument's name calls for."""
+    name, shape, dtype = argument.name, argument.shape, numpy_dtype(argument.dtype)
+    if name in ("slabs", "blocks"):
+        # As many live blocks as are listed, of twice as many.
+        return np.stack(
+            [np.sort(rng.permutation(2 * shape[1])[: shape[1]]) for _ in range(shape[0])]
+        ).astype(np.int32)
+    if name == "live":
+        return np.full(shape, -1, np.int32)  # set by _decode, which knows the capacity
+    if name == "mask":
+        return np.where(rng.random(shape) < 0.2, -np.inf, 0).astype(np.float32)
+    if name.endswith(("scale", "scales")):
+        return (rng.random(shape) / 64).astype(np.float32)
+    if name == "a" and dtype == np.float32:
+        return -rng.random(shape, np.float32)
+    if dtype.kind in "iu":
+        low, high = (0, 256) if dtype == np.uint8 else (-127, 128)
+        return rng.integers(low, high, shape).astype(dtype)
+    return rng.standard_normal(shape, np.float32).astype(dtype)
+
+
+def _finish(sums: Array, inputs: Arrays, rows: Array, activation: str) -> Array:
+    y = sums + inputs["bias"].astype(np.float64) if "bias" in inputs else sums
+    if activation == "gelu":
+        y = 0.5 * y * (1 + np.vectorize(erf, otypes=[float])(y / np.sqrt(2)))
+    elif activation == "relu":
+        y = np.maximum(y, 0)
+    elif activation == "silu":
+        y = y / (1 + np.exp(-y))
+    return y + inputs["residual"][rows].astype(np.float64) if "residual" in inputs else y
+
+
+def _rounded(values: Array, dtype: str, terms: int, scale: float) -> Array:
+    """Return the error of one rounding to ``dtype`` and of a float32 sum of ``terms``."""
+    return np.asarray(
+        1.01 * EPS[dtype] * np.abs(values) + 16 * terms**0.5 * EPS["float32"] * scale + 1e-7
+    )
+
+
+def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
+    a, packed = inputs["a"], inputs["w"]
+    k, n = a.shape[1], out.shape[1]
+    slabs = inputs.get("slabs")
+    if slabs is not None:
+        # A matrix of random blocks: those beyond K read nothing.
+        inputs["slabs"] = slabs = np.where(slabs < -(-k // SLAB), slabs, -1).astype(np.int32)
+    w = unpack_weight(packed, k, n, slabs).astype(np.float64)
+    sums, scale = a[rows].astype(np.float64) @ w, 4.0 * float(np.abs(w).max())
+    if "row_scale" in inputs:
+        factor = inputs["row_scale"][rows].astype(np.float64)[:, None] * inputs["column_scale"]
+        sums, scale = sums * factor, 127 * 127 / 64**2
+    y = _finish(sums, inputs, rows, activation)
+    return Trial(inputs, {"c": Expected(rows, y, _rounded(y, out.dtype, k, scale))})
+
+
+def _gemv(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
+    x, w = inputs["x"][0].astype(np.float64), inputs["w"]
+    blocks = inputs.get("blocks")
+    if blocks is not None:
+        inputs["blocks"] = blocks = np.where(blocks * SLAB < len(x), blocks, -1).astype(np.int32)
+        real = _spread(w.astype(np.float64), blocks, len(x))
+    else:
+        real = (unpack_int4(w) if w.dtype == np.uint8 else w).astype(np.float64)[:, : len(x)]
+    if "scales" in inputs:
+        scales = inputs["scales"].astype(np.float64).reshape(len(real), -1)
+        real = real * np.repeat(scales, real.shape[1] // scales.shape[1], 1)
+    y = _finish((real @ x)[None], inputs, rows, activation)
+    allowed = _rounded(y, out.dtype, len(x), float(np.abs(real).max()))
+    return Trial(inputs, {"y": Expected(rows, y, allowed)})
+
+
+def _spread(w: Array, blocks: Array, k: int) -> Array:
+    """Return the rows with their live blocks where they belong."""
+    full = np.zeros((len(w), -(-k // SLAB), SLAB))
+    per_group = len(w) // len(blocks)
+    for group, listed in enumerate(blocks):
+        own = slice(group * per_group, (group + 1) * per_group)
+        kept = w[own].reshape(per_group, -1, SLAB)[:, listed >= 0]
+        full[own][:, listed[listed >= 0]] = kept
+    return full.reshape(len(w), -1)[:, :k]
+
+
+def _softmax(scores: Array) -> Array:
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    return np.asarray(weights / np.where(total > 0, total, 1))
+
+
+def _attention(inputs: Arrays, out: Argument) -> Trial:
+    # The first and the last sequence.
+    rows = np.unique([0, out.shape[0] - 1])
+    q, k, v = (inputs[name][rows].astype(np.float64) for name in "qkv")
+    scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    if "mask" in inputs:
+        scores = scores + inputs["mask"][rows][:, None, None]
+    y = np.einsum("bhqk,bkhd->bqhd", _softmax(scores), v)
+    # Weights are rounded to the operand type before the second product.
+    allowed = np.full_like(y, 4 * EPS[out.dtype] * np.abs(v).max())
+    return Trial(inputs, {"out": Expected(rows, y, allowed)})
+
+
+def _decode(inputs: Arrays, out: Argument) -> Trial:
+    capacity, heads = inputs["k"].shape[2], inputs["live"].size
+    inputs["live"] = np.linspace(1, capacity, heads).astype(np.int32).reshape(inputs["live"].shape)
+    k, v = (
+        inputs[name].astype(np.float64) * inputs.get(f"{name}_scale", np.ones(1))[..., None]
+        for name in "kv"
+    )
+    scores = np.einsum("bhgd,bhtd->bhgt", inputs["q"].astype(np.float64), k) / k.shape[-1] ** 0.5
+    dead = np.arange(capacity) >= inputs["live"][..., None]
+    weights = _softmax(np.where(dead[:, :, None], -np.inf, scores))
+    y = np.einsum("bhgt,bhtd->bhgd", weights, v)
+    allowed = np.full_like(y, 2 * EPS[out.dtype] * np.abs(v).max())
+    return Trial(inputs, {"out": Expected(np.arange(len(y)), y, allowed)})
+
+
+def _conv(inputs: Arrays) -> Trial:
+    x, everything = inputs["x"], np.arange(len(inputs["x"]))
+    moved = np.concatenate([inputs["window"][:, 1:], x.astype(np.float32)[:, None]], 1)
+    sums = (moved.astype(np.float64) * inputs["weight"]).sum(1) + inputs["bias"]
+    y = sums / (1 + np.exp(-sums))
+    exact = np.full(moved.shape, 1e-30)
+    return Trial(
+        inputs,
+        {
+            "window_out": Expected(everything, moved.astype(np.float64), exact),
+            "out": Expected(everything, y, _rounded(y, str(x.dtype), 4, 4.0)),
+        },
+    )
+
+
+def _scan(inputs: Arrays) -> Trial:
+    f = {name: array.astype(np.float64) for name, array in inputs.items()}
+    everything = np.arange(len(f["x"]))
+    step = np.logaddexp(0, f["dt"] + f["dt_bias"])
+    state = f["state"] * np.exp(step[:, None] * f["a"]) + (step * f["x"])[:, None] * f["b"]
+    y = (state @ f["c"] + f["d"] * f["x"]) * f["z"] / (1 + np.exp(-f["z"]))
+    scale = 4 * float(np.abs(state).max())
+    return Trial(
+        inputs,
+        {
+            "state_out": Expected(everything, state, 2e-5 * (1 + np.abs(state))),
+            "out": Expected(everything, y, _rounded(y, str(inputs["x"].dtype), 64, scale)),
+        },
+    )
+
+
+def run_rule(
+    rule: Rule, inputs: Mapping[str, Array], run: Callable[[Any, Arrays], Mapping[str, Array]]
+) -> Arrays:
+    """Run the kernels one after another; ``run(kernel, inputs)`` returns a kernel's outputs."""
+    known = dict(inputs)
+    for kernel in rule.kernels:
+        names = [argument.name for argument in kernel.arguments[: -kernel.outputs]]
+        known |= run(kernel, {name: known[name] for name in names})
+    return known

@@ -1,0 +1,119 @@
+"""The shapes that the kernels are inspected, predicted and, on a GPU host, measured at.
+
+BERT-base (Devlin et al., 2019): hidden 768, 12 heads of 64, feed-forward 3072. Mamba-2.8B (Gu, Dao,
+2023): model 2560, inner 5120, 16 states. The decoder has 8 key-value heads of 128, each for 4 query
+heads (Llama 3 8B; Dubey et al., 2024).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from icd_tvm.tir_schedules.cuda.attention import attention_rule
+from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
+from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
+from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
+from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule
+
+ROWS = (128, 1024, 4096, 16384)
+LAYERS = {"qkv": (2304, 768), "out": (768, 768), "ffn1": (3072, 768), "ffn2": (768, 3072)}
+EPILOGUES = {
+    "qkv": Epilogue(bias=True),
+    "out": Epilogue(bias=True, residual=True),
+    "ffn1": Epilogue("gelu", bias=True),
+    "ffn2": Epilogue(bias=True, residual=True),
+}
+PROJECTIONS = {"in_proj": (10240, 2560), "out_proj": (2560, 5120)}
+INNER, STATES = 5120, 16
+# Kernels of these differ from others in sizes only.
+_REPEATED = ("qkv", "ffn2 1024", "half of the units", "half of the outputs")
+
+
+class Entry(NamedTuple):
+    """A named rule, and the name of the one it should beat: the same product, dense."""
+
+    name: str
+    rule: Rule
+    dense: str = ""
+
+
+def catalogue(arch: str = "sm_90", *, quick: bool = False) -> list[Entry]:
+    """Return the named kernels for an architecture; with ``quick`` one of each kind.
+
+    Parameters
+    ----------
+    arch : str
+        ``sm_80`` or ``sm_90``: it decides tiles and parts.
+    quick : bool
+        Leave out other sizes of the same kernels.
+    """
+    rows = (1024,) if quick else ROWS
+    found = [entry for m in rows for entry in _bert(m, arch)]
+    found += _small_rows(arch)
+    found += [entry for name in list(PROJECTIONS)[: 1 if quick else 2] for entry in _mamba(name)]
+    found += _attentions(arch, quick)
+    found.append(Entry("mamba conv step fp16", conv_step_rule(INNER, "float16")))
+    found.append(Entry("mamba scan step fp16", scan_step_rule(INNER, STATES, "float16")))
+    return [e for e in found if not (quick and any(word in e.name for word in _REPEATED))]
+
+
+def _bert(m: int, arch: str) -> list[Entry]:
+    found = []
+    for layer, (n, k) in LAYERS.items():
+        epilogue, name = EPILOGUES[layer], f"bert {layer} {m} rows"
+        found.append(
+            Entry(f"{name} fp16", gemm_rule(m, n, k, "float16", epilogue=epilogue, arch=arch))
+        )
+    n, k = LAYERS["ffn1"]
+    gelu, dense = EPILOGUES["ffn1"], f"bert ffn1 {m} rows fp16"
+    half = gemm_rule(m, n // 2, k, "float16", epilogue=gelu, arch=arch)
+    vectors = gemm_rule(m, n, k, "float16", epilogue=gelu, arch=arch, live=k // 32)
+    bf16 = gemm_rule(m, n, k, "bfloat16", out="bfloat16", epilogue=gelu, arch=arch)
+    found.append(Entry(f"bert ffn1 {m} rows fp16, half of the units", half, dense))
+    found.append(Entry(f"bert ffn1 {m} rows fp16, half of the blocks", vectors, dense))
+    found.append(Entry(f"bert ffn1 {m} rows bf16", bf16))
+    found.append(
+        Entry(f"bert ffn1 {m} rows int8", gemm_rule(m, n, k, "int8", epilogue=gelu, arch=arch))
+    )
+    return found
+
+
+def _small_rows(arch: str) -> list[Entry]:
+    """Products of few rows, where parts of K fill the device."""
+    n, k = LAYERS["ffn2"]
+    rule = gemm_rule(16, n, k, "float16", epilogue=EPILOGUES["ffn2"], arch=arch)
+    return [Entry("bert ffn2 16 rows fp16", rule)]
+
+
+def _mamba(name: str) -> list[Entry]:
+    n, k = PROJECTIONS[name]
+    live = (n // 64, k // 32)
+    label = f"mamba {name}"
+    return [
+        Entry(f"{label} fp16", gemv_rule(n, k, "float16")),
+        Entry(f"{label} bf16", gemv_rule(n, k, "bfloat16", x="bfloat16")),
+        Entry(f"{label} int8", gemv_rule(n, k, "int8")),
+        Entry(f"{label} int4 g128", gemv_rule(n, k, "int4", group=128)),
+        Entry(
+            f"{label} fp16, half of the blocks",
+            gemv_rule(n, k, "float16", live=live),
+            f"{label} fp16",
+        ),
+        Entry(f"{label} fp16, half of the outputs", gemv_rule(n // 2, k, "float16")),
+    ]
+
+
+def _attentions(arch: str, quick: bool) -> list[Entry]:
+    found = [
+        Entry(
+            f"bert attention 8 x {length} fp16",
+            attention_rule(8, length, length, 12, 64, "float16"),
+        )
+        for length in ((128,) if quick else (128, 512))
+    ]
+    for slots in (8192,) if quick else (8192, 4096):
+        for cache in ("float16", "int8"):
+            rule = decode_attention_rule(1, 8, 4, slots, 128, "float16", cache=cache, arch=arch)
+            found.append(Entry(f"decode attention {slots} slots {cache}", rule))
+    return found

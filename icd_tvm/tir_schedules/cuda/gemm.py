@@ -1,0 +1,325 @@
+"""Matmul on tensor cores: fp16, bf16 and int8, dense or with dead blocks of the weight.
+
+A column block of W (64 or 128 outputs) lies in memory as the kernel reads it: tiles of 64 bytes of
+K (32 fp16 or 64 int8) for each of its columns. Where the columns of a block share their zeros, only
+live blocks of 16 rows of W are kept, with their list; units that were removed leave a smaller dense
+matmul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm.tir_schedules.cuda.archs import SMS
+from icd_tvm.tir_schedules.cuda.source_kernel import (
+    WIDTHS,
+    Argument,
+    Epilogue,
+    Rule,
+    SourceKernel,
+    operand,
+    or_null,
+    refused,
+)
+
+Array = npt.NDArray[np.generic]
+ROW = 64  # bytes of K in a tile
+SLAB = 16  # rows of W in a block that is live or dead
+STAGES = 4
+LAUNCH = 500  # rows of 64 bytes that a multiprocessor reads from DRAM in 1 us
+PLAIN = Epilogue()
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """Rows and columns of C that a block and a warp make, and parts of K."""
+
+    m: int
+    n: int
+    warp_m: int
+    warp_n: int
+    splits: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.m // self.warp_m * (self.n // self.warp_n) * 32
+
+
+# Large ones first: the more of C a block makes, the fewer bytes it reads for an operation.
+TILES = (
+    GemmTile(128, 128, 64, 32),
+    GemmTile(128, 64, 32, 32),
+    GemmTile(64, 128, 32, 32),
+    GemmTile(64, 64, 32, 32),
+    GemmTile(32, 64, 16, 32),
+    GemmTile(16, 64, 16, 16),
+)
+
+
+def choose_tile(m: int, n: int, k_tiles: int, arch: str, columns: int | None = None) -> GemmTile:
+    """Return the tile of least modelled time, with parts of K where too few blocks fill the device.
+
+    Parameters
+    ----------
+    m, n : int
+        Rows and columns of C.
+    k_tiles : int
+        Tiles of K, each of 64 bytes.
+    arch : str
+        A key of `SMS`.
+    columns : int, optional
+        Columns that a block must have: those of a group with one list of live blocks.
+    """
+    fits = [
+        option
+        for tile in TILES
+        if columns in (None, tile.n)
+        for option in (tile, _split(tile, m, n, k_tiles, SMS[arch]))
+    ]
+    return min(fits, key=lambda tile: _cost(tile, m, n, k_tiles, SMS[arch]))
+
+
+def _split(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> GemmTile:
+    blocks = -(-m // tile.m) * -(-n // tile.n)
+    # A part must be long enough to fill its stages, and its sums cost traffic.
+    splits = max(1, min(sms // blocks, k_tiles // (2 * STAGES), 8)) if m <= 128 else 1
+    return GemmTile(tile.m, tile.n, tile.warp_m, tile.warp_n, splits)
+
+
+def _cost(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> float:
+    """Return modelled time, in rows of 64 bytes that a multiprocessor loads.
+
+    Waves of blocks times what one loads or computes; parts of K are written and read once more, in
+    float32, and cost a launch.
+    """
+    blocks = -(-m // tile.m) * -(-n // tile.n) * tile.splits
+    # Small tiles are bound by the bytes they load: a tile of 128 x 128 hides them.
+    work = max(tile.m * tile.n / 128, tile.m + tile.n)
+    sums = 8 * tile.splits * m * n / ROW / sms + LAUNCH if tile.splits > 1 else 0
+    return float(-(-blocks // sms) * work * -(-k_tiles // tile.splits) + sums)
+
+
+def live_blocks(weight: Array, columns: int) -> npt.NDArray[np.int32]:
+    """Return the live blocks of 16 rows of W for each group of columns, padded with -1.
+
+    Parameters
+    ----------
+    weight : [K, N]
+        Any dtype; a block is dead where all its elements are zero.
+    columns : int
+        Of a group.
+
+    Returns
+    -------
+    int32[groups, most live blocks]
+        Padded to whole tiles of fp16 and int8 both: a multiple of 4.
+    """
+    k, n = weight.shape
+    padded = np.zeros((-(-k // SLAB) * SLAB, -(-n // columns) * columns), bool)
+    padded[:k, :n] = weight != 0
+    by_slab = padded.reshape(-1, SLAB, padded.shape[1] // columns, columns)
+    alive = np.asarray(by_slab.any((1, 3))).T
+    most = max(4, -(-int(alive.sum(1).max(initial=0)) // 4) * 4)
+    result = np.full((len(alive), most), -1, np.int32)
+    for group, mask in enumerate(alive):
+        found = np.flatnonzero(mask)
+        result[group, : len(found)] = found
+    return result
+
+
+def pack_weight(
+    weight: Array, columns: int, blocks: npt.NDArray[np.int32] | None = None
+) -> npt.NDArray[np.generic]:
+    """Return W as the kernel reads it: [column blocks, tiles, columns, 64 bytes of K].
+
+    Parameters
+    ----------
+    weight : [K, N]
+        float16, bfloat16 or int8.
+    columns : int
+        Of a block.
+    blocks : int32[column blocks, live], optional
+        From `live_blocks`; what is not listed is left out.
+    """
+    k, n = weight.shape
+    per_tile = ROW // weight.dtype.itemsize
+    groups = -(-n // columns)
+    padded = np.zeros((-(-k // per_tile) * per_tile, groups * columns), weight.dtype)
+    padded[:k, :n] = weight
+    by_group = padded.reshape(len(padded), groups, columns).transpose(1, 2, 0)
+    if blocks is not None:
+        slabs = by_group.reshape(groups, columns, -1, SLAB)
+        kept = np.stack([slabs[g][:, np.maximum(blocks[g], 0)] for g in range(groups)])
+        by_group = (kept * (blocks >= 0)[:, None, :, None]).astype(weight.dtype)
+        by_group = by_group.reshape(groups, columns, -1)
+    tiles = by_group.reshape(groups, columns, -1, per_tile).transpose(0, 2, 1, 3)
+    return np.asarray(tiles, order="C")
+
+
+def unpack_weight(
+    packed: Array, k: int, n: int, blocks: npt.NDArray[np.int32] | None = None
+) -> npt.NDArray[np.generic]:
+    """Return W [k, n] from what `pack_weight` made."""
+    groups, tiles, columns, per_tile = packed.shape
+    flat = packed.transpose(0, 2, 1, 3).reshape(groups, columns, tiles * per_tile)
+    if blocks is not None:
+        full = np.zeros((groups, columns, -(-k // SLAB), SLAB), packed.dtype)
+        slabs = flat.reshape(groups, columns, -1, SLAB)
+        for group, listed in enumerate(blocks):
+            full[group][:, listed[listed >= 0]] = slabs[group][:, listed >= 0]
+        flat = full.reshape(groups, columns, -1)
+    return np.asarray(flat.transpose(2, 0, 1).reshape(-1, groups * columns)[:k, :n], order="C")
+
+
+def gemm_rule(
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    *,
+    out: str = "float16",
+    epilogue: Epilogue = PLAIN,
+    arch: str = "sm_90",
+    live: int | None = None,
+    tile: GemmTile | None = None,
+) -> Rule:
+    """Return the kernels of ``act(A[m, k] W[k, n] + bias) + residual``.
+
+    Parameters
+    ----------
+    m, n, k : int
+        Sizes.
+    dtype : str
+        Of A and W: ``float16``, ``bfloat16`` or ``int8``; sums are float32 or int32. int8 takes
+        ``row_scale`` float32[m] and ``column_scale`` float32[n].
+    out : str
+        Of C and the residual: ``float16``, ``bfloat16`` or ``float32``.
+    epilogue : Epilogue
+    arch : str
+        Whose number of multiprocessors decides the tile.
+    live : int, optional
+        Blocks of 16 rows of W in each list of `live_blocks`; None for a dense weight.
+    tile : GemmTile, optional
+        Instead of the chosen one.
+
+    Returns
+    -------
+    Rule
+        One kernel; with parts of K a second one that sums them. Arguments by name: ``a``, ``w``
+        (`pack_weight`), ``slabs`` (`live_blocks`), ``bias``, ``residual``, scales, ``c``.
+    """
+    if dtype not in ("float16", "bfloat16", "int8"):
+        return refused(f"no tensor core product of {dtype} here; use float16, bfloat16 or int8")
+    width = int(WIDTHS[dtype])
+    if k * width % 16 or n % 8:
+        return refused(f"rows of {k} {dtype} or {n} columns are not whole pieces of 16 bytes")
+    k_tiles = -(-k * width // ROW) if live is None else live * SLAB * width // ROW
+    if live is not None and (live * SLAB * width % ROW or not live):
+        return refused(f"{live} live blocks are no whole tiles of {ROW} bytes")
+    tile = tile or choose_tile(m, n, k_tiles, arch)
+    work = _Work(m, n, k, k_tiles, dtype, out, epilogue, live, tile)
+    return Rule((work.main(),) if tile.splits == 1 else (work.main(), work.reduce()))
+
+
+@dataclass(frozen=True)
+class _Work:
+    m: int
+    n: int
+    k: int
+    k_tiles: int
+    dtype: str
+    out: str
+    epilogue: Epilogue
+    live: int | None
+    tile: GemmTile
+
+    @property
+    def _config(self) -> str:
+        tile, slab = self.tile, 0 if self.live is None else SLAB * int(WIDTHS[self.dtype]) // 16
+        sizes = f"{tile.m}, {tile.n}, {tile.warp_m}, {tile.warp_n}, {STAGES}"
+        return (
+            f"icd::GemmConfig<{operand(self.dtype)}, {operand(self.out)}, {sizes}, "
+            f"{self.epilogue.flags}, {slab}, {tile.splits}>"
+        )
+
+    @property
+    def _extra(self) -> tuple[Argument, ...]:
+        """What the epilogue reads."""
+        found = []
+        if self.epilogue.bias:
+            found.append(Argument("bias", (self.n,), "float32"))
+        if self.epilogue.residual:
+            found.append(Argument("residual", (self.m, self.n), self.out))
+        if self.dtype == "int8":
+            found.append(Argument("row_scale", (self.m,), "float32"))
+            found.append(Argument("column_scale", (self.n,), "float32"))
+        return tuple(found)
+
+    @property
+    def _finish(self) -> str:
+        scaled, float32 = self.dtype == "int8", "float"
+        return ", ".join(
+            (
+                or_null("bias", self.epilogue.bias),
+                or_null("residual", self.epilogue.residual),
+                or_null("row_scale", scaled, float32),
+                or_null("column_scale", scaled, float32),
+            )
+        )
+
+    @property
+    def _parts(self) -> Argument:
+        return Argument("parts", (self.tile.splits, self.m, self.n), "float32")
+
+    def main(self) -> SourceKernel:
+        tile, groups = self.tile, -(-self.n // self.tile.n)
+        width, split = WIDTHS[self.dtype], self.tile.splits > 1
+        per_tile = int(ROW // width)
+        arguments = [
+            Argument("a", (self.m, self.k), self.dtype),
+            Argument("w", (groups, self.k_tiles, tile.n, per_tile), self.dtype),
+        ]
+        if self.live is not None:
+            arguments.append(Argument("slabs", (groups, self.live), "int32"))
+        if not split:
+            arguments += self._extra
+        out = self._parts if split else Argument("c", (self.m, self.n), self.out)
+        arguments.append(out)
+        finish = "nullptr, nullptr, nullptr, nullptr" if split else self._finish
+        slabs = or_null("slabs", self.live is not None)
+        kept = self.k_tiles * per_tile
+        written = 4 * tile.splits if split else WIDTHS[self.out]
+        return SourceKernel(
+            family="gemm",
+            config=self._config,
+            call=f"icd::gemm<G>({out.name}, a, w, {slabs}, {finish}, {self.m}, {self.n}, {self.k}, "
+            f"{self.k_tiles}, shared)",
+            arguments=tuple(arguments),
+            grid=(groups, -(-self.m // tile.m), tile.splits),
+            threads=tile.threads,
+            shared=STAGES * (tile.m + tile.n) * ROW,
+            flop=2.0 * self.m * self.n * min(self.k, kept),
+            bytes=width * (self.m * self.k + self.n * kept) + written * self.m * self.n,
+            unit="int8" if self.dtype == "int8" else "fp16",
+            activation="none" if split else self.epilogue.activation,
+        )
+
+    def reduce(self) -> SourceKernel:
+        splits, size = self.tile.splits, self.m * self.n
+        return SourceKernel(
+            family="gemm",
+            config=self._config,
+            call=f"icd::gemm_reduce<G>(c, (const float*)parts, {self._finish}, {self.m}, {self.n})",
+            arguments=(self._parts, *self._extra, Argument("c", (self.m, self.n), self.out)),
+            grid=(-(-size // 512), 1, 1),
+            threads=256,
+            shared=0,
+            flop=float(splits * size),
+            bytes=size * (4.0 * splits + WIDTHS[self.out]),
+            unit="fp32",
+            activation=self.epilogue.activation,
+        )

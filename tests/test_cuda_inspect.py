@@ -1,0 +1,129 @@
+"""What nvcc makes of every CUDA kernel, and what is predicted of it; nothing runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from icd_tvm.cli import main
+from icd_tvm.errors import IcdError
+from icd_tvm.measure.cuda_inspect import Inspection, find_disassembler, inspect_kernels
+from icd_tvm.measure.cuda_roofline import DEVICES, predict
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
+from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
+from icd_tvm.tir_schedules.cuda.source_kernel import Argument, SourceKernel
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+ENTRIES = {arch: catalogue(arch, quick=True) for arch in CUDA_ARCHS}
+NAMES = [entry.name for entry in ENTRIES["sm_90"]]
+# Word in a kernel's name -> instructions it must have: in PTX, in SASS.
+PRODUCTS = {
+    "bf16": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "HMMA.16816.F32.BF16"),
+    "int8": ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "IMMA.16832.S8.S8"),
+    "fp16": ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", "HMMA.16816.F32"),
+}
+COPIES = (("cp.async.cg.shared.global", "LDGSTS.E.BYPASS.128"), ("ldmatrix.sync", "LDSM.16.M"))
+WIDE = ("ld.global.nc.L1::no_allocate.v4.u32", "LDG.E.NA.128.CONSTANT")
+STATE = ("ld.global.v4.f32", "LDG.E.128")
+
+
+def wanted(entry: Entry) -> list[tuple[str, str]]:
+    """Return the pairs that the first kernel of a rule must have."""
+    if entry.rule.kernels[0].family in ("gemm", "attention"):
+        return [next(pair for word, pair in PRODUCTS.items() if word in entry.name), *COPIES]
+    return [STATE] if "step" in entry.name else [WIDE]
+
+
+@pytest.fixture(scope="module", params=list(CUDA_ARCHS))
+def inspected(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Inspection]]:
+    arch = str(request.param)
+    kernels = [kernel for entry in ENTRIES[arch] for kernel in entry.rule.kernels]
+    return arch, inspect_kernels(kernels, arch, tmp_path_factory.mktemp(arch))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_is_what_it_is_meant_to_be(
+    name: str, inspected: tuple[str, dict[str, Inspection]]
+) -> None:
+    arch, found = inspected
+    entry = next(entry for entry in ENTRIES[arch] if entry.name == name)
+    for kernel in entry.rule.kernels:
+        item = found[kernel.name]
+        assert item.spilled == 0
+        assert item.stack == 0
+        assert item.registers * kernel.threads <= 65536
+        assert kernel.shared <= CUDA_ARCHS[arch][0]
+        assert kernel.threads % 32 == 0
+    first = found[entry.rule.kernels[0].name]
+    for ptx, sass in wanted(entry):
+        assert any(name.startswith(ptx) for name in first.ptx), ptx
+        assert not first.sass or any(name.startswith(sass) for name in first.sass), sass
+    assert bool(first.sass) == (find_disassembler() is not None)
+
+
+@needs_nvcc
+def test_two_blocks_of_the_main_tile_fit_a_multiprocessor(
+    inspected: tuple[str, dict[str, Inspection]],
+) -> None:
+    arch, found = inspected
+    entry = next(entry for entry in ENTRIES[arch] if entry.name == "bert ffn1 1024 rows fp16")
+    kernel = entry.rule.kernels[0]
+    assert found[kernel.name].registers * kernel.threads * 2 <= 65536
+    # A block also takes 1 KiB for the system.
+    assert (kernel.shared + 1024) * 2 <= {"sm_80": 164, "sm_90": 228}[arch] * 1024
+
+
+@needs_nvcc
+def test_a_kernel_that_does_not_compile_says_why(tmp_path: object) -> None:
+    broken = SourceKernel(
+        "gemv", "int", "nonsense(x)", (Argument("x", (1,), "float32"),), (1, 1, 1), 32, 0, 1, 1, ""
+    )
+    with pytest.raises(IcdError, match="nonsense"):
+        inspect_kernels([broken], "sm_90", tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_every_entry_of_the_catalogue_fits(arch: str) -> None:
+    entries = catalogue(arch)
+    assert {entry.name for entry in entries if not entry.rule.kernels} == set()
+    assert len({entry.name for entry in entries}) == len(entries)
+    assert {entry.dense for entry in entries} <= {entry.name for entry in entries} | {""}
+
+
+def test_prediction_is_the_larger_bound() -> None:
+    found = {item.name: item for item in predict(catalogue("sm_90"), "sm_90")}
+    device = DEVICES["sm_90"]
+    dense = found["bert ffn1 16384 rows fp16"]
+    assert dense.bound == "operations"
+    assert dense.microseconds == pytest.approx(
+        2e6 * 16384 * 3072 * 768 / device.peaks["fp16"], rel=1e-6
+    )
+    vector = found["mamba in_proj fp16"]
+    assert vector.bound == "bytes"
+    expected = 2e6 * (10240 * 2560 + 10240 + 2560) / device.bandwidth
+    assert vector.microseconds == pytest.approx(expected, rel=1e-6)
+    half = found["bert ffn1 16384 rows fp16, half of the blocks"]
+    assert half.against_dense == pytest.approx(0.5, rel=0.01)
+
+
+def test_roofline_prints_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["roofline"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("predicted, not measured")
+    assert "mamba out_proj int4 g128" in text
+    assert main(["roofline", "--arch", "sm_80", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["label"] == "predicted"
+    assert all(row["microseconds"] > 0 for row in record["kernels"])
+
+
+def test_counts_are_by_prefix() -> None:
+    item = Inspection(1, 0, 0, Counter({"mma.sync": 2}), Counter({"HMMA.16816.F32": 3, "LDG.E": 1}))
+    assert item.count("HMMA") == 3
+    assert item.count("mma") == 2

@@ -1,0 +1,203 @@
+"""CUDA matrix products executed on the CPU, thread by thread, against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_cases import (
+    GEMMS,
+    GEMVS,
+    ORDERS,
+    Gemm,
+    Gemv,
+    close,
+    finish,
+    needs,
+    needs_compiler,
+    product_rules,
+)
+from cuda_emulation import Emulated, numpy_dtype
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icd_tvm.tir_schedules.cuda import source_kernel
+from icd_tvm.tir_schedules.cuda.attention import attention_rule
+from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
+from icd_tvm.tir_schedules.cuda.gemm import (
+    TILES,
+    choose_tile,
+    gemm_rule,
+    live_blocks,
+    pack_weight,
+    unpack_weight,
+)
+from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors, unpack_int4
+from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.source_kernel import Rule
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    kernels = [kernel for rule in product_rules() for kernel in rule.kernels]
+    return Emulated(kernels, tmp_path_factory.mktemp("emulated"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", GEMMS)
+def test_gemm_equals_float64(name: str, emulated: Emulated) -> None:
+    check_gemm(GEMMS[name], emulated)
+
+
+def check_gemm(case: Gemm, emulated: Emulated) -> None:
+    rule = case.rule()
+    a, w = case.arrays()
+    rng = np.random.default_rng(1)
+    columns = TILES[case.tile].n
+    blocks = live_blocks(w, columns) if case.sparse else None
+    given = {"a": a, "w": pack_weight(w, columns, blocks), "slabs": blocks}
+    given["bias"] = rng.standard_normal(case.n).astype(np.float32)
+    given["residual"] = rng.standard_normal((case.m, case.n)).astype(numpy_dtype(case.out))
+    given["row_scale"] = (rng.random(case.m) / 127).astype(np.float32)
+    given["column_scale"] = (rng.random(case.n) / 127).astype(np.float32)
+    sums = a.astype(float) @ w.astype(float)
+    scale = np.abs(a.astype(float)).max() * np.abs(w.astype(float)).max()
+    if case.dtype == "int8":
+        factor = given["row_scale"].astype(float)[:, None] * given["column_scale"].astype(float)
+        sums, scale = sums * factor, scale / 127**2
+    assert len(rule.kernels) == (2 if case.splits > 1 else 1)
+    for order in ORDERS:
+        found = emulated.run(rule.kernels[0], needs(rule.kernels[0], given), order)
+        if case.splits > 1:
+            given["parts"] = found["parts"]
+            found = emulated.run(rule.kernels[1], needs(rule.kernels[1], given), order)
+        close(found["c"], finish(sums, case.epilogue, given), case.out, case.k, 8 * scale)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", GEMVS)
+def test_gemv_equals_float64(name: str, emulated: Emulated) -> None:
+    check_gemv(GEMVS[name], emulated)
+
+
+def check_gemv(case: Gemv, emulated: Emulated) -> None:
+    rng, blocks = np.random.default_rng(case.k), case.blocks()
+    limit = {"int8": 127, "int4": 7}.get(case.dtype)
+    if limit is None:
+        w = rng.standard_normal((case.k, case.n)).astype(numpy_dtype(case.dtype))
+    else:
+        w = rng.integers(-limit - 1, limit + 1, (case.k, case.n)).astype(np.int8)
+    x = rng.standard_normal((1, case.k)).astype(numpy_dtype(case.x))
+    if blocks is not None:
+        w = (w * _alive(case, blocks)).astype(w.dtype)
+    scales = rng.random((case.n, case.k // case.group) if case.group else case.n)
+    given = {"x": x, "w": pack_vectors(w, case.dtype, blocks), "scales": scales.astype(np.float32)}
+    given["blocks"] = blocks
+    given["bias"] = rng.standard_normal(case.n).astype(np.float32)
+    given["residual"] = rng.standard_normal((1, case.n)).astype(numpy_dtype(case.x))
+    real = w.astype(float)
+    if limit is not None:
+        factor = given["scales"].astype(float)
+        real *= np.repeat(factor, case.group, 1).T if case.group else factor
+    expected = finish(x.astype(float) @ real, case.epilogue, given)
+    (kernel,) = case.rule().kernels
+    for order in ORDERS:
+        found = emulated.run(kernel, needs(kernel, given), order)["y"]
+        close(found, expected, case.x, case.k, 8 * np.abs(real).max())
+
+
+def _alive(case: Gemv, blocks: np.ndarray) -> np.ndarray:
+    mask = np.zeros((-(-case.k // 16), case.groups))
+    for group, listed in enumerate(blocks):
+        mask[listed[listed >= 0], group] = 1
+    return np.kron(mask, np.ones((16, case.n // case.groups)))[: case.k]
+
+
+# What a kernel may get wrong, and what the emulator makes of it.
+MISTAKES = {
+    "a missing wait": ("copy_wait<G::STAGES - 2>();", "", "never waited for"),
+    "a missing barrier": ("  sync_block();\n  int mine", "  int mine", "worst"),
+    "a plain layout": ("(chunk ^ ((row >> 1) & 3))", "chunk", "bank conflicts"),
+    "a wrong fragment": ("lane % 8 + lane / 16 * 8", "lane % 16", "worst"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_emulator_notices_a_planted_mistake(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, wrong, noticed = MISTAKES[mistake]
+    original = source_kernel.source_of
+    monkeypatch.setattr(
+        source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
+    )
+    assert any(right in original(family) for family in ("gemm", "gemv"))
+    case, check = (
+        (GEMVS["bf16"], check_gemv) if "barrier" in mistake else (GEMMS["fp16 one row"], check_gemm)
+    )
+    broken = Emulated(case.rule().kernels, tmp_path)
+    with pytest.raises(AssertionError, match=noticed):
+        check(case, broken)
+
+
+@given(
+    k=st.integers(1, 90),
+    n=st.integers(1, 150),
+    columns=st.sampled_from([64, 128]),
+    dtype=st.sampled_from(["float16", "int8"]),
+    seed=st.integers(0, 2**16),
+)
+def test_packing_is_undone(k: int, n: int, columns: int, dtype: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.integers(-4, 5, (k, n)).astype(dtype)
+    np.testing.assert_array_equal(unpack_weight(pack_weight(weight, columns), k, n), weight)
+    weight[rng.random(k) < 0.7] = 0
+    blocks = live_blocks(weight, columns)
+    packed = pack_weight(weight, columns, blocks)
+    np.testing.assert_array_equal(unpack_weight(packed, k, n, blocks), weight)
+    assert packed.shape[1] * packed.shape[3] == 16 * blocks.shape[1]
+
+
+@given(n=st.integers(1, 9), k=st.integers(1, 20), seed=st.integers(0, 2**16))
+def test_int4_packing_is_undone(n: int, k: int, seed: int) -> None:
+    weight = np.random.default_rng(seed).integers(-8, 8, (32 * k, n)).astype(np.int8)
+    np.testing.assert_array_equal(unpack_int4(pack_vectors(weight, "int4")), weight.T)
+
+
+@given(m=st.integers(1, 5000), n=st.integers(1, 40), k=st.integers(1, 200))
+def test_chosen_tile_is_whole(m: int, n: int, k: int) -> None:
+    tile = choose_tile(m, 8 * n, k, "sm_90")
+    assert 1 <= tile.splits <= max(1, k // 8)
+    assert tile.threads in (128, 256)
+    assert choose_tile(m, 8 * n, k, "sm_80", columns=64).n == 64
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        (gemm_rule(8, 64, 60, "float16"), "16 bytes"),
+        (gemm_rule(8, 60, 64, "float16"), "16 bytes"),
+        (gemm_rule(8, 64, 64, "float32"), "no tensor core product of float32"),
+        (gemm_rule(8, 64, 64, "float16", live=3), "no whole tiles"),
+        (gemv_rule(8, 100, "float16"), "16 bytes"),
+        (gemv_rule(8, 96, "int4", group=24), "16 bytes"),
+        (gemv_rule(8, 64, "float16", x="bfloat16"), "cast one"),
+        (gemv_rule(8, 64, "int4", live=(2, 2)), "live blocks"),
+        (gemv_rule(8, 72, "float16", live=(2, 2)), "multiple of 16"),
+        (gemv_rule(8, 64, "float8"), "no kernel for float8"),
+        (attention_rule(1, 8, 8, 1, 48, "float16"), "heads of 48"),
+        (attention_rule(1, 8, 8, 1, 64, "float32"), "float32"),
+        (decode_attention_rule(1, 1, 9, 64, 64, "float16"), "at most 8"),
+        (decode_attention_rule(1, 1, 1, 64, 32, "float16"), "heads of 32"),
+        (decode_attention_rule(1, 1, 1, 64, 64, "float16", cache="int4"), "cache of int4"),
+        (conv_step_rule(8, "float16", taps=3), "3 taps"),
+        (conv_step_rule(8, "float32"), "float32"),
+        (scan_step_rule(8, 12, "float16"), "12 states"),
+        (scan_step_rule(8, 16, "int8"), "int8"),
+    ],
+)
+def test_what_does_not_fit_has_a_reason(rule: Rule, reason: str) -> None:
+    assert rule.kernels == ()
+    assert reason in rule.reason

@@ -1,0 +1,243 @@
+"""The suite for a GPU host: on an emulated device, against the stub, and without a driver."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_emulation import Emulated
+
+from benchmarks import gpu_suite
+from icd_tvm.errors import MeasurementError
+from icd_tvm.measure import cuda_timing
+from icd_tvm.measure.cuda_reference import Trial, make_trial
+from icd_tvm.runtime.cuda_driver import CudaDevice
+from icd_tvm.tir_schedules.cuda.attention import attention_rule
+from icd_tvm.tir_schedules.cuda.catalogue import Entry
+from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
+from icd_tvm.tir_schedules.cuda.gemm import TILES, gemm_rule
+from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
+from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, SourceKernel
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = Epilogue("gelu", bias=True, residual=True)
+PARTS = replace(TILES[5], splits=2)
+ENTRIES = [
+    Entry("gemm", gemm_rule(40, 64, 72, "float16", epilogue=FULL, tile=TILES[4])),
+    Entry("gemm blocks", gemm_rule(16, 128, 256, "float16", live=8, tile=TILES[5]), "gemm"),
+    Entry(
+        "gemm parts", gemm_rule(8, 64, 512, "int8", epilogue=FULL, tile=replace(TILES[5], splits=2))
+    ),
+    Entry("gemv blocks", gemv_rule(64, 256, "bfloat16", x="bfloat16", live=(4, 8))),
+    Entry("gemv int4", gemv_rule(16, 256, "int4", group=64)),
+    Entry("gemv int8", gemv_rule(16, 128, "int8", epilogue=FULL)),
+    Entry("attention", attention_rule(2, 20, 70, 1, 32, "float16")),
+    Entry("decode", decode_attention_rule(1, 2, 2, 130, 64, "float16")),
+    Entry("decode int8", decode_attention_rule(1, 2, 2, 70, 64, "bfloat16", cache="int8")),
+    Entry("conv", conv_step_rule(40, "float16")),
+    Entry("scan", scan_step_rule(20, 16, "float16")),
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the path")
+
+
+class EmulatedDevice:
+    """What `CudaDevice` offers, on the host; every kernel takes a microsecond."""
+
+    name, arch, l2_bytes, multiprocessors = "Emulated", "sm_90", 1 << 16, 1
+
+    def __init__(self, emulated: Emulated) -> None:
+        self._emulated = emulated
+        self._memory: dict[int, np.ndarray] = {}
+        self._started = 0
+        self._capturing: list[tuple[SourceKernel, list[int]]] | None = None
+
+    def empty(self, size: int) -> int:
+        raw = np.full(size + 64, 0xFF, np.uint8)
+        pointer = int(raw.ctypes.data + -raw.ctypes.data % 64)
+        self._memory[pointer] = raw
+        return pointer
+
+    def free(self, pointer: int) -> None:
+        del self._memory[pointer]
+
+    def upload(self, pointer: int, array: np.ndarray) -> None:
+        data = np.asarray(array, order="C")
+        ctypes.memmove(pointer, data.ctypes.data, data.nbytes)
+
+    def download(self, pointer: int, array: np.ndarray) -> None:
+        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        self._started += 1
+
+    def launch(self, kernel: SourceKernel, pointers: Sequence[int]) -> None:
+        if self._capturing is not None:
+            self._capturing.append((kernel, list(pointers)))
+            return
+        self._started += 1
+        self._emulated.launch(kernel, pointers)
+
+    def wait(self) -> None:
+        pass
+
+    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
+        self._capturing = []
+        work()
+        launches, self._capturing = self._capturing, None
+
+        def replay() -> None:
+            self._started += len(launches)
+
+        return replay
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        before = self._started
+        work()
+        return 1e-6 * (self._started - before)
+
+    def leaks(self) -> int:
+        return len(self._memory)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> EmulatedDevice:
+    kernels = [kernel for entry in ENTRIES for kernel in entry.rule.kernels]
+    return EmulatedDevice(Emulated(kernels, tmp_path_factory.mktemp("suite")))
+
+
+def arguments(**changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"kernels": None, "limit": 480.0, **changed})
+
+
+@needs_compiler
+def test_whole_suite_on_an_emulated_device(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
+    monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
+    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments())  # type: ignore[arg-type,return-value]
+    worst = {name: item["error_of_allowed"] for name, item in record["correctness"].items()}
+    assert set(worst) == {entry.name for entry in ENTRIES}
+    assert all(0 < value <= 1 for value in worst.values()), worst
+    for entry in ENTRIES:
+        found = record["times"][entry.name]
+        assert found["cold"]["us"] == pytest.approx(len(entry.rule.kernels))
+        assert found["warm"]["by"] == "graph"
+        assert found["sets"] >= 2
+    assert record["copy_rate"] == pytest.approx(2 * (1 << 12) / 1e-6)
+    # No counter, no torch GPU and no ncu here: said, not invented.
+    assert all(str(record[part]).startswith("not measured") for part in ("energy", "peers"))
+    assert device.leaks() == 0
+    text = gpu_suite.table(record)
+    assert "| gemm blocks | 0." in text
+    assert text.startswith("# Emulated, sm_90")
+    json.dumps(record, default=float)
+
+
+@needs_compiler
+def test_a_wrong_kernel_is_found(device: EmulatedDevice) -> None:
+    for entry in ENTRIES:
+        trial = make_trial(entry.rule)
+        buffers = cuda_timing.Buffers(device, entry, trial.inputs, 1)  # type: ignore[arg-type]
+        buffers.call()
+        found = buffers.outputs()
+        buffers.free()
+        assert trial.check(found) <= 1, entry.name
+        for name, expected in trial.expected.items():
+            spoilt = dict(found)
+            spoilt[name] = found[name].copy()
+            spoilt[name][expected.rows[0]] += np.asarray(1, found[name].dtype)
+            assert trial.check(spoilt) > 1, (entry.name, name)
+            spoilt[name].fill(np.nan)
+            assert trial.check(spoilt) == np.inf
+
+
+@needs_compiler
+def test_without_time_nothing_is_begun(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
+    monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
+    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments(limit=0.0))  # type: ignore[arg-type,return-value]
+    for part in ("correctness", "times"):
+        assert set(record[part].values()) == {"not measured: no time is left"}
+    assert "not measured" in gpu_suite.table(record)
+
+
+def test_a_failing_item_does_not_stop_the_part() -> None:
+    def one(entry: Entry) -> dict[str, Any]:
+        if entry.name == "gemm":
+            raise MeasurementError("cuLaunchKernel: CUDA error 700")
+        return {"fine": True}
+
+    found = cuda_timing.each(ENTRIES[:2], cuda_timing.Clock(60), "times", one)
+    assert found == {
+        "gemm": "not measured: cuLaunchKernel: CUDA error 700",
+        "gemm blocks": {"fine": True},
+    }
+
+
+def test_trial_counts_every_output() -> None:
+    trial = make_trial(conv_step_rule(40, "float16"))
+    assert isinstance(trial, Trial)
+    assert set(trial.expected) == {"window_out", "out"}
+
+
+def rehearse(before: str, out: Path) -> tuple[dict[str, Any], str]:
+    """Run the suite in a process without TVM; return its record, and what it printed."""
+    code = f"import sys, runpy\n{before}\nsys.modules['tvm'] = None\n"
+    code += f"sys.argv = ['gpu_suite.py', '--out', {str(out)!r}]\n"
+    code += f"runpy.run_path({str(ROOT / 'benchmarks/gpu_suite.py')!r}, run_name='__main__')\n"
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    (file,) = out.glob("*.json")
+    return json.loads(file.read_text()), child.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+def test_rehearsal_against_the_stub_reaches_the_end(tmp_path: Path) -> None:
+    load = "from icd_tvm.runtime.cuda_toolkit import load_driver; kind = load_driver()"
+    record, printed = rehearse(f"{load}\nassert kind == 'stub', kind", tmp_path)
+    check_nothing_is_measured(record, printed, "cuInit: CUDA error 100 no device")
+
+
+def test_rehearsal_without_a_driver_reaches_the_end(tmp_path: Path) -> None:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("this machine has an NVIDIA driver")
+    except OSError:
+        pass
+    with pytest.raises(MeasurementError, match="no NVIDIA driver"):
+        CudaDevice()
+    record, printed = rehearse("", tmp_path)
+    check_nothing_is_measured(record, printed, "no NVIDIA driver")
+
+
+def check_nothing_is_measured(record: dict[str, Any], printed: str, reason: str) -> None:
+    assert record["device"] is None
+    for part in ("copy_rate", *cuda_timing.PARTS):
+        assert record[part].startswith("not measured")
+        assert reason in record[part]
+    rows = [
+        line for line in printed.splitlines() if line.startswith(("| bert", "| mamba", "| dec"))
+    ]
+    assert len(rows) == len(record["predicted"]) - 1
+    assert all(row.count("not measured") == 4 for row in rows)
+    assert "no GPU: nothing was run" in printed
