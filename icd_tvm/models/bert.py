@@ -143,17 +143,32 @@ def build_bert(
     ConfigError
         The batch size is below 1.
     """
+    graph, _ = encode_graph(config, weights, seq, batch)
+    kind = "trained" if trained else "random"
+    return graph.finish((batch, seq), name, kind, "last_hidden_state", (batch, seq, config.hidden))
+
+
+def encode_graph(
+    config: BertConfig, weights: Weights, seq: Size, batch: Size
+) -> tuple[BertGraph, str]:
+    """Return the graph of an encoder without its end, and the name of its last layer's output.
+
+    Raises
+    ------
+    ShapeError, ConfigError
+        See `build_bert`.
+    """
     if isinstance(seq, int) and not 1 <= seq <= config.max_position:
         raise ShapeError(f"seq {seq} is outside 1..{config.max_position}")
     if isinstance(batch, int) and batch < 1:
         raise ConfigError(f"batch {batch} is below 1")
     _check_weights(config, weights)
-    graph = _BertGraph(config, weights)
+    graph = BertGraph(config, weights)
     hidden = graph.embeddings(seq)
     mask = graph.attention_bias()
     for index in range(config.layers):
         hidden = graph.layer(index, hidden, mask)
-    return graph.finish((batch, seq), name, "trained" if trained else "random")
+    return graph, hidden
 
 
 def _check_weights(config: BertConfig, weights: Weights) -> None:
@@ -164,7 +179,7 @@ def _check_weights(config: BertConfig, weights: Weights) -> None:
             raise ShapeError(f"weight {name!r} has shape {weights[name].shape}, not {shape}")
 
 
-class _BertGraph:
+class BertGraph:
     """Collects nodes and initializers; every method returns the name of a value."""
 
     def __init__(self, config: BertConfig, weights: Weights) -> None:
@@ -296,16 +311,21 @@ class _BertGraph:
         value = self.node("Add", f"{path}/Add", value, skip)
         return self.norm(f"{path}/LayerNorm", f"{module}.LayerNorm", value)
 
-    def finish(self, shape: tuple[Size, Size], name: str, weights: str) -> onnx.ModelProto:
-        """Name the last node's output and return the model."""
-        self.nodes[-1].output[0] = "last_hidden_state"
+    def finish(
+        self,
+        shape: tuple[Size, Size],
+        name: str,
+        weights: str,
+        output_name: str,
+        output_shape: tuple[Size, ...],
+    ) -> onnx.ModelProto:
+        """Name the last node's output and return the model; ``shape`` is that of the inputs."""
+        self.nodes[-1].output[0] = output_name
         inputs = [
             helper.make_tensor_value_info(label, TensorProto.INT64, shape)
             for label in ("input_ids", "attention_mask", "token_type_ids")
         ]
-        output = helper.make_tensor_value_info(
-            "last_hidden_state", TensorProto.FLOAT, (*shape, self.config.hidden)
-        )
+        output = helper.make_tensor_value_info(output_name, TensorProto.FLOAT, output_shape)
         graph = helper.make_graph(
             self.nodes, name, inputs, [output], list(self.initializers.values())
         )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import onnx
+from numpy.typing import NDArray
 
 from icd_tvm.errors import MissingDependencyError, ModelFileError
 from icd_tvm.models.bert import MINILM, Size, build_bert
@@ -57,6 +59,17 @@ def build_minilm(seq: Size = 128, batch: Size = 1) -> onnx.ModelProto:
     ModelFileError
         The weights file cannot be read.
     """
+    return build_bert(MINILM, load_minilm(), seq, batch, trained=True, name="minilm")
+
+
+def load_minilm() -> dict[str, NDArray[Any]]:
+    """Return MiniLM-L6's arrays by the names of its checkpoint, dense weights ``[out, in]``.
+
+    Raises
+    ------
+    MissingDependencyError, ModelFileError
+        See `build_minilm`.
+    """
     path = package_file("model.safetensors")
     try:
         from safetensors.numpy import load_file
@@ -65,7 +78,6 @@ def build_minilm(seq: Size = 128, batch: Size = 1) -> onnx.ModelProto:
             "reading MiniLM's weights needs safetensors", "pip install safetensors"
         ) from error
     try:
-        weights = load_file(path)
+        return dict(load_file(path))
     except Exception as error:
         raise ModelFileError(f"cannot read {path}: {first_line(error)}", INSTALL_HINT) from error
-    return build_bert(MINILM, weights, seq, batch, trained=True, name="minilm")
