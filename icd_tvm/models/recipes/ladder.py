@@ -34,13 +34,13 @@ class Ladder:
         Share of dropped feed-forward units at each rung, rising.
     tuning : Training
         After each pruning.
-    seconds : float
+    seconds : float, optional
         No rung is begun that would end later than this, going by the longest so far.
     """
 
     sparsities: Sequence[float] = (0.3, 0.5, 0.6, 0.75, 0.85, 0.9)
     tuning: Training = field(default_factory=lambda: Training(epochs=2, rate=2e-4))
-    seconds: float = float("inf")
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def climb(
     scored = Sentences(data.ids[:SCORED], data.mask[:SCORED], data.labels[:SCORED])
     for sparsity in ladder.sparsities:
         start = time.perf_counter()
-        if start - began + longest > ladder.seconds:
+        if ladder.seconds is not None and start - began + longest > ladder.seconds:
             progress(f"no time left for sparsity {sparsity}")
             return
         chosen = choose_units(unit_costs(config, student, scored), sparsity, config.ffn)

@@ -131,7 +131,7 @@ def _card(
         "name": source.name,
         "origin": source.origin,
         "model": asdict(source.config),
-        "plan": {**asdict(plan), "ladder": {**asdict(plan.ladder), "seconds": None}},
+        "plan": asdict(plan),
         "versions": {"jax": jax.__version__, "numpy": np.__version__},
         "sentences": {"trained": len(source.data), "judged": len(source.judged)},
         "limits": JUDGED,

@@ -44,8 +44,8 @@ def sst2_source(seed: int = 0, seq: int = SEQ) -> Source:
         "head_seed": seed,
         "data": {name: CHECKSUMS[name] for name in CHECKSUMS if name.startswith("sst2/")},
     }
-    splits = [_sentences(split, seq) for split in ("train", "dev")]
-    return Source("minilm-sst2", MINILM, weights, *splits, origin)
+    data, judged = _sentences("train", seq), _sentences("dev", seq)
+    return Source("minilm-sst2", MINILM, weights, data, judged, origin)
 
 
 def _sentences(split: str, seq: int) -> Sentences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,8 @@ class Training:
     seed: int = 0
 
 
-def label_loss(config: BertConfig, params: Any, teacher: Any, batch: Any) -> Any:
-    """Cross-entropy with the labels; there is no teacher."""
+def label_loss(config: BertConfig, params: Any, batch: Any) -> Any:
+    """Cross-entropy with the labels."""
     ids, mask, labels = batch
     found = logits(params, layer_outputs(config, params, ids, mask)[-1])
     return -jnp.take_along_axis(jax.nn.log_softmax(found), labels[:, None], 1).mean()
@@ -128,54 +129,63 @@ def train(
     tenth of the steps and then falling to 0, both linearly.
     """
     frozen = {name: value for name, value in weights.items() if name.startswith("embeddings.")}
-    moving = {name: jnp.asarray(weights[name]) for name in weights.keys() - frozen.keys()}
-    loss = label_loss if teacher is None else distillation_loss
-    step = _make_step(config, plan, loss)
-    moments = jax.tree.map(jnp.zeros_like, (moving, moving))
+    moving = {name: jnp.array(weights[name]) for name in weights.keys() - frozen.keys()}
+    first, second = (jax.tree.map(jnp.zeros_like, moving) for _ in range(2))
     rng = np.random.default_rng(plan.seed)
-    steps, recent = plan.epochs * (len(data) // plan.batch), []
-    for at in range(plan.epochs):
+    steps, count = plan.epochs * (len(data) // plan.batch), 0
+    for epoch in range(plan.epochs):
+        losses = []
         for batch in data.shuffled(plan.batch, rng):
-            count = len(recent) + 1
+            count += 1
             rate = plan.rate * min(count / (WARM_UP * steps), 1, (steps - count + 1) / steps)
-            moving, moments, value = step(moving, moments, frozen, teacher, batch, count, rate)
-            recent.append(float(value))
-        mean = np.mean(recent[-(len(data) // plan.batch) :])
-        progress(f"epoch {at + 1} of {plan.epochs}: loss {mean:.4f}")
+            numbers = (rate, plan.decay, count)
+            moving, first, second, loss = _step(
+                config, moving, first, second, frozen, teacher, batch, numbers
+            )
+            losses.append(float(loss))
+        progress(f"epoch {epoch + 1} of {plan.epochs}: loss {np.mean(losses):.4f}")
     return frozen | {name: np.array(value) for name, value in moving.items()}
 
 
-def _make_step(config: BertConfig, plan: Training, loss: Any) -> Any:
-    """Compile one step of Adam; the old weights and moments are given up."""
+def _loss(config: BertConfig, params: Any, teacher: Any, batch: Any) -> Any:
+    if teacher is None:
+        return label_loss(config, params, batch)
+    return distillation_loss(config, params, teacher, batch)
 
-    def step(
-        moving: Any, moments: Any, frozen: Any, teacher: Any, batch: Any, count: Any, rate: Any
-    ) -> Any:
-        value, slopes = jax.value_and_grad(
-            lambda params: loss(config, params | frozen, teacher, batch)
-        )(moving)
-        first = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, moments[0], slopes)
-        second = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, moments[1], slopes)
 
-        def moved(old: Any, mean: Any, square: Any) -> Any:
-            root = jnp.sqrt(square / (1 - BETA2**count)) + EPS
-            return old - rate * (mean / (1 - BETA1**count) / root + plan.decay * old)
+@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+def _step(
+    config: BertConfig,
+    moving: Any,
+    first: Any,
+    second: Any,
+    frozen: Any,
+    teacher: Any,
+    batch: Any,
+    numbers: Any,
+) -> Any:
+    """Take one step of Adam; the weights and moments that come in are given up."""
+    rate, decay, count = numbers
+    loss, slopes = jax.value_and_grad(
+        lambda params: _loss(config, params | frozen, teacher, batch)
+    )(moving)
+    first = jax.tree.map(lambda m, g: BETA1 * m + (1 - BETA1) * g, first, slopes)
+    second = jax.tree.map(lambda v, g: BETA2 * v + (1 - BETA2) * g * g, second, slopes)
 
-        return jax.tree.map(moved, moving, first, second), (first, second), value
+    def moved(old: Any, mean: Any, square: Any) -> Any:
+        root = jnp.sqrt(square / (1 - BETA2**count)) + EPS
+        return old - rate * (mean / (1 - BETA1**count) / root + decay * old)
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.tree.map(moved, moving, first, second), first, second, loss
 
 
 def predict(
     config: BertConfig, weights: Weights, data: Sentences, batch: int = 32
 ) -> NDArray[np.float32]:
     """Return the logits of every sentence, float32 [n, classes]."""
-    run = jax.jit(
-        lambda params, ids, mask: logits(params, layer_outputs(config, params, ids, mask)[-1])
-    )
     found = np.zeros((len(data), len(weights["classifier.bias"])), np.float32)
     for rows, (ids, mask, _) in data.by_length(batch):
-        found[rows] = np.asarray(run(weights, ids, mask))[: len(rows)]
+        found[rows] = np.asarray(_logits(config, weights, ids, mask))[: len(rows)]
     return found
 
 
@@ -196,11 +206,6 @@ def unit_costs(
     in place of the loss: the loss of a fitted classifier is flat on what it was fitted to.
     """
 
-    def margin(gates: Any, params: Any, ids: Any, mask: Any) -> Any:
-        found = logits(params, layer_outputs(config, params, ids, mask, gates)[-1])
-        return (found[:, -1] - found[:, 0]).sum()
-
-    slopes = jax.jit(jax.grad(margin))
     widths = [
         len(weights[f"encoder.layer.{i}.intermediate.dense.bias"]) for i in range(config.layers)
     ]
@@ -208,6 +213,24 @@ def unit_costs(
     for rows, (ids, mask, _) in data.by_length(batch):
         # A gate for each sentence: its gradient is that sentence's own.
         gates = [np.ones((batch, 1, width), np.float32) for width in widths]
-        for cost, slope in zip(costs, slopes(gates, weights, ids, mask), strict=True):
+        for cost, slope in zip(
+            costs, _margin_slopes(config, gates, weights, ids, mask), strict=True
+        ):
             cost += (np.asarray(slope, np.float64)[: len(rows), 0] ** 2).sum(0) / len(data)
     return costs
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(config: BertConfig, params: Any, ids: Any, mask: Any) -> Any:
+    return logits(params, layer_outputs(config, params, ids, mask)[-1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _margin_slopes(config: BertConfig, gates: Any, params: Any, ids: Any, mask: Any) -> Any:
+    """Return what the difference of the logits changes by with each sentence's gates."""
+
+    def margin(gates: Any) -> Any:
+        found = logits(params, layer_outputs(config, params, ids, mask, gates)[-1])
+        return (found[:, -1] - found[:, 0]).sum()
+
+    return jax.grad(margin)(gates)
