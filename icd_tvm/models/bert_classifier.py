@@ -50,7 +50,7 @@ def _check_head(config: BertConfig, weights: Weights) -> int:
     """Return the number of classes."""
     classes = len(weights["classifier.bias"]) if "classifier.bias" in weights else 0
     for module, rows in (("pooler.dense", config.hidden), ("classifier", classes)):
-        for part, shape in (("weight", (rows, config.hidden)), ("bias", (rows,))):
+        for part, shape in (("bias", (rows,)), ("weight", (rows, config.hidden))):
             found = weights.get(f"{module}.{part}")
             if found is None or tuple(found.shape) != shape:
                 what = "is missing" if found is None else f"has shape {found.shape}, not {shape}"

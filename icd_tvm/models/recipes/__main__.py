@@ -20,6 +20,8 @@ def _parser() -> Parser:
     add("recipe", choices=("sst2",), help="MiniLM-L6 on SST-2 sentences")
     add("--out", type=Path, required=True, help="folder for the two ONNX files and the card")
     add("--sparsity", type=_rates, help="rising shares of dropped units, e.g. 0.5,0.75")
+    add("--epochs", type=int, default=2, help="of tuning after each pruning")
+    add("--dense", type=Path, help="dense.onnx of an earlier run: prune it, do not train it again")
     add("--minutes", type=float, default=60.0, help="begin no rung that would end later than this")
     add("--seed", type=int, default=0, help="of the head and of the order of the sentences")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -43,14 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(given)
         from icd_tvm.models.recipes.ladder import Ladder
-        from icd_tvm.models.recipes.recipe import Plan, cook
+        from icd_tvm.models.recipes.recipe import Plan, cook, read_weights
         from icd_tvm.models.recipes.sst2 import sst2_source
         from icd_tvm.models.recipes.training import Training
 
         rates = options.sparsity or Ladder().sparsities
-        tuning = Training(epochs=2, rate=2e-4, seed=options.seed)
+        tuning = Training(options.epochs, rate=2e-4, seed=options.seed)
         plan = Plan(Training(seed=options.seed), Ladder(rates, tuning, 60 * options.minutes))
-        card = cook(sst2_source(options.seed), plan, options.out)
+        dense = read_weights(options.dense) if options.dense else None
+        card = cook(sst2_source(options.seed), plan, options.out, dense=dense)
     except IcdError as error:
         return refused(error, given)
     chosen = card["chosen"]

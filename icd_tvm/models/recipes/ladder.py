@@ -20,7 +20,7 @@ from icd_tvm.models.recipes.units import (
 )
 
 # Sentences that the costs of the units are averaged over.
-SCORED = 1024
+SCORED = 512
 Right = NDArray[np.bool_]
 
 

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
 
+from icd_tvm.errors import ModelFileError
 from icd_tvm.files import make_folder, write_atomically
 from icd_tvm.models.bert import BertConfig
 from icd_tvm.models.bert_classifier import build_bert_classifier
+from icd_tvm.models.onnx_file import first_line
 from icd_tvm.models.recipes._jax import jax
 from icd_tvm.models.recipes.ladder import Ladder, Right, Rung, climb, right_ones
 from icd_tvm.models.recipes.training import Sentences, Training, train
@@ -72,7 +76,11 @@ class Plan:
 
 
 def cook(
-    source: Source, plan: Plan, out: Path, progress: Callable[[str], None] = print
+    source: Source,
+    plan: Plan,
+    out: Path,
+    progress: Callable[[str], None] = print,
+    dense: Weights | None = None,
 ) -> dict[str, Any]:
     """Train the dense twin, climb the ladder, and write what came of it.
 
@@ -87,6 +95,9 @@ def cook(
         if there is none) and ``card.json``.
     progress : callable
         Is told a line now and then.
+    dense : dict of str to float32 array, optional
+        A dense twin that was trained before (see `read_weights`); the card then gives no time of
+        its training.
 
     Returns
     -------
@@ -102,11 +113,12 @@ def cook(
     """
     make_folder(out)
     (out / PRUNED).unlink(missing_ok=True)
-    start = time.perf_counter()
-    dense = train(source.config, source.weights, source.data, plan.dense, progress=progress)
+    start, seconds = time.perf_counter(), None
+    if dense is None:
+        dense = train(source.config, source.weights, source.data, plan.dense, progress=progress)
+        seconds = time.perf_counter() - start
     right = right_ones(source.config, dense, source.judged)
-    seconds = time.perf_counter() - start
-    progress(f"dense: accuracy {_percent(right):.3f} % ({seconds / 60:.1f} min)")
+    progress(f"dense: accuracy {_percent(right):.3f} %")
     files = {DENSE: _save(source, dense, out / DENSE)}
     card = _card(source, plan, right, seconds, files)
     for rung in climb(source.config, dense, source.data, source.judged, plan.ladder, progress):
@@ -124,8 +136,31 @@ def cook(
     return card
 
 
+def read_weights(path: Path) -> Weights:
+    """Return the weights of a classifier that `cook` wrote, dense weights [out, in].
+
+    Raises
+    ------
+    ModelFileError
+        The file cannot be read as ONNX.
+    """
+    try:
+        tensors = onnx.load(path).graph.initializer
+    except (OSError, DecodeError) as error:
+        raise ModelFileError(f"cannot read {path}: {first_line(error)}") from error
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+    transposed = {
+        name for name in arrays if name.endswith(".weight") and not name.startswith("embeddings.")
+    }
+    return {
+        name: array.T if name in transposed else array
+        for name, array in arrays.items()
+        if name.endswith((".weight", ".bias"))
+    }
+
+
 def _card(
-    source: Source, plan: Plan, right: Right, seconds: float, files: dict[str, Any]
+    source: Source, plan: Plan, right: Right, seconds: float | None, files: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "name": source.name,

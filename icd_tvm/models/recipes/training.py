@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from icd_tvm.errors import ConfigError
 from icd_tvm.models.bert import BertConfig
 from icd_tvm.models.recipes._jax import jax, jnp
 from icd_tvm.models.recipes.classifier import layer_outputs, logits
@@ -69,6 +70,10 @@ class Training:
     batch: int = 32
     decay: float = 0.01
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch) < 1:
+            raise ConfigError(f"epochs {self.epochs} and batch {self.batch} must be at least 1")
 
 
 def label_loss(config: BertConfig, params: Any, batch: Any) -> Any:
