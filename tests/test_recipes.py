@@ -22,7 +22,13 @@ from icd_tvm.models.bert import BERT_MINI, BertConfig, build_bert, random_bert_w
 from icd_tvm.models.bert_classifier import build_bert_classifier
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.recipes.__main__ import main
-from icd_tvm.models.recipes.units import STEP, choose_units, with_zero_units, without_units
+from icd_tvm.models.recipes.units import (
+    STEP,
+    choose_units,
+    refitted,
+    with_zero_units,
+    without_units,
+)
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.dead_units import dead_units
 
@@ -195,7 +201,8 @@ def test_jax_computes_the_graph() -> None:
 
 @needs_jax
 def test_a_unit_costs_what_the_logits_change_by() -> None:
-    from icd_tvm.models.recipes.training import predict, unit_costs
+    from icd_tvm.models.recipes.scoring import unit_costs
+    from icd_tvm.models.recipes.training import predict
 
     weights, data = classifier_weights(TINY), sentences(4, 1)
     unit, step, name = 7, 0.05, "encoder.layer.1.output.dense.weight"
@@ -208,6 +215,27 @@ def test_a_unit_costs_what_the_logits_change_by() -> None:
     wanted = (((margins[1] - margins[0]) / (2 * step)) ** 2).mean()
     assert wanted > 0
     assert unit_costs(TINY, weights, data)[1][unit] == pytest.approx(wanted, rel=0.02)
+
+
+@needs_jax
+def test_a_refit_makes_up_for_a_twin() -> None:
+    from icd_tvm.models.recipes.scoring import unit_grams
+    from icd_tvm.models.recipes.training import predict
+
+    # Unit 9 of each layer says what unit 8 says, so that either can do the work of both.
+    weights, data = classifier_weights(TINY), sentences(37, 1)
+    for index in range(TINY.layers):
+        for part in ("weight", "bias"):
+            inner = weights[f"encoder.layer.{index}.intermediate.dense.{part}"]
+            inner[9] = inner[8]
+    grams = unit_grams(TINY, weights, data)
+    assert grams[0].shape == (TINY.ffn, TINY.ffn)
+    np.testing.assert_allclose(grams[0][8], grams[0][9], rtol=1e-5)
+    kept = [np.delete(np.arange(TINY.ffn), 9)] * TINY.layers
+    wanted = predict(TINY, weights, data)
+    plain = predict(TINY, without_units(weights, kept), data)
+    made_up = predict(TINY, without_units(refitted(weights, kept, grams), kept), data)
+    assert abs(made_up - wanted).max() < 0.1 * abs(plain - wanted).max()
 
 
 @needs_jax

@@ -21,8 +21,8 @@ def layer_outputs(
     ids: Array,
     mask: Array,
     gates: Sequence[Array] | None = None,
-) -> list[Array]:
-    """Return the output of the embeddings and of every layer, each float32 [batch, seq, hidden].
+) -> tuple[list[Array], list[Array]]:
+    """Return what every layer gives, and what its feed-forward units give.
 
     Parameters
     ----------
@@ -33,10 +33,17 @@ def layer_outputs(
     ids, mask : int [batch, seq]
     gates : sequence of float32 [batch, 1, width], optional
         Factor of every feed-forward unit, per layer.
+
+    Returns
+    -------
+    list of float32 [batch, seq, hidden]
+        Outputs of the layers.
+    list of float32 [batch, seq, width]
+        Units of each layer after the activation function.
     """
     hidden = _embeddings(config, params, ids)
     bias = jnp.where(mask[:, None, None, :] > 0, 0.0, jnp.finfo(jnp.float32).min)
-    outputs = [hidden]
+    outputs, units = [], []
     for index in range(config.layers):
         at = f"encoder.layer.{index}"
         context = _attention(config, params, f"{at}.attention.self", hidden, bias)
@@ -48,7 +55,8 @@ def layer_outputs(
         projected = _dense(params, f"{at}.output.dense", inner)
         hidden = _norm(config, params, f"{at}.output.LayerNorm", projected + hidden)
         outputs.append(hidden)
-    return outputs
+        units.append(inner)
+    return outputs, units
 
 
 def logits(params: Params, hidden: Array) -> Array:

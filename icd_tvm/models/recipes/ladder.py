@@ -10,16 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icd_tvm.models.bert import BertConfig
-from icd_tvm.models.recipes.training import Sentences, Training, predict, train, unit_costs
+from icd_tvm.models.recipes.scoring import unit_costs, unit_grams
+from icd_tvm.models.recipes.training import Sentences, Training, predict, train
 from icd_tvm.models.recipes.units import (
     Units,
     Weights,
     choose_units,
+    refitted,
     with_zero_units,
     without_units,
 )
 
-# Sentences that the costs of the units are averaged over.
+# Sentences that tell what the units cost; their tokens must outnumber a layer's units.
 SCORED = 512
 Right = NDArray[np.bool_]
 
@@ -108,7 +110,8 @@ def climb(
             return
         chosen = choose_units(unit_costs(config, student, scored), sparsity, config.ffn)
         kept = [units[some] for units, some in zip(kept, chosen, strict=True)]
-        student = without_units(student, chosen)
+        grams = unit_grams(config, student, scored)
+        student = without_units(refitted(student, chosen, grams), chosen)
         student = train(config, student, data, ladder.tuning, dense, progress)
         right = right_ones(config, student, judged)
         longest = max(longest, time.perf_counter() - start)

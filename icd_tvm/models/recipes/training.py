@@ -79,7 +79,7 @@ class Training:
 def label_loss(config: BertConfig, params: Any, batch: Any) -> Any:
     """Cross-entropy with the labels."""
     ids, mask, labels = batch
-    found = logits(params, layer_outputs(config, params, ids, mask)[-1])
+    found = logits(params, layer_outputs(config, params, ids, mask)[0][-1])
     return -jnp.take_along_axis(jax.nn.log_softmax(found), labels[:, None], 1).mean()
 
 
@@ -92,12 +92,12 @@ def distillation_loss(config: BertConfig, params: Any, teacher: Any, batch: Any)
     al., "TinyBERT", 2020 (layers).
     """
     ids, mask, _ = batch
-    ours, theirs = (layer_outputs(config, weights, ids, mask) for weights in (params, teacher))
+    ours, theirs = (layer_outputs(config, weights, ids, mask)[0] for weights in (params, teacher))
     wanted = jax.nn.softmax(logits(teacher, theirs[-1]))
     found = jax.nn.log_softmax(logits(params, ours[-1]))
     gap = (wanted * (jnp.log(jnp.maximum(wanted, 1e-12)) - found)).sum(-1).mean()
     real = mask[:, :, None] / (mask.sum() * config.hidden)
-    pairs = zip(ours[1:], theirs[1:], strict=True)
+    pairs = zip(ours, theirs, strict=True)
     return gap + sum((real * (one - other) ** 2).sum() for one, other in pairs)
 
 
@@ -194,48 +194,6 @@ def predict(
     return found
 
 
-def unit_costs(
-    config: BertConfig, weights: Weights, data: Sentences, batch: int = 32
-) -> list[NDArray[np.float64]]:
-    """Return what dropping each feed-forward unit would do to the logits, per layer.
-
-    Returns
-    -------
-    list of float64 [units]
-        Mean over the sentences of the squared first-order change of the difference between the
-        last and the first class' logit.
-
-    Notes
-    -----
-    Molchanov et al., "Importance estimation for neural network pruning", 2019, with the logits
-    in place of the loss: the loss of a fitted classifier is flat on what it was fitted to.
-    """
-
-    widths = [
-        len(weights[f"encoder.layer.{i}.intermediate.dense.bias"]) for i in range(config.layers)
-    ]
-    costs = [np.zeros(width) for width in widths]
-    for rows, (ids, mask, _) in data.by_length(batch):
-        # A gate for each sentence: its gradient is that sentence's own.
-        gates = [np.ones((batch, 1, width), np.float32) for width in widths]
-        for cost, slope in zip(
-            costs, _margin_slopes(config, gates, weights, ids, mask), strict=True
-        ):
-            cost += (np.asarray(slope, np.float64)[: len(rows), 0] ** 2).sum(0) / len(data)
-    return costs
-
-
 @partial(jax.jit, static_argnums=0)
 def _logits(config: BertConfig, params: Any, ids: Any, mask: Any) -> Any:
-    return logits(params, layer_outputs(config, params, ids, mask)[-1])
-
-
-@partial(jax.jit, static_argnums=0)
-def _margin_slopes(config: BertConfig, gates: Any, params: Any, ids: Any, mask: Any) -> Any:
-    """Return what the difference of the logits changes by with each sentence's gates."""
-
-    def margin(gates: Any) -> Any:
-        found = logits(params, layer_outputs(config, params, ids, mask, gates)[-1])
-        return (found[:, -1] - found[:, 0]).sum()
-
-    return jax.grad(margin)(gates)
+    return logits(params, layer_outputs(config, params, ids, mask)[0][-1])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from icd_tvm.adapters.units import refit_consumer
 from icd_tvm.errors import ConfigError
 
 Weights = dict[str, NDArray[np.float32]]
@@ -60,6 +61,29 @@ def choose_units(scores: Sequence[NDArray[np.float64]], sparsity: float, width: 
         np.sort(np.argsort(-layer, kind="stable")[:count])
         for layer, count in zip(scores, counts, strict=True)
     ]
+
+
+def refitted(
+    weights: Mapping[str, NDArray[np.float32]],
+    kept: Sequence[Units],
+    grams: Sequence[NDArray[np.float64]],
+) -> Weights:
+    """Let the kept units of each layer make up for the others, as far as they can.
+
+    Parameters
+    ----------
+    weights : mapping of str to float32 array
+    kept : sequence of int64 arrays
+        Units that stay, per layer.
+    grams : sequence of float64 [units, units]
+        Gram matrix of each layer's units, see `icd_tvm.adapters.units.refit_consumer`.
+    """
+    result = dict(weights)
+    for index, (units, gram) in enumerate(zip(kept, grams, strict=True)):
+        name = f"encoder.layer.{index}.output.dense.weight"
+        alive = np.isin(np.arange(len(gram)), units)
+        result[name] = refit_consumer(weights[name].T, gram, alive).T
+    return result
 
 
 def without_units(weights: Mapping[str, NDArray[np.float32]], kept: Sequence[Units]) -> Weights:
