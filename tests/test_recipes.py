@@ -173,6 +173,22 @@ def test_without_jax_one_line_says_how_to_get_it(
     assert line == "error ICD-E106: training a recipe needs jax (pip install 'icd-tvm[recipes]')\n"
 
 
+@needs_jax
+@pytest.mark.parametrize("content", [None, b"no model"])
+def test_a_dense_twin_that_is_no_model(content: bytes | None, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "dense.onnx"
+    if content:
+        path.write_bytes(content)
+    assert main(["sst2", "--out", str(tmp_path), "--dense", str(path)]) == 2
+    assert "ICD-E101" in capsys.readouterr().err
+
+
+@needs_jax
+def test_no_epochs(tmp_path: Path, capsys: Any) -> None:
+    assert main(["sst2", "--out", str(tmp_path), "--epochs", "0"]) == 2
+    assert "epochs 0" in capsys.readouterr().err
+
+
 # The miniature
 
 
@@ -281,6 +297,8 @@ def test_miniature(tmp_path: Path) -> None:
     late = cook(source, plan, tmp_path, lines.append, dense)
     assert late["dense"] == {**card["dense"], "seconds": None}
     assert late["files"]["dense.onnx"] == card["files"]["dense.onnx"]
+    with pytest.raises(ShapeError, match="is missing"):
+        cook(source, plan, tmp_path, dense={})
     assert late["rungs"] == []
     assert lines[-1] == "no time left for sparsity 0.5"
     assert not (tmp_path / "pruned.onnx").exists()

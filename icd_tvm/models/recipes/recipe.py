@@ -12,14 +12,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import numpy_helper
 
-from icd_tvm.errors import ModelFileError
 from icd_tvm.files import make_folder, write_atomically
 from icd_tvm.models.bert import BertConfig
 from icd_tvm.models.bert_classifier import build_bert_classifier
-from icd_tvm.models.onnx_file import first_line
+from icd_tvm.models.onnx_file import load_proto, to_array
 from icd_tvm.models.recipes._jax import jax
 from icd_tvm.models.recipes.ladder import Ladder, Right, Rung, climb, right_ones
 from icd_tvm.models.recipes.training import Sentences, Training, train
@@ -110,6 +107,8 @@ def cook(
         The folder or a file cannot be written.
     ConfigError
         A sparsity leaves a layer too few units.
+    ShapeError
+        The weights do not fit the source's model.
     """
     make_folder(out)
     (out / PRUNED).unlink(missing_ok=True)
@@ -117,9 +116,9 @@ def cook(
     if dense is None:
         dense = train(source.config, source.weights, source.data, plan.dense, progress=progress)
         seconds = time.perf_counter() - start
+    files = {DENSE: _save(source, dense, out / DENSE)}
     right = right_ones(source.config, dense, source.judged)
     progress(f"dense: accuracy {_percent(right):.3f} %")
-    files = {DENSE: _save(source, dense, out / DENSE)}
     card = _card(source, plan, right, seconds, files)
     for rung in climb(source.config, dense, source.data, source.judged, plan.ladder, progress):
         line = _line(source.config, rung, right, plan.tolerance)
@@ -142,13 +141,10 @@ def read_weights(path: Path) -> Weights:
     Raises
     ------
     ModelFileError
-        The file cannot be read as ONNX.
+        The file is missing or not ONNX.
     """
-    try:
-        tensors = onnx.load(path).graph.initializer
-    except (OSError, DecodeError) as error:
-        raise ModelFileError(f"cannot read {path}: {first_line(error)}") from error
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+    tensors = load_proto(path).graph.initializer
+    arrays = {tensor.name: to_array(tensor) for tensor in tensors}
     transposed = {
         name for name in arrays if name.endswith(".weight") and not name.startswith("embeddings.")
     }
