@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,38 +136,61 @@ def build_bert(
     ConfigError
         The batch size is below 1.
     """
+    graph, hidden = encode_graph(config, weights, seq, batch)
+    source = origin(weights, trained)
+    if pooled:
+        last, shape = graph.pool(hidden), (batch, config.hidden)
+        return graph.model((batch, seq), name, source, last, "sentence_embedding", shape)
+    rows = (batch, seq, config.hidden)
+    return graph.model((batch, seq), name, source, hidden, "last_hidden_state", rows)
+
+
+def encode_graph(
+    config: BertConfig, weights: Weights, seq: Size, batch: Size
+) -> tuple[BertGraph, str]:
+    """Return the graph of an encoder without its end, and the name of its last layer's output.
+
+    Raises
+    ------
+    ShapeError, ConfigError
+        See `build_bert`.
+    """
     if isinstance(seq, int) and not 1 <= seq <= config.max_position:
         raise ShapeError(f"seq {seq} is outside 1..{config.max_position}")
     if isinstance(batch, int) and batch < 1:
         raise ConfigError(f"batch {batch} is below 1")
     check_weights(weight_shapes(config), weights)
-    graph = _BertGraph(config, weights)
-    return graph.build((batch, seq), name, origin(weights, trained), pooled)
+    graph = BertGraph(config, weights)
+    hidden = graph.embeddings(seq)
+    mask = graph.attention_bias()
+    for index in range(config.layers):
+        hidden = graph.layer(index, hidden, mask)
+    return graph, hidden
 
 
-class _BertGraph(GraphWriter):
-    """Every method returns the name of a value."""
+class BertGraph(GraphWriter):
+    """Collects an encoder's nodes; the methods but `model` return the name of a value."""
 
     def __init__(self, config: BertConfig, weights: Weights) -> None:
         super().__init__(weights)
         self.config = config
 
-    def build(
-        self, shape: tuple[Size, Size], name: str, source: dict[str, str], pooled: bool
+    def model(
+        self,
+        shape: tuple[Size, Size],
+        name: str,
+        source: Mapping[str, str],
+        last: str,
+        output_name: str,
+        output_shape: tuple[Size, ...],
     ) -> onnx.ModelProto:
-        """Return the whole model."""
-        hidden = self.embeddings(shape[1])
-        mask = self.attention_bias()
-        for index in range(self.config.layers):
-            hidden = self.layer(index, hidden, mask)
-        last = self.pool(hidden) if pooled else hidden
-        output = self.rename(last, "sentence_embedding" if pooled else "last_hidden_state")
+        """Return the model that returns ``last``; ``shape`` is that of the inputs."""
         inputs = [
             tensor_info(label, shape, ids=True)
             for label in ("input_ids", "attention_mask", "token_type_ids")
         ]
-        outputs = [tensor_info(output, (*(shape[:1] if pooled else shape), self.config.hidden))]
-        return self.finish(name, inputs, outputs, source)
+        output = tensor_info(self.rename(last, output_name), output_shape)
+        return self.finish(name, inputs, [output], source)
 
     def norm(self, path: str, module: str, value: str) -> str:
         """Layer norm over the hidden axis."""
