@@ -110,7 +110,7 @@ CPU = (
     Step("solver", "benchmarks/solver.py --quick --peers --json {out}/solver-quick.json", 240,
          gates.solver, (MINILM,)),
     Step("quality-quant",
-         "benchmarks/quality_quant.py --only minilm --request int8 int8:w8a8:smooth0.75"
+         f"benchmarks/quality_quant.py --only minilm --request {' '.join(gates.REQUESTS)}"
          " --out {out}/quality-quant.json",
          480, gates.quality_quant, (MINILM, needs_data)),
     Step("sparsity-quality",
@@ -200,7 +200,8 @@ def table(steps: Iterable[Step], state: State, out: Path) -> str:
             lines.append(f"{head} {record['reason']} | | | |")
         for figure in found:
             verdict = {None: "", True: "met", False: "**missed**"}[figure.met]
-            lines.append(f"{head} {figure.what} | {figure.value} | {figure.bar} | {verdict} |")
+            cells = (cell.replace("|", "\\|") for cell in (*figure[:3], verdict))
+            lines.append(f"{head} {' | '.join(cells)} |")
             head = "| | | |"
     return "\n".join(lines) + "\n"
 

@@ -121,3 +121,9 @@ def test_gates_know_a_miss(tmp_path: Path) -> None:
     rows = [{"request": "int8", "bar": 0.1, "delta": -0.2}, {"request": "fp8", "delta": 9.0}]
     _write(tmp_path / "quality-quant.json", {"minilm": {"rows": rows}})
     assert [f.met for f in gates.quality_quant(tmp_path)] == [False]
+
+
+def test_a_bar_in_a_cell_does_not_end_it(tmp_path: Path) -> None:
+    step = repro.Step("s", "x", 1, lambda out: iter([Figure("|x|", "1", "", True)]))
+    text = repro.table([step], {"s": {"status": "done", "seconds": 1.0}}, tmp_path)
+    assert text.splitlines()[-1] == r"| s | done | 1 | \|x\| | 1 |  | met |"
