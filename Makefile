@@ -46,12 +46,14 @@ $(TOOLS)/.ready:
 
 # What .venv holds now, with hashes; install with pip install --no-deps -r requirements.lock.
 lock: $(READY) $(TOOLS)/.ready
+	mkdir -p build
 	$(BIN)/python -m pip freeze --exclude-editable > build/freeze.txt
 	$(TOOLS)/bin/uv pip compile build/freeze.txt --quiet --no-deps --generate-hashes \
 	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" -o requirements.lock
 
 # CycloneDX, of what .venv holds now.
 sbom: $(READY) $(TOOLS)/.ready
+	mkdir -p build
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml \
 	  --output-reproducible -o build/sbom.json $(BIN)/python
 

@@ -173,6 +173,16 @@ def test_every_pass_is_documented() -> None:
     assert names == set(re.findall(r"^### (\w+)$", text, re.M))
 
 
+def test_imports_point_upwards_in_the_table_of_parts() -> None:
+    text = (ROOT / "docs" / "SAS.md").read_text()
+    folders = re.findall(r"^\| `(\w+)/`", text, re.M)
+    assert len(folders) == 9
+    for i, folder in enumerate(folders):
+        sources = (file.read_text() for file in (ROOT / "icd_tvm" / folder).rglob("*.py"))
+        used = set(re.findall(r"(?:from|import) icd_tvm\.(\w+)", "".join(sources)))
+        assert not used & set(folders[i + 1 :]), folder
+
+
 def test_every_command_is_documented() -> None:
     text = (ROOT / "docs" / "USAGE.md").read_text()
     assert not [name for name in cli.COMMANDS if f"`icd {name}`" not in text]

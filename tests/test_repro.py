@@ -1,7 +1,10 @@
 """``benchmarks/repro.py``: goes on after failures, resumes, skips with reasons, holds gates."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,16 @@ def scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
     )
     return tmp_path
+
+
+def ended(pid: str) -> bool:
+    """Say whether a process is gone, or dead and not waited for, within some seconds."""
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def grown(out: Path) -> Iterator[Figure]:
@@ -66,8 +79,7 @@ def test_a_step_over_its_limit_ends_with_its_children(scripts: Path) -> None:
     found = repro.run_step(step, scripts, scripts)
     assert found["status"] == "failed"
     assert "limit of 3 s" in found["reason"]
-    state = Path(f"/proc/{(scripts / 'pid').read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert ended((scripts / "pid").read_text())
 
 
 def test_a_gpu_is_asked_for_with_a_reason(
@@ -127,3 +139,23 @@ def test_a_bar_in_a_cell_does_not_end_it(tmp_path: Path) -> None:
     step = repro.Step("s", "x", 1, lambda out: iter([Figure("|x|", "1", "", True)]))
     text = repro.table([step], {"s": {"status": "done", "seconds": 1.0}}, tmp_path)
     assert text.splitlines()[-1] == r"| s | done | 1 | \|x\| | 1 |  | met |"
+
+
+def test_ending_the_run_ends_its_step(scripts: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; import repro\n"
+        f"repro.ROOT = Path({str(scripts)!r})\n"
+        "repro.CPU = (repro.Step('slow', 'slow.py {out}/pid', 60),)\n"
+        "sys.exit(repro.main(sys.argv[1:]))"
+    )
+    arguments = ["--out", str(scripts), "--work", str(scripts / "work")]
+    found = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    run = subprocess.Popen([sys.executable, "-c", program, *arguments], env=found)
+    pid = scripts / "pid"
+    for _ in range(600):
+        if pid.exists() and pid.read_text():
+            break
+        time.sleep(0.05)
+    run.terminate()
+    assert run.wait(30) == 143
+    assert ended(pid.read_text())
