@@ -88,7 +88,7 @@ class Step:
 
     def argv(self, out: Path) -> list[str]:
         """Return the command with this Python and the folder of records."""
-        return [sys.executable, *self.command.format(out=out).split()]
+        return [sys.executable, *(part.format(out=out) for part in self.command.split())]
 
     def absent(self) -> str:
         """Return why the step cannot run here; empty if it can."""
