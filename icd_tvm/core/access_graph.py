@@ -43,7 +43,7 @@ def build_w(source: Source = "tir", **cfg: Any) -> Csr:
         ``trace``: ``windows`` and ``indices`` (int arrays of one length), ``n``: W[i, j] is the
         number of windows with both. Or ``activations`` (float arrays [samples, n], such as
         :func:`icd_tvm.collect_activations` returns) and ``correlation`` (mapping, optional):
-        W[i, j] is the |correlation| of i and j, see
+        W[i, j] is the absolute correlation of i and j, see
         :func:`icd_tvm.core.correlation.collect_correlations`.
         ``mock``: ``n`` (2560), ``blocks`` (16), ``density`` (0.04, at most 0.05), ``noise``
         (0.1: share of the edges outside blocks), ``seed`` (0), ``shuffle`` (True): planted

@@ -106,7 +106,7 @@ def _runs_off_border(access: TileAccess, order: Perm) -> float:
 def displacement(perm: ArrayLike, reference: ArrayLike | None = None) -> float:
     """Return S(perm), how far the indices are from their places in a reference order, in [0, 1].
 
-    S = sum_i |p_i - r_i| / floor(n^2 / 2), p and r the positions of index i in the two orders:
+    S = sum_i abs(p_i - r_i) / floor(n^2 / 2), p and r the positions of index i in the two orders:
     Spearman's footrule over its maximum, which the reversed order attains.
     Source: Diaconis and Graham, J. R. Stat. Soc. B 39(2), 1977.
 

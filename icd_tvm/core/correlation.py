@@ -18,9 +18,9 @@ DEFAULTS: dict[str, Any] = {"neighbours": 20, "threshold": 0.0, "center": True, 
 def collect_correlations(
     activations: ArrayLike | Iterable[ArrayLike], cfg: Mapping[str, Any] | None = None
 ) -> tuple[Csr, dict[str, Any]]:
-    """Return the graph of |correlation| between units, each with its nearest neighbours.
+    """Return the graph of absolute correlation between units, each with its nearest neighbours.
 
-    W[i, j] = |corr(i, j)| where j is among the ``neighbours`` units most correlated with i or
+    W[i, j] = abs(corr(i, j)) where j is among the ``neighbours`` units most correlated with i or
     the other way round. Symmetric, zero diagonal, deterministic. Memory is that of one block of
     rows and the result; the correlation matrix is never formed as a whole.
 
@@ -29,8 +29,8 @@ def collect_correlations(
     activations : array_like of float, shape [samples, units], or an iterable of them
         Any batches of one layer's activations; leading axes are flattened to samples.
     cfg : mapping, optional
-        ``neighbours`` (int, default 20), ``threshold`` (drop |corr| below it, default 0),
-        ``center`` (subtract the means, default True; False gives |cosine|), ``block`` (rows of
+        ``neighbours`` (int, default 20), ``threshold`` (drop correlations below it, default 0),
+        ``center`` (subtract the means, default True; False gives cosines), ``block`` (rows of
         the correlation matrix formed at a time, default 1024).
 
     Returns

@@ -216,7 +216,7 @@ def _most_units(access: TileAccess) -> float:
 def distance_cost(graph: Csr, perm: ArrayLike, window: int = 16) -> float:
     """Return C(perm), the windowed saturating distance, in [0, 1].
 
-    C = sum_ij W_ij min(|p_i - p_j|, window) / (window * sum_ij W_ij), with p the new position
+    C = sum_ij W_ij min(abs(p_i - p_j), window) / (window * sum_ij W_ij), with p the new position
     of an index. Zero for an empty graph. O(nnz).
 
     Raises

@@ -17,8 +17,8 @@ class Budget:
     Parameters
     ----------
     points : float
-        Largest |change| of the metric in points; a rise counts as well, for a metric can rise
-        under damage.
+        Largest absolute change of the metric in points; a rise counts as well, for a metric can
+        rise under damage.
     agreement : float
         Least agreement with the dense model: the mean cosine of the outputs, or the share of
         equal decisions where they are logits.

@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, Any] = {"matmul": None, "rows": 4096, "seed": 0, "target": 
 def collect_correlations(
     model: Model, inputs: Feeds | Sequence[Feeds], cfg: Mapping[str, Any] | None = None
 ) -> tuple[Csr, dict[str, Any]]:
-    """Return the graph of |correlation| between the units that feed chosen matmuls.
+    """Return the graph of absolute correlation between the units that feed chosen matmuls.
 
     Parameters
     ----------
