@@ -1,8 +1,8 @@
 """Size and seconds of the HTML report: of run folders, and of a record of BERT-base's size.
 
 The stand-in for BERT-base has its 12 layers, five arms with a modelled cache of 220 kernels each,
-64 axis groups, and W of 3,072 indices at the densest that a run stores (5 %). Its figures are
-planted; only its size means something.
+as many timed kernels in three of them, six masks, 64 axis groups, and W of 3,072 indices at the
+densest that a run stores (5 %). Its figures are planted; only its size means something.
 Run: ``python benchmarks/report.py [RUN_DIRECTORY ...]``.
 """
 
@@ -39,10 +39,36 @@ def stand_in() -> dict[str, Any]:
         "dram_bytes": 4 * 10**8,
         "kernels": kernels,
     }
-    for arm in record["arms"].values():
+    for name, arm in record["arms"].items():
         arm["cache_model"] = model
+        if name in ("dense", "linear", "iterative"):
+            arm["kernel_times"] = {"kernels": [timed(i) for i in range(KERNELS)]}
     record["groups"] = (record["groups"] * 2)[: 5 * LAYERS + 4]
     return {**record, "model": {"name": "stand-in of BERT-base's size"}}
+
+
+def timed(number: int) -> dict[str, Any]:
+    """Return a timed kernel with names as long as BERT-base's."""
+    layer = f"encoder.layer.{number * LAYERS // KERNELS}"
+    parts = ("query", "key", "value")
+    weights = [f"{layer}.attention.self.{part}.weight" for part in parts]
+    figures = {"us": 120.0 + number, "us_min": 100.0 + number, "flop": 10**8, "bytes": 10**7}
+    groups = [f"/{layer}/attention/self/{part}/MatMul:2.0" for part in parts]
+    names = {"kernel": f"fused_dense_matmul{number}_add", "node": " + ".join(weights)}
+    return {**names, "weights": weights, "groups": groups, **figures}
+
+
+def noise_tiles() -> dict[str, Any]:
+    """Return six weights in three orders, noise as well."""
+    from icd_tvm.report.run_files import TilePicture
+
+    rng, orders = np.random.default_rng(1), ("identity", "linear", "iterative")
+    return {
+        f"encoder.layer.{i}.output.dense.weight": {
+            order: TilePicture(rng.random((192, 48)), 73728, 147456) for order in orders
+        }
+        for i in range(6)
+    }
 
 
 def noise_graphs() -> list[Any]:
@@ -79,8 +105,9 @@ def main() -> int:
     from icd_tvm.report.page import render, render_folder
 
     print(f"{'import':40s} {'':9s}  {time.perf_counter() - began:6.2f} s")
-    record, graphs = stand_in(), noise_graphs()
-    good = report("BERT-base's size, planted", lambda: render(record, graphs=graphs))
+    record, graphs, tiles = stand_in(), noise_graphs(), noise_tiles()
+    page = partial(render, record, graphs=graphs, tiles=tiles)
+    good = report("BERT-base's size, planted", page)
     for run in arguments.runs:
         good &= report(str(run), partial(render_folder, run))
     return 0 if good else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def test_everything_missing_is_named(unit: Page) -> None:
         "Nothing to draw: no flop of a call and no bytes from memory in "
         "dense, identity, random, linear, iterative, onnxruntime.",
         "Not shown: no access graph was given to this report",
+        "Not shown: no masks were given to this report",
         "Not shown: no evaluation was asked for",
         "Not shown: no hardware counter was read on this target",
         "Not shown: no power samples were given to this report",
@@ -299,3 +301,39 @@ def test_command_refuses(tmp_path: Path) -> None:
         (inside / "metrics.json").write_text(content)
         with pytest.raises(MeasurementError, match=reason):
             _run(str(inside))
+
+
+def test_timed_kernels_are_laid_out_by_layer_and_by_kernel() -> None:
+    def kernel(node: str, us: float, **more: Any) -> dict[str, Any]:
+        known = {"kernel": "k", "node": node, "weights": [], "groups": [], "flop": 6000}
+        return {**known, "us": 2 * us, "us_min": us, "bytes": 2000, **more}
+
+    found = copy.deepcopy(record("vec16-0.5-2t"))
+    kernels = [
+        kernel("lv4", 1.0, weights=["encoder.layer.10.output.dense.weight"]),
+        kernel("/encoder/layer.2/Add", 3.0, groups=["/encoder/layer.2/MatMul:2"]),
+        kernel("lv5", 2.0, groups=["/encoder/layer.2/MatMul:2"], flop=None),
+        kernel("/embeddings/Gather", 4.0),
+    ]
+    found["arms"]["linear"]["kernel_times"] = {"kernels": kernels}
+    page = complete(render(found))
+    layers = page.table("Least time of each layer, µs (profiled run)")
+    assert [(row["layer"], row["linear"]) for row in layers] == [
+        ("2", "5.00"),
+        ("10", "1.00"),
+        ("outside the layers", "4.00"),
+        ("all kernels", "10.00"),
+    ]
+    first, _, third, _ = page.table("Kernels of linear (profiled run)")
+    assert (first["least µs"], first["share %"], first["median"]) == ("1.00", "10.0", "2.00")
+    assert (first["flop / s"], first["flop / byte"]) == ("6 G", "3.00")
+    assert (third["layer"], third["flop / s"]) == ("2", "–")
+
+
+def test_an_arm_with_counted_operations_is_drawn_under_the_roof() -> None:
+    found = copy.deepcopy(record("vec16-0.5-2t"))
+    found["arms"]["linear"] |= {"flop": 2e9, "least_bytes": 4e7}
+    found["roofline"] = {"peak_flops": 1e11, "dram_bandwidth": 1e10, "source": "measured, fp32"}
+    page = render(found)
+    assert "Roofline: linear 50 flop/byte" in page
+    assert "Roof: measured, fp32." in page

@@ -56,19 +56,9 @@ def all_kernel_times(record: Mapping[str, Any]) -> list[Table]:
 
 def kernel_times(arm: str, times: Mapping[str, Any]) -> Table:
     """Lay out what each kernel of an arm took, computed and moved."""
-    heads = [
-        "operator",
-        "layer",
-        "least µs",
-        "share %",
-        "median",
-        "flop",
-        "flop / s",
-        "flop / byte",
-    ]
-    table = Table(
-        f"Kernels of {text(arm)} (profiled run)", [*heads, "flop / byte", "kernel", "axis groups"]
-    )
+    heads = ["operator", "layer", "least µs", "share %", "median", "flop", "flop / s"]
+    heads += ["flop / byte", "kernel", "axis groups"]
+    table = Table(f"Kernels of {text(arm)} (profiled run)", heads)
     kernels = as_list(times.get("kernels"))
     total = sum(as_number(dig(kernel, "us_min")) or 0.0 for kernel in kernels)
     for kernel in kernels:
