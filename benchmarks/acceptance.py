@@ -125,7 +125,11 @@ def as_row(workload: str, transform: str, record: Figures) -> Row:
     dense = record["ratios"].get("iterative/dense") or record["ratios"].get("linear/dense")
     return {
         **head,
-        "request": {k: v["spec"] for k, v in record["transform"].items() if hasattr(v, "get")},
+        "request": {
+            name: made["spec"]
+            for name, made in record["transform"].items()
+            if isinstance(made, dict) and "spec" in made
+        },
         "median_ms": medians,
         "latency": latency(record),
         "against_dense": dense and dense["median"],
@@ -184,10 +188,11 @@ def cells(row: Row) -> list[str]:
     if good["order_points"] is None:
         points = [f"not measured: {good['reason']}", "-", "-"]
     else:
+        agreed = good["agreement_with_dense"]
         points = [
             f"{good['order_points']:+.4f} ({good['verdict']})",
             f"{good['transform_points']:+.3f} of {good['dense']:.2f}",
-            f"{good['agreement_with_dense'] or 1.0:.4f}",
+            "-" if agreed is None else f"{agreed:.4f}",
         ]
     dense = row["against_dense"]
     return [

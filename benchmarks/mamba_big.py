@@ -13,13 +13,14 @@ Run: TVM_NUM_THREADS=1 OMP_NUM_THREADS=1 python benchmarks/mamba_big.py --size 2
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import resource
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ def resident(kind: str = "VmRSS") -> float:
     return int(next(row for row in rows if row.startswith(kind)).split()[1]) / 2**20
 
 
+def trim() -> None:
+    """Give freed memory back: the allocator keeps arrays of up to 32 MiB for later."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Stages:
     """Seconds and peak memory of every stage."""
 
@@ -99,7 +107,7 @@ class Stages:
         finally:
             done.set()
             watcher.join()
-            gc.collect()
+            trim()
             row = {
                 "stage": name,
                 "seconds": time.perf_counter() - began,
@@ -154,6 +162,7 @@ class Job:
                 mod = apply_pass(ApplySparsity(prune), mod)
             mod = self._quantised(mod, [f"{pattern}={quant}" for pattern in patterns])
             release(self.imported.parameters)
+            trim()
         return mod
 
     def _quantised(self, mod: Any, texts: list[str]) -> Any:

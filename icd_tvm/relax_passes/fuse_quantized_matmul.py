@@ -40,10 +40,6 @@ _DENSE = 0.95
 BYTE_KERNELS_ATTR = "icd.byte_kernels"
 
 
-# The activation is None where only the weight is quantised.
-Operands = tuple[Activation | None, Weight]
-
-
 @tvm.transform.module_pass(opt_level=0, name="FuseQuantizedMatmul")
 class FuseQuantizedMatmul:
     """Replace matmuls of a quantised activation and a quantised constant by the int8 kernel.
@@ -111,8 +107,8 @@ class FuseQuantizedMatmul:
         mod = relax.transform.DeadCodeElimination()(mod)
         return mod.with_attr(BYTE_KERNELS_ATTR, json.dumps(self.kernels))
 
-    def _find(self, flow: Dataflow) -> dict[Any, Operands]:
-        """Return the operands of each matmul that gets another kernel, by its call."""
+    def _find(self, flow: Dataflow) -> dict[Any, Activation | None]:
+        """Return each matmul that gets another kernel, with its input where that is bytes."""
         found = {}
         for var, call in flow.values.items():
             if not is_call(call, "relax.matmul") or not reads_bytes(flow, call.args[1]):
@@ -123,7 +119,7 @@ class FuseQuantizedMatmul:
             if weight is None or reason:
                 self.refused[str(var.name)] = reason
             else:
-                found[call] = (data if weight.per_column else None, weight)
+                found[call] = data if weight.per_column else None
                 self.fused.append(str(var.name))
         return found
 
@@ -183,7 +179,11 @@ def _not_narrow(call: Any, shape: tuple[int, ...], weight: Weight) -> str:
 @mutator
 class _Rewriter(PyExprMutator):
     def __init__(
-        self, mod: Any, flow: Dataflow, found: dict[Any, Operands], owner: FuseQuantizedMatmul
+        self,
+        mod: Any,
+        flow: Dataflow,
+        found: dict[Any, Activation | None],
+        owner: FuseQuantizedMatmul,
     ) -> None:
         super().__init__(mod)
         self._flow, self._found = flow, found
@@ -193,7 +193,9 @@ class _Rewriter(PyExprMutator):
 
     def visit_call_(self, call: Any) -> Any:
         if call in self._found:
-            data, weight = self._found[call]
+            # Read again, and one at a time: together the weights would be a second model.
+            data, weight = self._found[call], find_weight(self._flow, call.args[1])
+            assert weight is not None
             node = str(self._names[call].name)
             if data is None:
                 return self._narrow(call, weight, node)
