@@ -22,6 +22,7 @@ from benchmarks import gpu_suite
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure import cuda_timing
 from icd_tvm.measure.cuda_reference import Trial, make_trial
+from icd_tvm.measure.energy import EnergyRecord
 from icd_tvm.runtime import cuda_driver
 from icd_tvm.runtime.cuda_driver import CudaDevice
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
@@ -123,6 +124,56 @@ def test_without_time_nothing_is_begun(device: CudaDevice, monkeypatch: pytest.M
     for part in ("correctness", "times"):
         assert set(record[part].values()) == {"not measured: no time is left"}
     assert "not measured" in gpu_suite.table(record)
+
+
+@needs_compiler
+def test_energy_is_counted_of_whole_graphs(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counter:
+        source = "test"
+        value = 0.0
+
+        def joules(self) -> float:
+            self.value += 3.0
+            return self.value
+
+    def quick(arms: dict[str, Any], counter: Counter) -> dict[str, EnergyRecord]:
+        for call in arms.values():
+            call()
+        return {name: EnergyRecord(counter.source, 200.0, None, 1.0, 0.0) for name in arms}
+
+    monkeypatch.setattr(cuda_timing, "NvmlDevice", Counter)
+    monkeypatch.setattr(cuda_timing, "measure_energy", quick)
+    monkeypatch.setattr(cuda_timing, "CHOSEN", ("conv", "scan"))
+    found = cuda_timing.count_joules(device, ENTRIES, cuda_timing.Clock(480.0))
+    assert set(found) == {"conv", "scan"}
+    assert found["scan"]["joules_per_call"] / found["scan"]["rules_per_call"] == 1.0
+    with pytest.raises(MeasurementError, match="no time"):
+        cuda_timing.count_joules(device, ENTRIES, cuda_timing.Clock(0.0))
+
+
+def test_counters_are_read_in_both_cache_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+
+    def profile(line: list[str], timeout_s: float) -> list[Any]:
+        lines.append(line)
+        return []
+
+    monkeypatch.setattr("icd_tvm.measure.ncu.profile", profile)
+    clock = cuda_timing.Clock(480.0)
+    found = gpu_suite.counters(arguments(kernels=Path("k")), clock)
+    assert len(found) == 2 * len(cuda_timing.CHOSEN)
+    modes = [line[line.index("--cache-control") + 1] for line in lines]
+    assert modes == ["all", "none"] * len(cuda_timing.CHOSEN)
+    assert all(line[-4:-1] == ["--kernels", "k", "--child"] for line in lines)
+    with pytest.raises(MeasurementError, match="--kernels"):
+        gpu_suite.counters(arguments(), clock)
+
+
+@needs_compiler
+def test_child_starts_one_rule(device: CudaDevice) -> None:
+    gpu_suite.child(device, ENTRIES, "gemm parts")
 
 
 def test_a_failing_item_does_not_stop_the_part() -> None:
