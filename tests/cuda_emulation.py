@@ -19,6 +19,7 @@ static void {name}_thread(void* p) {{
   void** v = (void**)p;
   {name}_body({arguments}, emu::shared_begin);
 }}
+extern "C" const int {name}_count = {count};
 extern "C" long {name}(void** v, const int* grid, int threads, unsigned char* shared, int bytes,
                        int order) {{
   return emulate({name}_thread, v, grid, threads, shared, bytes, order);
@@ -33,7 +34,9 @@ class Emulated:
         unique = list({kernel.name: kernel for kernel in kernels}.values())
         entries = [
             ENTRY.format(
-                name=k.name, arguments=", ".join(f"v[{i}]" for i in range(len(k.arguments)))
+                name=k.name,
+                count=len(k.arguments),
+                arguments=", ".join(f"v[{i}]" for i in range(len(k.arguments))),
             )
             for k in unique
         ]
@@ -43,6 +46,7 @@ class Emulated:
         library = folder / "kernels.so"
         flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
         subprocess.run(["g++", *flags, "-o", str(library), str(source)], check=True)
+        self.path = library
         self._library = ctypes.CDLL(str(library))
 
     def run(

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from benchmarks import gpu_suite
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure import cuda_timing
 from icd_tvm.measure.cuda_reference import Trial, make_trial
+from icd_tvm.measure.energy import EnergyRecord
+from icd_tvm.runtime import cuda_driver
 from icd_tvm.runtime.cuda_driver import CudaDevice
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
@@ -29,7 +31,7 @@ from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import TILES, gemm_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, SourceKernel
+from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = Epilogue("gelu", bias=True, residual=True)
@@ -52,69 +54,20 @@ ENTRIES = [
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the path")
 
 
-class EmulatedDevice:
-    """What `CudaDevice` offers, on the host; every kernel takes a microsecond."""
-
-    name, arch, l2_bytes, multiprocessors = "Emulated", "sm_90", 1 << 16, 1
-
-    def __init__(self, emulated: Emulated) -> None:
-        self._emulated = emulated
-        self._memory: dict[int, np.ndarray] = {}
-        self._started = 0
-        self._capturing: list[tuple[SourceKernel, list[int]]] | None = None
-
-    def empty(self, size: int) -> int:
-        raw = np.full(size + 64, 0xFF, np.uint8)
-        pointer = int(raw.ctypes.data + -raw.ctypes.data % 64)
-        self._memory[pointer] = raw
-        return pointer
-
-    def free(self, pointer: int) -> None:
-        del self._memory[pointer]
-
-    def upload(self, pointer: int, array: np.ndarray) -> None:
-        data = np.asarray(array, order="C")
-        ctypes.memmove(pointer, data.ctypes.data, data.nbytes)
-
-    def download(self, pointer: int, array: np.ndarray) -> None:
-        ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
-
-    def copy(self, to: int, source: int, size: int) -> None:
-        self._started += 1
-
-    def launch(self, kernel: SourceKernel, pointers: Sequence[int]) -> None:
-        if self._capturing is not None:
-            self._capturing.append((kernel, list(pointers)))
-            return
-        self._started += 1
-        self._emulated.launch(kernel, pointers)
-
-    def wait(self) -> None:
-        pass
-
-    def graph(self, work: Callable[[], None]) -> Callable[[], None]:
-        self._capturing = []
-        work()
-        launches, self._capturing = self._capturing, None
-
-        def replay() -> None:
-            self._started += len(launches)
-
-        return replay
-
-    def seconds(self, work: Callable[[], None]) -> float:
-        before = self._started
-        work()
-        return 1e-6 * (self._started - before)
-
-    def leaks(self) -> int:
-        return len(self._memory)
-
-
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> EmulatedDevice:
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CudaDevice]:
+    """Return the device of a driver that runs kernels on the host, a microsecond each."""
+    folder = tmp_path_factory.mktemp("suite")
     kernels = [kernel for entry in ENTRIES for kernel in entry.rule.kernels]
-    return EmulatedDevice(Emulated(kernels, tmp_path_factory.mktemp("suite")))
+    emulated = Emulated(kernels, folder)
+    driver, source = folder / "libcuda.so", ROOT / "tests/cuda_fake_driver.c"
+    command = ["gcc", "-shared", "-fPIC", "-O1", "-o", str(driver), str(source), "-ldl"]
+    subprocess.run(command, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_driver, "LIBRARY", str(driver))
+        found = CudaDevice()
+        found.load(str(emulated.path).encode() + b"\0", kernels)
+        yield found
 
 
 def arguments(**changed: Any) -> argparse.Namespace:
@@ -123,11 +76,11 @@ def arguments(**changed: Any) -> argparse.Namespace:
 
 @needs_compiler
 def test_whole_suite_on_an_emulated_device(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
     monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
-    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments())  # type: ignore[arg-type,return-value]
+    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments())
     worst = {name: item["error_of_allowed"] for name, item in record["correctness"].items()}
     assert set(worst) == {entry.name for entry in ENTRIES}
     assert all(0 < value <= 1 for value in worst.values()), worst
@@ -139,7 +92,6 @@ def test_whole_suite_on_an_emulated_device(
     assert record["copy_rate"] == pytest.approx(2 * (1 << 12) / 1e-6)
     # No counter, no torch GPU and no ncu here: said, not invented.
     assert all(str(record[part]).startswith("not measured") for part in ("energy", "peers"))
-    assert device.leaks() == 0
     text = gpu_suite.table(record)
     assert "| gemm blocks | 0." in text
     assert text.startswith("# Emulated, sm_90")
@@ -147,10 +99,10 @@ def test_whole_suite_on_an_emulated_device(
 
 
 @needs_compiler
-def test_a_wrong_kernel_is_found(device: EmulatedDevice) -> None:
+def test_a_wrong_kernel_is_found(device: CudaDevice) -> None:
     for entry in ENTRIES:
         trial = make_trial(entry.rule)
-        buffers = cuda_timing.Buffers(device, entry, trial.inputs, 1)  # type: ignore[arg-type]
+        buffers = cuda_timing.Buffers(device, entry, trial.inputs, 1)
         buffers.call()
         found = buffers.outputs()
         buffers.free()
@@ -165,15 +117,63 @@ def test_a_wrong_kernel_is_found(device: EmulatedDevice) -> None:
 
 
 @needs_compiler
-def test_without_time_nothing_is_begun(
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_time_nothing_is_begun(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
     monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
-    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments(limit=0.0))  # type: ignore[arg-type,return-value]
+    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments(limit=0.0))
     for part in ("correctness", "times"):
         assert set(record[part].values()) == {"not measured: no time is left"}
     assert "not measured" in gpu_suite.table(record)
+
+
+@needs_compiler
+def test_energy_is_counted_of_whole_graphs(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counter:
+        source = "test"
+        value = 0.0
+
+        def joules(self) -> float:
+            self.value += 3.0
+            return self.value
+
+    def quick(arms: dict[str, Any], counter: Counter) -> dict[str, EnergyRecord]:
+        for call in arms.values():
+            call()
+        return {name: EnergyRecord(counter.source, 200.0, None, 1.0, 0.0) for name in arms}
+
+    monkeypatch.setattr(cuda_timing, "NvmlDevice", Counter)
+    monkeypatch.setattr(cuda_timing, "measure_energy", quick)
+    monkeypatch.setattr(cuda_timing, "CHOSEN", ("conv", "scan"))
+    found = cuda_timing.count_joules(device, ENTRIES, cuda_timing.Clock(480.0))
+    assert set(found) == {"conv", "scan"}
+    assert found["scan"]["joules_per_call"] / found["scan"]["rules_per_call"] == 1.0
+    with pytest.raises(MeasurementError, match="no time"):
+        cuda_timing.count_joules(device, ENTRIES, cuda_timing.Clock(0.0))
+
+
+def test_counters_are_read_in_both_cache_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+
+    def profile(line: list[str], timeout_s: float) -> list[Any]:
+        lines.append(line)
+        return []
+
+    monkeypatch.setattr("icd_tvm.measure.ncu.profile", profile)
+    clock = cuda_timing.Clock(480.0)
+    found = gpu_suite.counters(arguments(kernels=Path("k")), clock)
+    assert len(found) == 2 * len(cuda_timing.CHOSEN)
+    modes = [line[line.index("--cache-control") + 1] for line in lines]
+    assert modes == ["all", "none"] * len(cuda_timing.CHOSEN)
+    assert all(line[-4:-1] == ["--kernels", "k", "--child"] for line in lines)
+    with pytest.raises(MeasurementError, match="--kernels"):
+        gpu_suite.counters(arguments(), clock)
+
+
+@needs_compiler
+def test_child_starts_one_rule(device: CudaDevice) -> None:
+    gpu_suite.child(device, ENTRIES, "gemm parts")
 
 
 def test_a_failing_item_does_not_stop_the_part() -> None:
@@ -218,7 +218,10 @@ def test_rehearsal_against_the_stub_reaches_the_end(tmp_path: Path) -> None:
     check_nothing_is_measured(record, printed, "cuInit: CUDA error 100 no device")
 
 
-def test_rehearsal_without_a_driver_reaches_the_end(tmp_path: Path) -> None:
+def test_rehearsal_without_a_driver_reaches_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda.so.1")
     try:
         ctypes.CDLL("libcuda.so.1")
         pytest.skip("this machine has an NVIDIA driver")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from icd_tvm.errors import MeasurementError
 from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel
 
+LIBRARY = "libcuda.so.1"
 # CUdevice_attribute, CUfunction_attribute and CUstreamCaptureMode of cuda.h.
 _MULTIPROCESSORS, _L2_BYTES, _MAJOR, _MINOR = 16, 38, 75, 76
 _DYNAMIC_SHARED = 8
@@ -32,9 +33,9 @@ class CudaDevice:
 
     def __init__(self) -> None:
         try:
-            self._library = ctypes.CDLL("libcuda.so.1")
+            self._library = ctypes.CDLL(LIBRARY)
         except OSError as error:
-            raise MeasurementError("no NVIDIA driver: libcuda.so.1 is not found") from error
+            raise MeasurementError(f"no NVIDIA driver: {LIBRARY} is not found") from error
         self._call("cuInit", 0)
         self._device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(self._device), 0)
