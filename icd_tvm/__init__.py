@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from icd_tvm.adapters.quant import parse_quant
     from icd_tvm.adapters.sparsity import parse_sparsity
+    from icd_tvm.compile import compile
     from icd_tvm.config import Config
     from icd_tvm.core.access_graph import build_w
     from icd_tvm.core.communities import cluster_graph
@@ -71,6 +72,7 @@ __all__ = [
     "cluster_graph",
     "collect_activations",
     "collect_correlations",
+    "compile",
     "compile_model",
     "cpu_pipeline",
     "fit_permutation",
@@ -85,6 +87,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compile":
+        # The module, which can be called: importing it puts it in this place for good.
+        return import_module("icd_tvm.compile")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

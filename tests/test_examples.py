@@ -10,10 +10,12 @@ import pytest
 from tiny_model import tiny_onnx
 
 import icd_tvm
+import icd_tvm.errors
 
 MODULES = [
     "icd_tvm.adapters.quant_spec",
     "icd_tvm.adapters.sparsity_spec",
+    "icd_tvm.compile",
     "icd_tvm.core.access_graph",
     "icd_tvm.core.communities",
     "icd_tvm.core.solver",
@@ -36,3 +38,12 @@ def test_examples(name: str, tmp_path: Path) -> None:
 def test_every_public_name_says_what_it_is() -> None:
     for name in icd_tvm.__all__:
         assert getattr(icd_tvm, name).__doc__, name
+
+
+def test_compile_is_a_function_and_a_module(tmp_path: Path) -> None:
+    module = import_module("icd_tvm.compile")
+    assert icd_tvm.compile is module
+    with pytest.raises(TypeError, match="sparsty"):
+        icd_tvm.compile("minilm", sparsty="unit:0.5")
+    with pytest.raises(icd_tvm.errors.ModelFileError):
+        icd_tvm.compile(tmp_path / "absent.onnx", quiet=True)
