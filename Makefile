@@ -11,8 +11,9 @@ TOOLS := build/tools
 demo: $(READY)
 	$(BIN)/python -m icd_tvm.compile minilm --sparsity unit:0.5 --peer onnxruntime --out runs/demo
 
+# Two processes; a file stays in one, with its fixtures.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Thousands of random graphs and permutations; ICD_TEST_EXAMPLES=N sets how many.
 nightly: $(READY)

@@ -16,6 +16,9 @@ Units = NDArray[np.int64]
 # A layer's width stays a multiple of this, as vector registers want it.
 STEP = 16
 
+# Grams of a whole training set need little: it is far longer than a layer is wide.
+RIDGE = 0.01
+
 
 def choose_units(scores: Sequence[NDArray[np.float64]], sparsity: float, width: int) -> list[Units]:
     """Choose the units that stay, over all layers together, so that layers may differ.
@@ -82,7 +85,7 @@ def refitted(
     for index, (units, gram) in enumerate(zip(kept, grams, strict=True)):
         name = f"encoder.layer.{index}.output.dense.weight"
         alive = np.isin(np.arange(len(gram)), units)
-        result[name] = refit_consumer(weights[name].T, gram, alive).T
+        result[name] = refit_consumer(weights[name].T, gram, alive, RIDGE).T
     return result
 
 
