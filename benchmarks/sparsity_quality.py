@@ -44,7 +44,15 @@ CALIBRATION_TEXTS, CHECK_TEXTS = 256, 400
 ATTENTION = "*attention*"
 
 # Formats of the layer comparison, at density one half.
-LAYERWISE = ("vec16:0.5", "block16x16:0.5", "2:4", "unstructured:0.5")
+LAYERWISE = (
+    "vec16:0.5",
+    "block16x16:0.5",
+    "2:4",
+    "unstructured:0.5",
+    "vec16:0.5:obs",
+    "2:4:obs",
+    "unstructured:0.5:obs",
+)
 # (format, removed shares); N:M and V:N:M have one.
 TABLE: tuple[tuple[str, tuple[float, ...]], ...] = (
     ("unit:0.5", (0.05, 0.1, 0.2, 0.3, 0.5)),
@@ -125,7 +133,12 @@ def layers(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             data, check = bench.grams[node], as_calibration(bench.check[node], len(weight))
             plain, _ = apply_sparsity(weight, spec.type_name, spec.rate)
             ours, meta = apply_sparsity(
-                weight, spec.type_name, spec.rate, saliency="wanda", calibration=data, refit=True
+                weight,
+                spec.type_name,
+                spec.rate,
+                saliency=spec.saliency or "wanda",
+                calibration=data,
+                refit=True,
             )
             assert check is not None
             assert np.count_nonzero(ours) <= np.count_nonzero(plain)
@@ -136,6 +149,7 @@ def layers(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             ridges.append(meta["params"]["ridge"])
         row = {
             "format": spec.type_name,
+            "saliency": spec.saliency or "wanda",
             "density": 1 - spec.rate,
             "layers": len(ratios),
             "layers_better": sum(ratio < 1 for ratio in ratios.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import axis_models
@@ -21,7 +22,9 @@ from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_quant import ApplyQuant
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.held_units import WHY
 from icd_tvm.relax_passes.layer_rules import parse_layer_rules
+from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.relax_passes.zero_ranges import ranges_with_zero
 
@@ -84,12 +87,62 @@ def test_dead_units_of_other_formats_are_cut_off_exactly(text: str) -> None:
     np.testing.assert_allclose(run(small, example()), run(mod, example()), rtol=1e-5, atol=1e-5)
 
 
-def test_a_unit_that_widens_the_range_of_its_input_stays() -> None:
-    """Its row is zero, but the scale of all the others is read from it."""
-    for text, removed in (("int8:w8a8", [len(DEAD)]), ("int8:w8a8-dynamic", [])):
-        rewrite = RewriteLayout({})
-        apply_pass(rewrite, quantised_layers(planted(producer=False), text))
-        assert list(rewrite.removed.values()) == removed
+@pytest.mark.parametrize(
+    ("text", "removed"),
+    [
+        ("int8:w8a8", [len(DEAD)]),
+        ("int8:w8a8-dynamic", []),
+        ("int8:w8a8-dynamic:smooth0.5", []),
+    ],
+)
+def test_a_unit_that_widens_the_range_of_its_input_stays(text: str, removed: list[int]) -> None:
+    """Its row is zero, but the scale of all the others is read from it; the record says so."""
+    rewrite = RewriteLayout({})
+    mod = quantised_layers(planted(producer=False), text)
+    apply_pass(rewrite, mod)
+    assert list(rewrite.removed.values()) == removed
+    held = held_of(mod)
+    assert [item["count"] for item in held] == ([] if removed else [len(DEAD)])
+    for item in held:
+        assert (item["kind"], item["readers"], item["why"]) == ("units", ["down"], WHY)
+
+
+def held_of(mod: Any) -> list[dict[str, Any]]:
+    return list(json.loads(mod.attrs["icd.transform_meta"])["quant"]["held"])
+
+
+def test_what_is_dead_on_both_sides_or_alive_is_not_held() -> None:
+    for model in (planted(), two_layers()):
+        assert held_of(quantised_layers(model, "int8:w8a8-dynamic")) == []
+
+
+def test_a_dynamic_input_of_another_layer_holds_nothing() -> None:
+    x, mod = example(), import_onnx(planted(producer=False)).mod
+    rules = parse_layer_rules(["up=int8:w8a8-dynamic"], parse_quant("none"), parse_quant)
+    made = apply_pass(ApplyQuant(rules, {"up": activation_statistics(x, gram=True)}), mod)
+    assert held_of(made) == []
+    rewrite = RewriteLayout({})
+    apply_pass(rewrite, made)
+    assert list(rewrite.removed.values()) == [len(DEAD)]
+
+
+def test_heads_that_only_their_reader_drops_are_held() -> None:
+    model = axis_models.MODELS["heads"]()
+    consts = {c.name: c for group in tagged_groups(model.mod).free for c in group.consts}
+    output = consts["o.w"].const
+    array = output.value.numpy().copy()
+    array[4:8] = 0
+    mod = replace_constants(model.mod, {output: array})
+    rng = np.random.default_rng(0)
+    inputs = {node: rng.normal(size=(20, 8)) for node in ("q", "k", "v")}
+    made = quantised(mod, "int8:w8a8-dynamic", {**inputs, "o": rng.normal(size=(20, 12))})
+    [item] = held_of(made)
+    assert (item["kind"], item["count"], item["readers"]) == ("heads", 1, ["o"])
+    rewrite = RewriteLayout({})
+    apply_pass(rewrite, made)
+    assert rewrite.removed == {}
+    apply_pass(rewrite, quantised(mod, "int8", inputs | {"o": rng.normal(size=(20, 12))}))
+    assert list(rewrite.removed.values()) == [1]
 
 
 # Heads.

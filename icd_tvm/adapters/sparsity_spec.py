@@ -1,15 +1,17 @@
-"""The text form of a sparsity request: ``unit:0.5``, ``2:4``, ``vec16+2:4:0.75``, ``none``."""
+"""The text form of a sparsity request: ``unit:0.5``, ``2:4:obs``, ``vec16+2:4:0.75``, ``none``."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from icd_tvm.errors import ConfigError
 
 Kind = Literal["none", "unit", "vec", "block", "n:m", "v:n:m", "hds", "unstructured"]
+
+SaliencyName = Literal["", "magnitude", "wanda", "obs"]
 
 # One valid spelling of every type, for error texts.
 EXAMPLES = (
@@ -23,6 +25,7 @@ EXAMPLES = (
     "block16x16+2:4:0.75",
     "unstructured:0.8",
 )
+SALIENCIES: tuple[SaliencyName, ...] = ("magnitude", "wanda", "obs")
 # Rows of a run that V:N:M leaves to its N:M level.
 VECTOR_RUN = 4
 
@@ -43,6 +46,8 @@ class SparsitySpec:
         Rows and columns of a block (``block``, ``hds`` of blocks), else (0, 0).
     n_m : (int, int)
         Kept elements and run length (``n:m``, ``v:n:m``, ``hds``), else (0, 0).
+    saliency : {"", "magnitude", "wanda", "obs"}
+        What ranks the weights; empty: wanda with calibration, magnitude without.
     """
 
     kind: Kind
@@ -50,6 +55,7 @@ class SparsitySpec:
     vector: int = 0
     block: tuple[int, int] = (0, 0)
     n_m: tuple[int, int] = (0, 0)
+    saliency: SaliencyName = ""
 
     @property
     def type_name(self) -> str:
@@ -73,9 +79,9 @@ class SparsitySpec:
 
     def __str__(self) -> str:
         """Canonical text; ``parse_sparsity(str(spec)) == spec``."""
-        if self.kind in ("none", "n:m", "v:n:m"):
-            return self.type_name
-        return f"{self.type_name}:{self.rate!r}"
+        implied = self.kind in ("none", "n:m", "v:n:m")
+        text = self.type_name if implied else f"{self.type_name}:{self.rate!r}"
+        return f"{text}:{self.saliency}" if self.saliency else text
 
 
 def parse_sparsity(text: str) -> SparsitySpec:
@@ -86,7 +92,8 @@ def parse_sparsity(text: str) -> SparsitySpec:
     text : str
         ``none``, ``unit:R``, ``vecV:R``, ``blockAxB:R``, ``N:M``, ``V:N:M``, ``vecV+N:M:R``,
         ``blockAxB+N:M:R`` or ``unstructured:R``, where R is the share that is removed in all, in
-        [0, 1).
+        [0, 1). ``:magnitude``, ``:wanda`` or ``:obs`` behind it names the saliency
+        (:func:`icd_tvm.adapters.saliency.weight_saliency`) of all types but ``unit``.
 
     Returns
     -------
@@ -95,7 +102,8 @@ def parse_sparsity(text: str) -> SparsitySpec:
     Raises
     ------
     ConfigError
-        Unknown type, missing or unreadable rate, or a number out of range.
+        Unknown type, missing or unreadable rate, a number out of range, a saliency of ``unit`` or
+        ``none``, or strays, which only the adapter takes.
 
     Examples
     --------
@@ -105,7 +113,34 @@ def parse_sparsity(text: str) -> SparsitySpec:
     Traceback (most recent call last):
     icd_tvm.errors.ConfigError: ...
     """
+    rest, saliency = split_saliency(text)
+    spec = _without_saliency(rest)
+    if saliency and spec.kind in ("unit", "none"):
+        why = (
+            "a unit costs what its readers lose after a refit"
+            if spec.kind == "unit"
+            else "it removes nothing"
+        )
+        raise ConfigError(f"sparsity {text!r} has a saliency, but {why}", f"write {spec}")
+    return replace(spec, saliency=saliency)
+
+
+def split_saliency(text: str) -> tuple[str, SaliencyName]:
+    """Return a request without its saliency, and the saliency or an empty text."""
+    rest, _, last = text.strip().rpartition(":")
+    for name in SALIENCIES:
+        if rest and last.strip().lower() == name:
+            return rest, name
+    return text, ""
+
+
+def _without_saliency(text: str) -> SparsitySpec:
     clean = text.strip().lower()
+    if ":strays" in clean:
+        raise ConfigError(
+            f"sparsity {text!r}: strays stay outside the weight, which no pass can keep",
+            "icd_tvm.adapters.sparsity.apply_sparsity(..., strays=0.002) returns them as a list",
+        )
     if clean == "none":
         return SparsitySpec("none")
     if re.fullmatch(r"\d+:\d+", clean):

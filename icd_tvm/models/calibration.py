@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icd_tvm.errors import ConfigError, MissingDependencyError
+from icd_tvm.errors import ConfigError, MissingDependencyError, ModelFileError, ShapeError
 from icd_tvm.models.importer import ImportedModel
 from icd_tvm.models.inputs import index_limits, random_inputs
+from icd_tvm.models.smollm2 import smollm2_tokenizer
 from icd_tvm.models.tokenize import VOCAB, encode
 
 EMBEDDED = "embedded text"
+# Key of a model's metadata that says how text becomes its ids: a key of READERS.
+TEXT_PROPERTY = "text"
 RANDOM = "random"
 TEXT_INPUTS = frozenset({"input_ids", "attention_mask"})
 KNOWN_INPUTS = TEXT_INPUTS | {"token_type_ids"}
@@ -21,6 +25,20 @@ MIN_SEQ = 8
 TOKENS_PER_WORD = 1.25
 # Shortest and longest sample, as a fraction of the sequence length.
 FILL = (0.6, 1.0)
+
+Read = Callable[[str], Sequence[int]]
+
+
+def _bytes() -> Read:
+    return lambda text: list(text.encode())
+
+
+def _smollm2() -> Read:
+    return smollm2_tokenizer().encode
+
+
+# Made when it is needed, as a tokenizer may be absent.
+READERS: dict[str, Callable[[], Read]] = {"bytes": _bytes, "smollm2": _smollm2}
 
 
 def sentences() -> list[str]:
@@ -49,8 +67,10 @@ def calibration_batches(
     -------
     batches : list of dict of str to ndarray
     source : str
-        ``"embedded text"`` for BERT-uncased encoders when their tokenizer is installed, else
-        ``"random"`` (`icd_tvm.models.inputs.random_inputs`).
+        ``"embedded text"`` for BERT-uncased encoders when their tokenizer is installed;
+        ``"embedded text as bytes"``, ``"embedded text as smollm2 tokens"`` for models whose
+        metadata says that their one input takes these (`TEXT_PROPERTY`); else ``"random"``
+        (`icd_tvm.models.inputs.random_inputs`).
 
     Raises
     ------
@@ -64,6 +84,13 @@ def calibration_batches(
             return _text_batches(imported, n, seed), EMBEDDED
         except MissingDependencyError:
             pass
+    form = text_form(imported)
+    if form:
+        try:
+            name = form if form == "bytes" else f"{form} tokens"
+            return _stream_batches(imported, READERS[form](), n, seed), f"{EMBEDDED} as {name}"
+        except (MissingDependencyError, ModelFileError, ShapeError):
+            pass
     return [random_inputs(imported, seed + index) for index in range(n)], RANDOM
 
 
@@ -75,6 +102,48 @@ def reads_text(imported: ImportedModel) -> bool:
     if any(len(s.shape) != 2 or s.shape[1] < MIN_SEQ for s in imported.inputs):
         return False
     return index_limits(imported).get("input_ids") == VOCAB
+
+
+def text_form(imported: ImportedModel) -> str:
+    """Return how text becomes the ids of a model's one input: a key of `READERS`, or empty."""
+    properties = {p.key: p.value for p in imported.model.metadata_props}
+    form = properties.get(TEXT_PROPERTY, "")
+    if form not in READERS or len(imported.inputs) != 1:
+        return ""
+    (spec,) = imported.inputs
+    fits = spec.shape and spec.shape[-1] >= MIN_SEQ and np.dtype(spec.dtype).kind in "iu"
+    return form if fits and spec.name in index_limits(imported) else ""
+
+
+def _stream_batches(
+    imported: ImportedModel, read: Read, n: int, seed: int
+) -> list[dict[str, NDArray[Any]]]:
+    """Fill every row of the one input with ids of sentences in random order; nothing is padded.
+
+    Raises
+    ------
+    ShapeError
+        An id that the model's table has not.
+    """
+    (spec,) = imported.inputs
+    rng, pool = np.random.default_rng(seed), sentences()
+    halves = pool[::2], pool[1::2]
+    rows = int(np.prod(spec.shape[:-1]))
+    batches = [
+        np.array([_stream(halves[batch % 2], spec.shape[-1], read, rng) for _ in range(rows)])
+        for batch in range(n)
+    ]
+    limit, largest = index_limits(imported)[spec.name], max(int(ids.max()) for ids in batches)
+    if largest >= limit:
+        raise ShapeError(f"id {largest} of the calibration text is outside [0, {limit})")
+    return [{spec.name: ids.reshape(spec.shape).astype(spec.dtype)} for ids in batches]
+
+
+def _stream(pool: list[str], length: int, read: Read, rng: np.random.Generator) -> list[int]:
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += read((" " if ids else "") + pool[rng.integers(len(pool))])
+    return ids[:length]
 
 
 def _text_batches(imported: ImportedModel, n: int, seed: int) -> list[dict[str, NDArray[Any]]]:

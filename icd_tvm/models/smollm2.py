@@ -135,6 +135,8 @@ def _check_sizes(file: GGUFFile, config: DecoderConfig) -> None:
 def build_smollm2(seq: int = 128, cache: bool = False) -> onnx.ModelProto:
     """Build SmolLM2-135M-Instruct for a whole prompt; see `icd_tvm.models.decoder.build_decoder`.
 
+    The metadata says ``text: smollm2``, the tokenizer of its input.
+
     Raises
     ------
     MissingDependencyError
@@ -145,7 +147,9 @@ def build_smollm2(seq: int = 128, cache: bool = False) -> onnx.ModelProto:
         seq is out of range.
     """
     weights = decoder_weights(smollm2_file(), SMOLLM2)
-    return build_decoder(SMOLLM2, weights, seq, cache=cache, trained=True, name="smollm2")
+    model = build_decoder(SMOLLM2, weights, seq, cache=cache, trained=True, name="smollm2")
+    model.metadata_props.add(key="text", value="smollm2")
+    return model
 
 
 def build_smollm2_step(seq: int = 128) -> onnx.ModelProto:

@@ -28,7 +28,7 @@ def build_typeseg(seq: int = 512) -> onnx.ModelProto:
     -------
     onnx.ModelProto
         Opset 17. Input ``ids``, int64 ``[seq]``, bytes and two marks (130 rows); output
-        ``logits``, float32 ``[seq, 35]``.
+        ``logits``, float32 ``[seq, 35]``. The metadata says ``text: bytes``.
 
     Raises
     ------
@@ -46,5 +46,5 @@ def build_typeseg(seq: int = 512) -> onnx.ModelProto:
         value.type.tensor_type.shape.dim[0].dim_value = seq
     del model.graph.value_info[:]
     model.graph.name = "typeseg"
-    onnx.helper.set_model_props(model, {"weights": "trained"})
+    onnx.helper.set_model_props(model, {"weights": "trained", "text": "bytes"})
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from icd_tvm._tvm import PyExprMutator, apply_pass, mutator, relax, tvm
@@ -17,6 +18,7 @@ from icd_tvm.relax_passes.emit_quantized import (
     salient_product,
     static_activation,
 )
+from icd_tvm.relax_passes.held_units import held_units
 from icd_tvm.relax_passes.layer_rules import Layer, LayerRules, as_rules
 from icd_tvm.relax_passes.matmul_weights import embedding_layers, matmul_weights
 from icd_tvm.relax_passes.migrate_scales import MigrateScales
@@ -80,11 +82,12 @@ class ApplyQuant:
     ----------
     meta : dict
         ``{"quant": {spec, rules, seed, delta_layout, bytes_before, bytes_after, quantised,
-        unmatched_rules, entries, attention}}``, also added to ``icd.transform_meta``. There is
-        one entry for every weight, and for every attention where those were asked for, with the
-        reason where it was left as it is. ``delta_layout`` says that a layout decided before
+        unmatched_rules, held, entries, attention}}``, also added to ``icd.transform_meta``. There
+        is one entry for every weight, and for every attention where those were asked for, with
+        the reason where it was left as it is. ``delta_layout`` says that a layout decided before
         holds no longer: elements changed their size, or groups lie scattered (their order stands
-        in the entry).
+        in the entry). ``held`` counts units that are dead but stay, as a dynamic scale is read
+        from them too (:func:`icd_tvm.relax_passes.held_units.held_units`).
 
     Raises
     ------
@@ -126,7 +129,9 @@ class ApplyQuant:
         entries += [self._table(layer) for layer in tables]
         self.meta = {"quant": self._record(entries, self.rules.unmatched([*layers, *tables]))}
         if products:
+            floats = smoothed.clone()
             smoothed["main"] = _Quantiser(smoothed, products).visit_expr(smoothed["main"])
+            self.meta["quant"]["held"] = _held(floats, smoothed, products.values())
         spec = self.rules.default
         if spec.attention:
             attention = QuantizeAttention(self.statistics, spec.activations)
@@ -165,8 +170,14 @@ class ApplyQuant:
             "bytes_before": sum(entry["bytes_before"] for entry in done),
             "bytes_after": sum(entry["bytes_after"] for entry in done),
             "delta_layout": any(e["delta_layout"] or e["delta_packing"] for e in done),
+            "held": [],
             "entries": entries,
         }
+
+
+def _held(before: Any, after: Any, products: Iterable[QuantizedProduct]) -> list[dict[str, Any]]:
+    nodes = {product.node for product in products if product.spec.activations == "dynamic"}
+    return held_units(before, after, nodes) if nodes else []
 
 
 def _divided(statistics: dict[str, Any], smoothing: Any) -> dict[str, Any]:

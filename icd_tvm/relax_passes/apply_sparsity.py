@@ -57,7 +57,7 @@ class ApplySparsity:
     statistics : Mapping[str, numpy.ndarray]
         Matmul binding -> Gram matrix [K, K] of its input, or those of two halves of the inputs
         [2, K, K] (:func:`calibration_requests`). Without it the saliency is the magnitude and
-        nothing is refitted.
+        nothing is refitted; a spec that names ``wanda`` or ``obs`` then leaves the weight dense.
     seed : int
         Seed of the adapters.
 

@@ -58,7 +58,8 @@ def prune_target(
         ``unit`` for units, any other kind for a weight.
     statistics : Mapping[str, numpy.ndarray]
         Matmul binding -> Gram matrix [K, K] of its input, or those of two halves [2, K, K].
-        Where one is missing the saliency is the magnitude and nothing is refitted.
+        Where one is missing the saliency is the magnitude, unless ``spec`` names one, and nothing
+        is refitted.
     seed : int
         Seed of the adapters.
 
@@ -90,7 +91,7 @@ def _prune_weight(
         _as_kn(use, use.const.value.numpy()),
         spec.type_name,
         spec.rate,
-        saliency="magnitude" if gram is None else "wanda",
+        saliency=spec.saliency or ("magnitude" if gram is None else "wanda"),
         calibration=gram,
         seed=seed,
         refit=gram is not None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,7 @@ def _ladder(spec: SparsitySpec, rates: Sequence[float]) -> list[SparsitySpec]:
     ladder = []
     for rate in (rate for rate in rates if rate <= spec.rate):
         try:
-            ladder.append(make_spec(spec.type_name, rate))
+            ladder.append(replace(make_spec(spec.type_name, rate), saliency=spec.saliency))
         except ConfigError:
             continue
     return ladder or [spec]

@@ -9,6 +9,7 @@ from typing import Any
 from icd_tvm.adapters.kv_spec import parse_kv
 from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.adapters.sparsity import SparsitySpec, parse_sparsity
+from icd_tvm.adapters.sparsity_spec import split_saliency
 from icd_tvm.adapters.token_spec import PREFIX, parse_tokens
 from icd_tvm.config import Config
 from icd_tvm.errors import ConfigError
@@ -63,7 +64,10 @@ def _sparsity(text: str, config: Config) -> Transform:
 
 def _strongest(text: str) -> SparsitySpec:
     """Read a type with the strongest rate that is tried, or a type alone."""
-    return parse_sparsity(text if ":" in text or text == NONE else f"{text}:{max(RATES)}")
+    rest, saliency = split_saliency(text)
+    if ":" in rest or rest == NONE:
+        return parse_sparsity(text)
+    return parse_sparsity(":".join(filter(None, (rest, str(max(RATES)), saliency))))
 
 
 def _quant(text: str, config: Config) -> Transform:
