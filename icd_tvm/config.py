@@ -208,7 +208,7 @@ class MeasureKeys(Section):
         default=False, description="model the first two caches, kernel by kernel; some minutes"
     )
     kernel_times: bool = Field(
-        default=True, description="time every kernel in a run of its own; two seconds an arm"
+        default=True, description="time every kernel in a run of its own; a second an arm"
     )
     roofline: bool = Field(default=True, description="measure what the machine reaches; a second")
     ncu: bool = Field(

@@ -123,7 +123,7 @@ def test_a_host_without_the_cuda_runtime_is_told(monkeypatch: pytest.MonkeyPatch
 def job(folder: Path, gpu: bool, asked: bool) -> Any:
     reasons: dict[str, str] = {}
     return SimpleNamespace(
-        on_gpu=gpu,
+        cuda="sm_90" if gpu else None,
         library=folder / "module.so",
         config=SimpleNamespace(measure=SimpleNamespace(ncu=asked)),
         compilation=SimpleNamespace(counters=SimpleNamespace(reasons=reasons)),

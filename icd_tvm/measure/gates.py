@@ -32,7 +32,8 @@ def evaluate_gates(
     Parameters
     ----------
     record : mapping
-        A metrics record; ``quality["arms"]`` holds the metric of each arm as a fraction.
+        A metrics record; ``quality["arms"]`` holds the metric of each arm as a fraction, and
+        ``counted`` the counters of arms that were not timed.
     candidate, baseline : str
         Arms that are compared.
     quality_reference : str
@@ -57,7 +58,7 @@ def evaluate_gates(
         ``interval`` is [lo, hi] of the value with 95 % confidence, null where it has none (a
         counter is one reading of each arm).
     """
-    arms = record["arms"]
+    arms = {**record.get("counted", {}), **record["arms"]}
     pair = (arms.get(candidate), arms.get(baseline))
     return [
         _latency(record["ratios"].get(f"{candidate}/{baseline}"), latency_gain_pct),
@@ -86,7 +87,7 @@ def _counter(
     *,
     relative: bool,
 ) -> GateRecord:
-    candidate, baseline = (None if arm is None else arm[field] for arm in pair)
+    candidate, baseline = (None if arm is None else arm.get(field) for arm in pair)
     if candidate is None or baseline is None or (relative and baseline <= 0):
         return _unknown(name, threshold, record["not_measured"].get(field, NO_REASON))
     if relative:

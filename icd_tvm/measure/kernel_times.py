@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from icd_tvm.errors import MeasurementError
 
-# Repeats of a kernel that is timed; fewer where a call is long.
-REPEATS, WARM_UP, BUDGET_S = 50, 3, 2.0
+# Repeats of a kernel that is timed; fewer where a call is long. The timed rounds came before, so
+# one call fills this machine's caches.
+REPEATS, WARM_UP, BUDGET_S = 30, 1, 0.7
 SOURCE = "measured in a profiled run of its own, instrument included"
 
 
@@ -42,7 +43,7 @@ def kernel_times(
     repeats : int
         Timed calls at most; three at least, whatever the budget says.
     budget_s : float
-        Seconds after which no further call begins.
+        Seconds, with those of the warm-up, after which no further call begins.
 
     Returns
     -------

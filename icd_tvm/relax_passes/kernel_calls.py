@@ -7,7 +7,7 @@ So a kernel is known by its binding where that has an ONNX name, and by its weig
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,20 @@ class KernelCall:
     arguments : list of relax.Expr
     in_place : bool
         Whether the result is the first argument.
+    label : str
+        ONNX name of the binding where the pipeline gave it another; empty if it did not.
     """
 
     var: Any
     kernel: str
     arguments: list[Any]
     in_place: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the binding."""
+        return self.label or str(self.var.name)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -53,7 +61,7 @@ class KernelCall:
     @property
     def node(self) -> str:
         """ONNX name of the operator, of its weight where fusion left none, else the binding's."""
-        name = str(self.var.name)
+        name = self.name
         return name if not _ANONYMOUS.fullmatch(name) else " + ".join(self._matrices) or name
 
     @property
@@ -71,15 +79,17 @@ class KernelCall:
         }
 
 
-def kernel_calls(lowered: Any) -> list[KernelCall]:
+def kernel_calls(lowered: Any, names: Mapping[str, str] | None = None) -> list[KernelCall]:
     """Return the bindings of ``main`` in the order of execution.
 
     Parameters
     ----------
     lowered : tvm.IRModule
-        As ``cpu_pipeline`` leaves it: calls of scheduled PrimFuncs.
+        As ``cpu_pipeline`` or ``cuda_pipeline`` leaves it: calls of scheduled PrimFuncs.
+    names : mapping of str to str, optional
+        Name of a binding there -> the ONNX name it had.
     """
-    found = []
+    found, labels = [], names or {}
     for block in lowered["main"].body.blocks:
         for binding in block.bindings:
             value = binding.value
@@ -88,7 +98,8 @@ def kernel_calls(lowered: Any) -> list[KernelCall]:
                 packed = value.args[1]
                 fields = list(packed.fields) if isinstance(packed, relax.Tuple) else [packed]
                 name = str(value.args[0].name_hint)
-                found.append(KernelCall(binding.var, name, fields, in_place))
+                label = labels.get(str(binding.var.name), "")
+                found.append(KernelCall(binding.var, name, fields, in_place, label))
             else:
                 found.append(KernelCall(binding.var, "", []))
     return found
@@ -115,7 +126,7 @@ def owners(calls: Iterable[KernelCall], groups: AxisGroups | None) -> list[dict[
     found = []
     for call in calls:
         if call.kernel:
-            names = {*call.weights, str(call.var.name)}
+            names = {*call.weights, call.name}
             touched = [key for key, known in members.items() if names & known]
             about = {"kernel": call.kernel, "node": call.node, "weights": list(call.weights)}
             found.append({**about, "groups": touched})

@@ -50,6 +50,12 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     )
 
 
+def lower_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
+    """Return the calls of scheduled kernels that `build_cuda` compiles; arguments as there."""
+    with target:
+        return cuda_pipeline(str(target.attrs["arch"]), precision)(mod)
+
+
 def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
     """Lower and compile a module for a CUDA device.
 
@@ -67,6 +73,6 @@ def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
     tvm.runtime.vm.VMExecutable
         For ``VirtualMachine(executable, tvm.cuda())``.
     """
+    lowered = lower_cuda(mod, target, precision)
     with target:
-        lowered = cuda_pipeline(str(target.attrs["arch"]), precision)(mod)
         return tvm.compile(lowered, target, relax_pipeline=relax.get_default_pipeline(target))

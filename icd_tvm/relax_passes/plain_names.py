@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
@@ -12,6 +13,15 @@ def plain_name(name: str) -> str:
     """Return ``name`` with every run of other characters replaced by an underscore."""
     plain = re.sub(r"\W+", "_", name, flags=re.ASCII)
     return plain if plain[:1].isalpha() or plain[:1] == "_" else f"v{plain}"
+
+
+def names_before(mod: Any) -> dict[str, str]:
+    """Return plain name -> name before of the bindings of ``main``; shared plain names are out."""
+    blocks = mod["main"].body.blocks
+    names = [str(binding.var.name) for block in blocks for binding in block.bindings]
+    plain = [plain_name(name) for name in names]
+    clashes = {name for name, count in Counter(plain).items() if count > 1}
+    return {new: old for new, old in zip(plain, names, strict=True) if new not in clashes}
 
 
 @tvm.transform.module_pass(opt_level=0, name="PlainNames")

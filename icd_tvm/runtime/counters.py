@@ -23,10 +23,16 @@ from icd_tvm.runtime.kernel_record import kernel_record, work_of_arms
 from icd_tvm.steps import steps
 
 ENERGY, CACHES, KERNELS, ROOF = "ept_j_per_tok", "cache_model", "kernel_times", "roofline"
+FLOP = "flop"
 # The arms that gates and readers compare; the others would only lengthen the run.
 ARMS = (DENSE, LINEAR, ITERATIVE)
 # One core's own caches: the third level is shared, and hashed by address.
 LEVELS = 2
+
+
+def not_counted(reason: str) -> dict[str, str]:
+    """Return one reason for everything that :func:`count` would count."""
+    return dict.fromkeys((ENERGY, CACHES, KERNELS, ROOF, FLOP), reason)
 
 
 @dataclass
@@ -49,8 +55,8 @@ class Counters:
         Arm -> summary of its profile with warm caches, see
         :class:`icd_tvm.measure.ncu.NcuSummary`.
     reasons : dict
-        ``ept_j_per_tok``, ``cache_model``, ``kernel_times``, ``flop``, ``roofline`` or ``ncu`` ->
-        why it is missing.
+        ``ept_j_per_tok``, ``cache_model``, ``kernel_times``, ``flop``, ``roofline``, ``ncu`` or
+        ``power.csv`` -> why it is missing.
     """
 
     energy: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +116,10 @@ def count(
         counters.caches = _caches(arms, feeds, keys, target, counters.reasons)
     except IcdError as error:
         counters.reasons[CACHES] = str(error)
-    counters.work = work_of_arms(built, counters.reasons)
+    if keys.kernel_times or keys.roofline:
+        counters.work = work_of_arms(built, counters.reasons)
+    else:
+        counters.reasons[FLOP] = "not asked for (measure.kernel_times, measure.roofline)"
     counters.kernels = _kernels(arms, feeds, keys, counters, groups)
     counters.roof = _roof(keys, target, counters.reasons)
     return counters

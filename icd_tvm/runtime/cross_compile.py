@@ -16,7 +16,7 @@ from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.runtime.cuda_toolkit import find_cudart, find_nvcc, load_driver
 from icd_tvm.runtime.fatbin import CodeEntry, machine_code
 
-NOT_MEASURED = "not measured: no GPU; kernels were compiled for it, not run"
+NOT_MEASURED = "not measured: arms for a GPU are compiled here, and not timed"
 TIMEOUT_S = 3600
 _ROOT = Path(__file__).resolve().parents[2]
 

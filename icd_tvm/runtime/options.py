@@ -111,6 +111,8 @@ class CompileOptions:
                     "enabled": self.measure,
                     "peer": self.peer,
                     "energy": False,
+                    "kernel_times": False,
+                    "roofline": False,
                     "rpc": self.rpc,
                     "rpc_key": self.rpc_key,
                 },

@@ -31,6 +31,7 @@ def make_record(job: Job) -> dict[str, Any]:
         "target": job.target_text,
         "env": fingerprint(),
         "arms": _arms(result) if result else {},
+        "counted": _counted_untimed(result) if result else {},
         "ratios": measured.ratios(seed) if measured else {},
         "equivalence": _equivalence(result),
         "quality": _quality(job),
@@ -192,6 +193,13 @@ def _counted(result: Compilation, arm: str) -> dict[str, float]:
     if counted and tokens:
         found["ept_j_per_tok"] = counted["joules_per_call"] / tokens
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _counted_untimed(result: Compilation) -> dict[str, Any]:
+    """Return what was counted of arms that were not timed and so have no record in ``arms``."""
+    timed = result.measured.samples if result.measured else {}
+    names = [name for name in result.counters.ncu if name not in timed]
+    return {name: _counted(result, name) for name in names}
 
 
 def _tokens(result: Compilation) -> int | None:

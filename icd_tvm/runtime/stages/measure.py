@@ -10,7 +10,7 @@ from icd_tvm.measure.peers import PeerError
 from icd_tvm.measure.statistics import cross_check
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.arms import DENSE
-from icd_tvm.runtime.counters import CACHES, ENERGY, KERNELS, ROOF, count, read_counters
+from icd_tvm.runtime.counters import count, not_counted, read_counters
 from icd_tvm.runtime.cross_compile import NOT_MEASURED
 from icd_tvm.runtime.evaluate import evaluate
 from icd_tvm.runtime.job import Job
@@ -64,6 +64,8 @@ def _time_arms(job: Job) -> None:
         return
     if job.cuda is not None:
         job.warn("measure", NOT_MEASURED)
+        reasons = not_counted(NOT_MEASURED) | {"power.csv": NOT_MEASURED}
+        job.result.counters.reasons |= reasons
         return
     # A peer is a process of this machine: nothing to compare with what another one does.
     peers = list(keys.peer) if keys.rpc is None else []
@@ -115,7 +117,7 @@ def _count(job: Job) -> None:
         return
     if keys.rpc is not None:
         reason = "counted on this machine only, not on a device behind RPC"
-        result.counters.reasons = dict.fromkeys((ENERGY, CACHES, KERNELS, ROOF), reason)
+        result.counters.reasons |= not_counted(reason)
         return
     with job.progress.stage("count") as stage:
         feeds = result.inputs(job.config.seed)
