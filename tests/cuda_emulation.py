@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from icd_tvm.measure.cuda_reference import numpy_dtype
-from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
+from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, numpy_dtype, whole_text
 
 HERE = Path(__file__).resolve().parent
 GUARD = 256

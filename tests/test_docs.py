@@ -178,7 +178,9 @@ def test_imports_point_upwards_in_the_table_of_parts() -> None:
     folders = re.findall(r"^\| `(\w+)/`", text, re.M)
     assert len(folders) == 9
     for i, folder in enumerate(folders):
-        sources = (file.read_text() for file in (ROOT / "icd_tvm" / folder).rglob("*.py"))
+        files = (ROOT / "icd_tvm" / folder).rglob("*.py")
+        # Recipes train models on the data sets of measure; nothing imports them.
+        sources = (file.read_text() for file in files if "recipes" not in file.parts)
         used = set(re.findall(r"(?:from|import) icd_tvm\.(\w+)", "".join(sources)))
         assert not used & set(folders[i + 1 :]), folder
 

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from math import erf
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.gemm import SLAB, unpack_weight
 from icd_tvm.tir_schedules.cuda.gemv import unpack_int4
-from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule
+from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule, numpy_dtype
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -44,11 +43,6 @@ class Trial(NamedTuple):
         # max() of Python would lose a NaN.
         worst = float(np.max([np.max(share) for share in shares]))
         return worst if np.isfinite(worst) else float("inf")
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Return the numpy dtype of an argument."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from icd_tvm.errors import IcdError, MeasurementError
-from icd_tvm.measure.cuda_reference import Arrays, make_trial, numpy_dtype
+from icd_tvm.measure.cuda_reference import Arrays, make_trial
 from icd_tvm.measure.energy import MIN_WINDOW_S, MIN_WINDOWS, as_json, measure_energy
 from icd_tvm.measure.nvml import NvmlDevice
 from icd_tvm.runtime.cuda_driver import CudaDevice
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
+from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 
 # Share of the limit by which a part must have begun its last item; what is left goes to the next.
 PARTS = {"correctness": 0.25, "times": 0.55, "energy": 0.75, "peers": 0.85, "counters": 0.97}

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
-from icd_tvm.measure.cuda_reference import numpy_dtype
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     call_func,
@@ -29,7 +28,13 @@ from icd_tvm.tir_schedules.cuda.gemm import (
     pack_weight,
 )
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule, SourceKernel, refused
+from icd_tvm.tir_schedules.cuda.source_kernel import (
+    Epilogue,
+    Rule,
+    SourceKernel,
+    numpy_dtype,
+    refused,
+)
 
 Array = npt.NDArray[Any]
 CUDA_KERNELS_ATTR = "icd.cuda_kernels"
