@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from icd_tvm.errors import IcdError, MeasurementError
+from icd_tvm.measure.cuda_driver import CudaDevice
 from icd_tvm.measure.cuda_reference import make_trial
 from icd_tvm.measure.cuda_roofline import predict
 from icd_tvm.measure.cuda_timing import (
@@ -42,7 +43,6 @@ from icd_tvm.measure.cuda_timing import (
     measure_times,
     sets_of,
 )
-from icd_tvm.runtime.cuda_driver import CudaDevice
 from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
 from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
@@ -130,7 +130,7 @@ def child(device: CudaDevice, entries: Iterable[Entry], name: str) -> None:
 
 def build(folder: Path) -> None:
     """Write the machine code of every kernel of the catalogue, for every architecture."""
-    from icd_tvm.runtime.cuda_toolkit import find_nvcc
+    from icd_tvm.measure.cuda_toolkit import find_nvcc
 
     folder.mkdir(parents=True, exist_ok=True)
     for arch in CUDA_ARCHS:

@@ -161,7 +161,7 @@ def test_bundle_loads_with_the_small_runtime_and_asks_for_a_gpu(
     with tarfile.open(tmp_path / "b.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     code = (
-        "from icd_tvm.runtime.cuda_toolkit import load_driver\n"
+        "from icd_tvm.measure.cuda_toolkit import load_driver\n"
         "print(load_driver())\n"
         "import runpy, tvm\n"
         "try: runpy.run_path('run.py', run_name='__main__')\n"

@@ -21,10 +21,10 @@ from cuda_emulation import Emulated
 from benchmarks import gpu_suite
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure import cuda_timing
+from icd_tvm.measure.cuda_driver import CudaDevice
 from icd_tvm.measure.cuda_reference import Trial, make_trial
 from icd_tvm.measure.energy import EnergyRecord
 from icd_tvm.runtime import cuda_driver
-from icd_tvm.runtime.cuda_driver import CudaDevice
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
@@ -213,7 +213,7 @@ def rehearse(before: str, out: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
 def test_rehearsal_against_the_stub_reaches_the_end(tmp_path: Path) -> None:
-    load = "from icd_tvm.runtime.cuda_toolkit import load_driver; kind = load_driver()"
+    load = "from icd_tvm.measure.cuda_toolkit import load_driver; kind = load_driver()"
     record, printed = rehearse(f"{load}\nassert kind == 'stub', kind", tmp_path)
     check_nothing_is_measured(record, printed, "cuInit: CUDA error 100 no device")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from icd_tvm.errors import IcdError
-from icd_tvm.runtime.cuda_toolkit import find_nvcc
+from icd_tvm.measure.cuda_toolkit import find_nvcc
 from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
 
 _ENTRY = re.compile(

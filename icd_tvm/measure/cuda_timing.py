@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from icd_tvm.errors import IcdError, MeasurementError
+from icd_tvm.measure.cuda_driver import CudaDevice
 from icd_tvm.measure.cuda_reference import Arrays, make_trial
 from icd_tvm.measure.energy import MIN_WINDOW_S, MIN_WINDOWS, as_json, measure_energy
 from icd_tvm.measure.nvml import NvmlDevice
-from icd_tvm.runtime.cuda_driver import CudaDevice
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
 from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 

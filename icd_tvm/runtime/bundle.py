@@ -20,7 +20,7 @@ from typing import IO, Any
 from icd_tvm.config_file import load_config, to_yaml
 from icd_tvm.errors import ConfigError, IcdError, ModelFileError
 from icd_tvm.files import write_atomically
-from icd_tvm.runtime.cuda_toolkit import CUDART, find_cudart
+from icd_tvm.measure.cuda_toolkit import CUDART, find_cudart
 from icd_tvm.runtime.loaded import MODULE, SIGNATURE, read_signature
 from icd_tvm.runtime.output import check_writable_file
 from icd_tvm.runtime.run_folder import CONFIG, ENVIRONMENT, METRICS, PERM

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from icd_tvm.errors import IcdError, MeasurementError
-from icd_tvm.runtime.cuda_toolkit import find_cudart, find_nvcc, load_driver
+from icd_tvm.measure.cuda_toolkit import find_cudart, find_nvcc, load_driver
 from icd_tvm.runtime.fatbin import CodeEntry, machine_code
 
 NOT_MEASURED = "not measured: arms for a GPU are compiled here, and not timed"

@@ -7,7 +7,7 @@ from typing import Any
 from icd_tvm._tvm import tvm_ffi
 from icd_tvm.config import Config
 from icd_tvm.errors import ConfigError
-from icd_tvm.runtime.cuda_toolkit import find_cudart, find_nvcc
+from icd_tvm.measure.cuda_toolkit import find_cudart, find_nvcc
 from icd_tvm.runtime.evaluate import parse_quality
 from icd_tvm.runtime.transforms import Transform, find_transforms
 from icd_tvm.tir_schedules.target import cuda_arch, host_target, parse_target
