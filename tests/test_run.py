@@ -67,6 +67,7 @@ def test_artifacts(finished: RunArtifacts) -> None:
         "perm.json",
         "report.csv",
         "report.html",
+        "tiles.npz",
     }
     validate_metrics(finished.metrics)
     assert finished.metrics["graph_source"] == "tir"
