@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).resolve().parent / "data" / "records"
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID = {"meta", "link", "br", "wbr", "img", "input", "hr"}
 # HTML needs no closing tag of these SVG elements, but theirs are written as <x/>.
 SVG_EMPTY = {"path", "use", "rect", "image", "g", "defs"}
 

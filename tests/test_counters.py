@@ -18,6 +18,7 @@ from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.runtime import counters as module
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.counters import Counters, count, read_counters
+from icd_tvm.runtime.options import CompileOptions
 from icd_tvm.runtime.run import run
 from icd_tvm.tir_schedules.target import parse_target
 
@@ -161,3 +162,8 @@ def test_a_run_records_energy_per_token_its_gate_and_its_page(
     assert 'id="roofline-wide-title"' in page
     assert "model" in page
     assert page.rstrip().endswith("</html>")
+
+
+def test_a_compilation_counts_nothing() -> None:
+    keys = CompileOptions("bert-mini-random").to_config().measure
+    assert (keys.energy, keys.kernel_times, keys.roofline, keys.cache_model) == (False,) * 4

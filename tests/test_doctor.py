@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_energy import rapl
+from test_ncu import fake_ncu
 
 from icd_tvm.commands import doctor
 from icd_tvm.measure import capabilities as module
-from icd_tvm.measure.capabilities import capabilities
+from icd_tvm.measure.capabilities import capabilities, locked_counters
 from icd_tvm.measure.energy import RaplCounter
+from icd_tvm.measure.environment import fingerprint
 
 NAMES = {
     "latency",
@@ -59,3 +63,49 @@ def test_available_counters_and_json(
     found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert found["energy, CPU"] == {"name": "energy, CPU", "available": True, "detail": "RAPL"}
     assert found["task quality"]["detail"] == str(tmp_path)
+
+
+def test_ncu_without_a_gpu_or_without_permission_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_ncu(tmp_path, monkeypatch, "true", "2024.1")
+    name = "L2 and DRAM counters, GPU"
+    monkeypatch.setattr(module, "_gpu", lambda: (False, "no driver"))
+    assert module._ncu() == (False, "no driver")
+    monkeypatch.setattr(module, "_gpu", lambda: (True, "NVML"))
+    monkeypatch.setattr(module, "locked_counters", lambda: "run as root")
+    assert module._CHECKS[name]() == (False, "run as root")
+    monkeypatch.setattr(module, "locked_counters", lambda: "")
+    assert module._ncu() == (True, f"ncu at {tmp_path / 'ncu'}")
+
+
+def test_the_driver_says_who_may_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert locked_counters(tmp_path) == ""
+    params = tmp_path / "proc/driver/nvidia/params"
+    params.parent.mkdir(parents=True)
+    params.write_text("ResmanDebugLevel: 1\nRmProfilingAdminOnly: 1\n")
+    assert "NVreg_RestrictProfilingToAdminUsers=0" in locked_counters(tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert locked_counters(tmp_path) == ""
+
+
+def test_the_fingerprint_of_a_gpu_holds_its_driver_cuda_and_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlSystemGetDriverVersion=lambda: b"580.1",
+        nvmlSystemGetCudaDriverVersion=lambda: 12080,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: "H200",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=7),
+        nvmlDeviceGetMaxClockInfo=lambda handle, kind: 1980,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    expected = {"name": "H200", "memory_bytes": 7, "driver": "580.1", "cuda": "12.8"}
+    assert fingerprint()["gpu"] == [{**expected, "max_sm_mhz": 1980}]

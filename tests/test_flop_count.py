@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
 import pytest
 from tvm.script import tirx as T
 
+from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.errors import ConfigError, UnsupportedOpError
+from icd_tvm.models.importer import import_onnx
+from icd_tvm.models.registry import build as build_model
+from icd_tvm.relax_passes.apply_quant import ApplyQuant
+from icd_tvm.relax_passes.layer_rules import parse_request
+from icd_tvm.relax_passes.relax_graph import is_call
+from icd_tvm.runtime.build import build
+from icd_tvm.runtime.kernel_record import WorkCounter, arm_work
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_matmul
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
@@ -101,3 +110,28 @@ def endless(x_: T.handle) -> None:
 def test_what_cannot_be_counted_is_refused() -> None:
     with pytest.raises(UnsupportedOpError, match="while"):
         count_flop(endless)
+
+
+def products(mod: Any) -> int:
+    """Return the operations of the matmuls and attentions of a Relax module."""
+    total = 0
+    for block in mod["main"].body.blocks:
+        for binding in block.bindings:
+            if is_call(binding.value, "relax.matmul"):
+                left, out = binding.value.args[0].ty.shape, binding.value.ty.shape
+                total += 2 * int(left[-1]) * prod(int(size) for size in out)
+    return total
+
+
+@pytest.mark.parametrize("quant", ["", "int8:w8a8-dynamic; min-size=0"])
+@pytest.mark.parametrize("name", ["mamba-mini-random", "decoder-mini-step-random"])
+def test_every_kind_of_model_is_counted(name: str, quant: str) -> None:
+    mod = import_onnx(build_model(name)).mod
+    least = products(mod)
+    if quant:
+        mod = ApplyQuant(parse_request(quant, parse_quant))(mod)
+    work = arm_work(build(mod, V3).lowered, WorkCounter())
+    # Nothing but products has as many operations; rows, columns and norms add less again.
+    assert 0 < least <= work["flop"] <= 4 * least
+    assert work["flop"] == sum(kernel["flop"] for kernel in work["kernels"])
+    assert work["bytes"] > 0

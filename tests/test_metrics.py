@@ -220,6 +220,42 @@ def test_gates_that_stop_a_caller(record: dict, asked: tuple, names: list | int)
         assert [line.split(":")[0] for line in found] == names
 
 
+def test_a_gate_that_is_asked_for_and_missing_stops_a_caller() -> None:
+    assert failed_gates([], ["energy"]) == ["energy: not measured, the record has no such gate"]
+    assert failed_gates([], []) == []
+
+
+def test_an_interval_around_the_threshold_is_told(record: dict) -> None:
+    record["ratios"]["iterative/linear"] |= {"median": 0.77, "lo": 0.7, "hi": 0.9}
+    latency = gates(record)["latency"]
+    assert latency["status"] == "pass"
+    assert latency["interval"] == pytest.approx([10, 30])
+    assert "more calls may decide otherwise" in latency["reason"]
+    record["ratios"]["iterative/linear"]["hi"] = 0.79
+    assert "otherwise" not in gates(record)["latency"]["reason"]
+
+
+def test_energy_has_the_interval_of_its_windows(record: dict) -> None:
+    def windows(*joules: float) -> dict:
+        return {"windows": [{"joules": value, "calls": 1, "seconds": 5.0} for value in joules]}
+
+    for arm, value in (("linear", 4.0), ("iterative", 3.0)):
+        record["arms"][arm]["ept_j_per_tok"] = value
+    assert gates(record)["energy"]["interval"] is None
+    record["energy"] = {"linear": windows(4, 8, 4, 8), "iterative": windows(3, 6, 3, 6)}
+    # The chip's drift is in both windows of a pair.
+    assert gates(record)["energy"]["interval"] == pytest.approx([25, 25])
+    record["energy"]["iterative"] = windows(3, 6.6, 2.7, 6)
+    low, high = gates(record)["energy"]["interval"]
+    logs = np.log([0.75, 0.825, 0.675, 0.75])
+    # Student's 97.5 % point for three degrees of freedom, from a table.
+    reach = 3.182 * logs.std(ddof=1) / 2
+    expected = [100 * (1 - np.exp(logs.mean() + s * reach)) for s in (1, -1)]
+    assert [low, high] == pytest.approx(expected, rel=1e-3)
+    record["energy"]["iterative"] = windows(3)
+    assert gates(record)["energy"]["interval"] is None
+
+
 def test_command_line_knows_the_gates(record: dict) -> None:
     assert tuple(gates(record)) == GATES
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from icd_tvm.errors import IcdError
 from icd_tvm.measure.cache_model import host_levels
 from icd_tvm.measure.cachegrind import missing_tool
 from icd_tvm.measure.energy import open_counter
 from icd_tvm.measure.environment import fingerprint
-from icd_tvm.measure.ncu import missing_ncu
+from icd_tvm.measure.ncu import explain, missing_ncu
 from icd_tvm.measure.nvml import NvmlDevice
 from icd_tvm.measure.quality import DATA_VARIABLE, data_dir
 
@@ -66,8 +68,19 @@ def _gpu() -> Answer:
 
 
 def _ncu() -> Answer:
-    reason = missing_ncu()
+    gpu, why = _gpu()
+    reason = missing_ncu() or ("" if gpu else why) or locked_counters()
     return not reason, reason or f"ncu at {shutil.which('ncu')}"
+
+
+def locked_counters(root: Path = Path("/")) -> str:
+    """Return why this user may not read the counters of the GPU, or an empty string."""
+    try:
+        text = (root / "proc/driver/nvidia/params").read_text()
+    except OSError:
+        return ""
+    locked = re.search(r"RmProfilingAdminOnly:\s*1", text) is not None
+    return explain("ERR_NVGPUCTRPERM") if locked and os.geteuid() != 0 else ""
 
 
 def _model() -> Answer:

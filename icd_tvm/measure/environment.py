@@ -202,12 +202,15 @@ def _gpu(reasons: dict[str, str]) -> list[dict[str, Any]] | None:
         return None
     try:
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion()
         handles = (pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount()))
         gpus = [
             {
                 "name": _text(pynvml.nvmlDeviceGetName(handle)),
                 "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
                 "driver": driver,
+                "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
+                "max_sm_mhz": int(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
             }
             for handle in handles
         ]

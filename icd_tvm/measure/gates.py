@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from scipy.stats import t as student
+
 from icd_tvm.measure.metrics import GateRecord
 from icd_tvm.measure.statistics import Ratio
 
@@ -54,16 +57,25 @@ def evaluate_gates(
     Returns
     -------
     list of GateRecord
-        ``latency``, ``l2``, ``energy``, ``quality``, each pass, fail or not measured;
-        ``interval`` is [lo, hi] of the value with 95 % confidence, null where it has none (a
-        counter is one reading of each arm).
+        ``latency``, ``l2``, ``energy``, ``quality``, each pass, fail or not measured by the value
+        itself; the reason says so where the interval leaves it open. ``interval`` is [lo, hi] of
+        the value with 95 % confidence, null where it has none (a hit rate is one reading of each
+        arm). That of energy is Student's, over windows of both arms that were neighbours.
     """
     arms = {**record.get("counted", {}), **record["arms"]}
     pair = (arms.get(candidate), arms.get(baseline))
     return [
         _latency(record["ratios"].get(f"{candidate}/{baseline}"), latency_gain_pct),
         _counter(record, "l2", "l2_hit_pct", pair, l2_gain_points, relative=False),
-        _counter(record, "energy", "ept_j_per_tok", pair, energy_gain_pct, relative=True),
+        _counter(
+            record,
+            "energy",
+            "ept_j_per_tok",
+            pair,
+            energy_gain_pct,
+            relative=True,
+            interval=_energy_interval(record.get("energy", {}), candidate, baseline),
+        ),
         _quality(record, (candidate, quality_reference), quality_loss_points, quality_agreement),
     ]
 
@@ -75,7 +87,15 @@ def _latency(ratio: Ratio | None, threshold: float) -> GateRecord:
     least = 100 * (1 - ratio["hi"])
     reason = f"{gain:.1f} % less time, at least {least:.1f} % with 95 % confidence"
     interval = [least, 100 * (1 - ratio["lo"])]
+    reason += _open(interval, threshold)
     return _known("latency", gain, threshold, gain >= threshold, reason, interval)
+
+
+def _open(interval: Sequence[float] | None, threshold: float) -> str:
+    """Say that measuring again may well decide the other way."""
+    if interval is None or not interval[0] < threshold <= interval[1]:
+        return ""
+    return f"; the interval holds the {threshold:g} % asked for, so more calls may decide otherwise"
 
 
 def _counter(
@@ -86,6 +106,7 @@ def _counter(
     threshold: float,
     *,
     relative: bool,
+    interval: list[float] | None = None,
 ) -> GateRecord:
     candidate, baseline = (None if arm is None else arm.get(field) for arm in pair)
     if candidate is None or baseline is None or (relative and baseline <= 0):
@@ -96,7 +117,21 @@ def _counter(
         value = candidate - baseline
     unit = "% less" if relative else "points more"
     reason = f"{baseline:.4g} to {candidate:.4g}, {value:.1f} {unit}"
-    return _known(name, value, threshold, value >= threshold, reason)
+    reason += _open(interval, threshold)
+    return _known(name, value, threshold, value >= threshold, reason, interval)
+
+
+def _energy_interval(
+    energy: Mapping[str, Any], candidate: str, baseline: str
+) -> list[float] | None:
+    """Return [lo, hi] of the reduction in per cent, from the log ratios of paired windows."""
+    taken = [energy.get(arm, {}).get("windows", []) for arm in (candidate, baseline)]
+    new, old = (np.array([w["joules"] / w["calls"] for w in windows]) for windows in taken)
+    if len(new) != len(old) or len(new) < 2 or min(new.min(), old.min()) <= 0:
+        return None
+    logs = np.log(new / old)
+    reach = student.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
+    return [float(100 * (1 - np.exp(logs.mean() + sign * reach))) for sign in (1, -1)]
 
 
 def _quality(
@@ -130,7 +165,9 @@ def failed_gates(gates: Sequence[Mapping[str, Any]], asked: Collection[str]) -> 
     """
     wrong = [g for g in gates if g["status"] == "fail" or (g["status"] != "pass" and asked)]
     chosen = [gate for gate in wrong if not asked or gate["name"] in asked]
-    return [f"{gate['name']}: {gate['status']}, {gate['reason']}" for gate in chosen]
+    absent = sorted(set(asked) - {gate["name"] for gate in gates})
+    lines = [f"{gate['name']}: {gate['status']}, {gate['reason']}" for gate in chosen]
+    return lines + [f"{name}: not measured, the record has no such gate" for name in absent]
 
 
 def worse_counter(
