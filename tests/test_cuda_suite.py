@@ -20,11 +20,10 @@ from cuda_emulation import Emulated
 
 from benchmarks import gpu_suite
 from icd_tvm.errors import MeasurementError
-from icd_tvm.measure import cuda_timing
+from icd_tvm.measure import cuda_driver, cuda_timing
 from icd_tvm.measure.cuda_driver import CudaDevice
 from icd_tvm.measure.cuda_reference import Trial, make_trial
 from icd_tvm.measure.energy import EnergyRecord
-from icd_tvm.runtime import cuda_driver
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule

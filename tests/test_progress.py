@@ -50,22 +50,27 @@ def test_a_quiet_stage_silences_the_one_around_it() -> None:
     assert "loop" not in stream.getvalue()
 
 
-def settled(count: int) -> bool:
-    """Wait until so many threads are left: one that was told to stop needs a moment."""
+def started(before: set[threading.Thread]) -> bool:
+    """Tell whether a thread runs that did not before; other tests' threads may end meanwhile."""
+    return not set(threading.enumerate()) <= before
+
+
+def settled(before: set[threading.Thread]) -> bool:
+    """Wait until no thread is left but these: one that was told to stop needs a moment."""
     deadline = time.monotonic() + 10
-    while threading.active_count() != count and time.monotonic() < deadline:
+    while started(before) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return threading.active_count() == count
+    return not started(before)
 
 
 def test_nothing_draws_beside_calls_that_are_timed() -> None:
     progress, stream = progress_on(terminal=True)
-    alone = threading.active_count()
+    alone = set(threading.enumerate())
     calm: list[bool] = []
     with progress.stage("measure"):
-        assert threading.active_count() > alone
+        assert started(alone)
         samples = interleave({"a": lambda: calm.append(settled(alone))}, repeats=40, warmup=1)
-        assert threading.active_count() > alone
+        assert started(alone)
     assert all(calm)
     assert samples["a"].shape == (40,)
     assert "measuring rounds" in stream.getvalue()
@@ -73,7 +78,7 @@ def test_nothing_draws_beside_calls_that_are_timed() -> None:
 
 def test_a_failure_inside_a_bar_leaves_the_terminal_as_it_was() -> None:
     progress, stream = progress_on(terminal=True)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(ZeroDivisionError), progress.stage("work"), counted("loop", 3):
         _ = 1 / np.int64(0).item()
     assert settled(before)
