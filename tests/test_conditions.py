@@ -1,6 +1,8 @@
 """The clock record and the pinned thread."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -78,3 +80,17 @@ def test_nothing_is_bound_where_it_was_not_asked_for() -> None:
         assert os.sched_getaffinity(0) == before
     assert (threads["pinned"], threads["cpus"]) == (False, sorted(before))
     assert "pin_threads" in threads["reason"]
+
+
+@needs_affinity
+def test_sizing_the_pool_leaves_the_calling_thread_free() -> None:
+    """In a fresh process: a pool keeps the size that it was given first."""
+    code = (
+        "import os\n"
+        "from icd_tvm.config import make_config\n"
+        "from icd_tvm.runtime.prepare import prepare\n"
+        "before = os.sched_getaffinity(0)\n"
+        "prepare(make_config({'model': {'name': 'minilm'}, 'threads': 1}))\n"
+        "assert os.sched_getaffinity(0) == before, (before, os.sched_getaffinity(0))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from icd_tvm._tvm import tvm_ffi
@@ -28,8 +29,20 @@ def prepare(config: Config) -> tuple[Any, list[Transform]]:
     if config.quality.metric is not None:
         parse_quality(config.quality.metric)
     if config.threads:
-        tvm_ffi.get_global_func("runtime.config_threadpool")(1, config.threads)
+        _set_threads(config.threads)
     return target, transforms
+
+
+def _set_threads(count: int) -> None:
+    """Size TVM's pool, and leave the calling thread free to move.
+
+    TVM binds the caller to a CPU. Threads that start later inherit that: those of a BLAS that is
+    first used then would spin on one CPU together, ten times slower than one alone.
+    """
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
+    if affinity is not None:
+        os.sched_setaffinity(0, affinity)
 
 
 def _target(config: Config) -> Any:
