@@ -87,7 +87,7 @@ def test_sizing_the_pool_leaves_the_calling_thread_free() -> None:
     """In a fresh process: a pool keeps the size that it was given first."""
     code = (
         "import os\n"
-        "from icd_tvm.config import make_config\n"
+        "from icd_tvm.config_file import make_config\n"
         "from icd_tvm.runtime.prepare import prepare\n"
         "before = os.sched_getaffinity(0)\n"
         "prepare(make_config({'model': {'name': 'minilm'}, 'threads': 1}))\n"
