@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # (sparsity, quantisation, bar for iterative/linear of the whole model)
-W8A8 = "int8:w8a8:attention:smooth0.75"
+W8A8 = "int8:w8a8:smooth0.75"
 CASES = (
     ("unit:0.5", "none", 0.80),
     ("vec16:0.5", "none", 0.85),

@@ -62,6 +62,7 @@ MINILM = (
     Case("int8:w8a8", 0.10),
     Case("int8:w8a8-mse", 0.10),
     Case("int8:w8a8:smooth0.75", 0.10),
+    Case("int8:w8a8:attention:smooth0.75", 0.10),
     Case("int8:w8a8:smooth0.75:compensate", 0.10),
     Case("int4:group128"),
     Case("int4:group128:ptq-mse:act-order:compensate", 0.10),
