@@ -2,9 +2,9 @@
 FROM python:3.11-slim AS packages
 RUN python -m venv /opt/icd
 ENV PATH=/opt/icd/bin:$PATH
-COPY requirements.lock /tmp/
-RUN pip install --no-cache-dir --no-deps --require-hashes -r /tmp/requirements.lock
 WORKDIR /src
+COPY requirements.lock ./
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY icd_tvm icd_tvm
 RUN pip install --no-cache-dir --no-deps .

@@ -35,6 +35,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--quiet", action="store_true", help="show no progress")
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
+    def add_override(self, text: str) -> None:
+        """Add ``--override``, which takes any number of ``KEY=VALUE`` any number of times."""
+        self.add_argument(
+            "--override", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help=text
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with argparse's message, and the nearest flag for an unknown one."""
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]

@@ -51,14 +51,7 @@ def parser() -> Parser:
 def add_config(result: Parser) -> None:
     """Add the flags that make a configuration."""
     result.add_argument("-c", "--config", type=Path, metavar="FILE", help=HELP["config"])
-    result.add_argument(
-        "--override",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help=HELP["override"],
-    )
+    result.add_override(HELP["override"])
     result.add_argument("--out", type=Path, metavar="DIR", help=HELP["out"])
     add_device(result)
 

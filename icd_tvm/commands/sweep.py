@@ -36,14 +36,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("-c", "--config", type=Path, required=True, metavar="FILE", help=HELP["config"])
     add("--out", type=Path, required=True, metavar="DIR", help=HELP["out"])
-    add(
-        "--override",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help=HELP["override"],
-    )
+    result.add_override(HELP["override"])
     add("--resume", action="store_true", help=HELP["resume"])
     add("--scheduler", metavar="ADDRESS", help=HELP["scheduler"])
     add("--dry-run", action="store_true", help=HELP["dry_run"])

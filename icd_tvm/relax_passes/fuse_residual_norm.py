@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from icd_tvm._tvm import PyExprMutator, Var, mutator, relax, tvm
-from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_call, is_float32, static_shape
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    call_func,
+    is_call,
+    is_float32,
+    rewrite_functions,
+    static_shape,
+)
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 
 
@@ -36,14 +43,8 @@ class FuseResidualNorm:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the layer norms replaced."""
-        mod = mod.clone()
         self.refusals, self.fused = {}, {"residual": 0, "plain": 0}
-        for name, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                rewriter = _Fuser(mod, Dataflow(func), self)
-                new = rewriter.visit_expr(func)
-                mod = rewriter.builder_.get()
-                mod[name] = new
+        mod = rewrite_functions(mod, lambda new, func: _Fuser(new, Dataflow(func), self))
         return relax.transform.DeadCodeElimination()(mod)
 
 

@@ -16,6 +16,7 @@ from icd_tvm.relax_passes.relax_graph import (
     constant_weight,
     is_call,
     operands,
+    rewrite_functions,
 )
 from icd_tvm.tir_schedules.cpu.attention import attention, attention_shape
 
@@ -58,14 +59,8 @@ class MergeParallelMatmul:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the projections merged."""
-        mod = mod.clone()
         self.refusals, self.merged = [], 0
-        for name, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                rewriter = _Merger(mod, Dataflow(func), self)
-                new = rewriter.visit_expr(func)
-                mod = rewriter.builder_.get()
-                mod[name] = new
+        mod = rewrite_functions(mod, lambda new, func: _Merger(new, Dataflow(func), self))
         return relax.transform.DeadCodeElimination()(mod)
 
 

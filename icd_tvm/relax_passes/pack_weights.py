@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
-from icd_tvm.relax_passes.relax_graph import call_func, constant_weight, static_shape
+from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, tvm
+from icd_tvm.relax_passes.relax_graph import (
+    call_func,
+    constant_weight,
+    rewrite_functions,
+    static_shape,
+)
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
 from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
 
@@ -34,14 +39,8 @@ class PackWeights:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the matmuls replaced."""
-        mod = mod.clone()
         self.packed = 0
-        for name, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                rewriter = _Packer(mod, self)
-                new = rewriter.visit_expr(func)
-                mod = rewriter.builder_.get()
-                mod[name] = new
+        mod = rewrite_functions(mod, lambda new, func: _Packer(new, self))
         return mod
 
 

@@ -48,6 +48,26 @@ class Dataflow:
         return users[0] if len(users) == 1 else None
 
 
+def rewrite_functions(mod: Any, mutator: Callable[[Any, Any], Any]) -> Any:
+    """Return a clone of ``mod`` whose Relax functions went through a mutator each.
+
+    Parameters
+    ----------
+    mod : tvm.IRModule
+        Left untouched.
+    mutator : callable
+        (module so far, function) -> a mutator for it, which may add kernels to the module.
+    """
+    mod = mod.clone()
+    for name, func in mod.functions_items():
+        if isinstance(func, relax.Function):
+            rewriter = mutator(mod, func)
+            new = rewriter.visit_expr(func)
+            mod = rewriter.builder_.get()
+            mod[name] = new
+    return mod
+
+
 def is_call(expr: Any, op: str) -> bool:
     """Tell whether ``expr`` is a call of the operator named ``op``."""
     return isinstance(expr, Call) and isinstance(expr.op, Op) and expr.op.name == op

@@ -17,6 +17,7 @@ from icd_tvm.relax_passes.relax_graph import (
     constant_weight,
     is_call,
     operands,
+    rewrite_functions,
     static_shape,
 )
 from icd_tvm.tir_schedules.cuda.gemm import (
@@ -79,14 +80,8 @@ class SelectCudaKernels:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the matmuls replaced."""
-        mod = mod.clone()
         self.choices = {}
-        for name, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                rewriter = _Selector(mod, Dataflow(func), self)
-                new = rewriter.visit_expr(func)
-                mod = rewriter.builder_.get()
-                mod[name] = new
+        mod = rewrite_functions(mod, lambda new, func: _Selector(new, Dataflow(func), self))
         choices = {node: asdict(choice) for node, choice in self.choices.items()}
         return mod.with_attr(CUDA_KERNELS_ATTR, json.dumps(choices))
 

@@ -8,8 +8,14 @@ from typing import Any
 
 import numpy.typing as npt
 
-from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
-from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, constant_weight, static_shape
+from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, tvm
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    call_func,
+    constant_weight,
+    rewrite_functions,
+    static_shape,
+)
 from icd_tvm.tir_schedules.cpu.matmul_kinds import build_matmul, pack_matmul, read_rows
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
 
@@ -49,14 +55,8 @@ class SelectKernels:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the chosen matmuls replaced."""
-        mod = mod.clone()
         self.choices = {}
-        for name, func in mod.functions_items():
-            if isinstance(func, relax.Function):
-                rewriter = _Selector(mod, Dataflow(func), self)
-                new = rewriter.visit_expr(func)
-                mod = rewriter.builder_.get()
-                mod[name] = new
+        mod = rewrite_functions(mod, lambda new, func: _Selector(new, Dataflow(func), self))
         choices = {node: asdict(choice) for node, choice in self.choices.items()}
         return mod.with_attr(KERNELS_ATTR, json.dumps(choices))
 

@@ -11,9 +11,9 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.emit import enter_if, f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.tile import row_pieces
@@ -140,12 +140,12 @@ class _Head:
         self.tiles = -(-shape.queries // self.rows)
         self.key_pad = _round_up(shape.keys, lanes)
         self.value_pad = _round_up(shape.head_dim, lanes)
-        self.keys = _local(shape.head_dim, self.key_pad)
-        self.table = _local(shape.keys, self.value_pad)
-        self.bias = _local(self.key_pad)
-        self.score = _local(self.rows, self.key_pad)
-        self.partial = _local(lanes)
-        self.inverse = _local(self.rows)
+        self.keys = local(shape.head_dim, self.key_pad)
+        self.table = local(shape.keys, self.value_pad)
+        self.bias = local(self.key_pad)
+        self.score = local(self.rows, self.key_pad)
+        self.partial = local(lanes)
+        self.inverse = local(self.rows)
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys transposed, its values padded to vectors, and the mask."""
@@ -159,9 +159,9 @@ class _Head:
             T.buffer_store(self.bias, mask[self.batch % shape.mask_batch, 0, 0, j], [j])
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
-                T.buffer_store(self.bias, _f32(float("-inf")), [shape.keys + j])
+                T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
                 with T.serial(dim) as d:
-                    T.buffer_store(self.keys, _f32(0.0), [d, shape.keys + j])
+                    T.buffer_store(self.keys, f32(0.0), [d, shape.keys + j])
 
     def _load_value_row(self, v: Any, j: Any) -> None:
         whole = self.shape.head_dim // self.lanes * self.lanes
@@ -173,7 +173,7 @@ class _Head:
         if whole < self.value_pad:
             with T.serial(self.value_pad - whole) as x:
                 inside = whole + x < self.shape.head_dim
-                value = T.if_then_else(inside, v[self.batch, j, start + whole + x], _f32(0.0))
+                value = T.if_then_else(inside, v[self.batch, j, start + whole + x], f32(0.0))
                 T.buffer_store(self.table, value, [j, whole + x])
 
     def scores(self, q: Any, first: Any) -> None:
@@ -187,7 +187,7 @@ class _Head:
             return q[self.batch, row, start + d]
 
         def finish(r: Any, at: Any, value: Any) -> None:
-            scaled = value * _f32(shape.scale) + self.bias[at]
+            scaled = value * f32(shape.scale) + self.bias[at]
             T.buffer_store(self.score, scaled, [r, at])
 
         self._multiply("scores", query, self.keys, shape.head_dim, self.key_pad, finish)
@@ -200,7 +200,7 @@ class _Head:
                 at = c * self.lanes + x
                 T.buffer_store(self.score, vector_math.exp(self.score[r, at] - peak), [r, at])
             total = self._reduce(operator.add, lambda at: self.score[r, at])
-            T.buffer_store(self.inverse, _f32(1.0) / total, [r])
+            T.buffer_store(self.inverse, f32(1.0) / total, [r])
 
     def _reduce(self, combine: Combine, value: Callable[[Any], Any]) -> Any:
         return emit_reduce(self.partial, self.lanes, self.key_pad, combine, value)
@@ -235,10 +235,10 @@ class _Head:
         lanes, rows = self.lanes, self.rows
         vectors = 2 if width // lanes % 2 == 0 else 1
         with T.serial(width // (lanes * vectors)) as panel, T.sblock(name):
-            acc = _local(rows, vectors * lanes)
+            acc = local(rows, vectors * lanes)
             start = panel * vectors * lanes
             with T.unroll(rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
-                T.buffer_store(acc, _f32(0.0), [r, c * lanes + x])
+                T.buffer_store(acc, f32(0.0), [r, c * lanes + x])
             with (
                 T.serial(length) as k,
                 T.unroll(rows) as r,
@@ -263,29 +263,16 @@ class _Head:
         ragged = limits is not None and limits[1] % lanes != 0
         with contextlib.ExitStack() as stack:
             if limits is not None and self.shape.queries % self.rows:
-                _enter_if(stack, r < limits[0])
+                enter_if(stack, r < limits[0])
             c = stack.enter_context(T.unroll(vectors))
             x = stack.enter_context(T.serial(lanes) if ragged else T.vectorized(lanes))
             if limits is not None and ragged:
-                _enter_if(stack, start + c * lanes + x < limits[1])
+                enter_if(stack, start + c * lanes + x < limits[1])
             finish(r, start + c * lanes + x, acc[r, c * lanes + x])
-
-
-def _enter_if(stack: contextlib.ExitStack, condition: Any) -> None:
-    stack.enter_context(T.If(condition))
-    stack.enter_context(T.Then())
-
-
-def _local(*shape: int) -> Any:
-    return T.sblock_alloc_buffer(shape, "float32", scope="local")
 
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)
 
 
 def check_attention(shape: AttentionShape) -> None:

@@ -17,11 +17,11 @@ import numpy.typing as npt
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.attention import AttentionShape, check_attention
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
+from icd_tvm.tir_schedules.cpu.emit import enter_if, f32, i32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.tile import row_pieces
@@ -141,13 +141,13 @@ class _Head:
         self.value_pad = -(-shape.head_dim // self.lanes) * self.lanes
         self.key_quads = -(-shape.keys // _QUAD)
         # Four bytes that are multiplied at once are one int32 here.
-        self.keys = _local("int32", shape.head_dim // _QUAD, self.key_pad)
-        self.table = _local("int32", self.key_quads, self.value_pad)
-        self.raised = _local("int32", self.key_pad)
-        self.bias = _local("float32", self.key_pad)
-        self.score = _local("float32", self.rows, self.key_pad)
-        self.codes = _local("uint8", self.rows, self.key_pad)
-        self.partial = _local("float32", self.lanes)
+        self.keys = local(shape.head_dim // _QUAD, self.key_pad, dtype="int32")
+        self.table = local(self.key_quads, self.value_pad, dtype="int32")
+        self.raised = local(self.key_pad, dtype="int32")
+        self.bias = local(self.key_pad)
+        self.score = local(self.rows, self.key_pad)
+        self.codes = local(self.rows, self.key_pad, dtype="uint8")
+        self.partial = local(self.lanes)
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys and values in fours, the mask, and what the zero point adds."""
@@ -160,9 +160,9 @@ class _Head:
             T.buffer_store(self.bias, mask[self.batch % shape.mask_batch, 0, 0, j], [j])
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
-                T.buffer_store(self.bias, _f32(float("-inf")), [shape.keys + j])
+                T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
                 with T.serial(shape.head_dim // _QUAD) as d:
-                    T.buffer_store(self.keys, _i32(0), [d, shape.keys + j])
+                    T.buffer_store(self.keys, i32(0), [d, shape.keys + j])
         self._sum_keys()
         self._load_values(v)
 
@@ -170,9 +170,9 @@ class _Head:
         """Keep, for every key, what the queries' zero point adds to its products."""
         with T.serial(self.key_pad // self.lanes) as c:
             at = T.ramp(c * self.lanes, 1, self.lanes)
-            total: Any = T.broadcast(_i32(0), self.lanes)
+            total: Any = T.broadcast(i32(0), self.lanes)
             for d in range(self.shape.head_dim // _QUAD):
-                total = self.dot.add(total, _i32(_ONES), self._bytes(self.keys[d, at]))
+                total = self.dot.add(total, i32(_ONES), self._bytes(self.keys[d, at]))
             zero = T.broadcast(self.zero[0], self.lanes)
             T.buffer_store(self.raised, total * zero, [at])
 
@@ -192,7 +192,7 @@ class _Head:
             total: Any = None
             for byte in range(count):
                 code = v[self.batch, quad * _QUAD + byte, start + d].astype("int32")
-                code = T.shift_left(T.bitwise_and(code, _i32(255)), _i32(8 * byte))
+                code = T.shift_left(T.bitwise_and(code, i32(255)), i32(8 * byte))
                 total = code if total is None else T.bitwise_or(total, code)
             return total
 
@@ -202,14 +202,14 @@ class _Head:
         if dim < self.value_pad:
             whole = dim // self.lanes * self.lanes
             with T.serial(self.value_pad - whole) as x:
-                value = T.if_then_else(whole + x < dim, word(whole + x), _i32(0))
+                value = T.if_then_else(whole + x < dim, word(whole + x), i32(0))
                 T.buffer_store(self.table, value, [quad, whole + x])
 
     def scores(self, q: Any, first: Any) -> None:
         """Fill the scratch rows with scaled and masked scores of the query rows from first on."""
         shape = self.shape
         start = shape.offsets[0] + self.column
-        factor = T.bind(_f32(shape.scale) * self.scales[0])
+        factor = T.bind(f32(shape.scale) * self.scales[0])
 
         def query(r: Any, d: Any) -> Any:
             row = first + r
@@ -240,7 +240,7 @@ class _Head:
             inverse = T.bind(self.scales[1] / total)
             with T.serial(runs) as c, T.vectorized(lanes) as x:
                 at = c * lanes + x
-                code = T.min(self.score[r, at] * inverse + _f32(0.5), _f32(_MAX_CODE))
+                code = T.min(self.score[r, at] * inverse + f32(0.5), f32(_MAX_CODE))
                 T.buffer_store(self.codes, code.astype("int32").astype("uint8"), [r, at])
 
     def values(self, y: Any, first: Any) -> None:
@@ -255,11 +255,11 @@ class _Head:
         def finish(acc: Any, r: Any, c: Any, start: Any) -> None:
             with contextlib.ExitStack() as stack:
                 if shape.queries % self.rows:
-                    _enter_if(stack, r < shape.queries - first)
+                    enter_if(stack, r < shape.queries - first)
                 x = stack.enter_context(T.serial(lanes) if ragged else T.vectorized(lanes))
                 at = start + c * lanes + x
                 if ragged:
-                    _enter_if(stack, at < shape.head_dim)
+                    enter_if(stack, at < shape.head_dim)
                 value = acc[r, c * lanes + x].astype("float32") * factor
                 T.buffer_store(y, value, [self.batch, first + r, self.column + at])
 
@@ -278,10 +278,10 @@ class _Head:
         lanes, rows = self.lanes, self.rows
         vectors = 2 if width // lanes % 2 == 0 else 1
         with T.serial(width // (lanes * vectors)) as panel, T.sblock(name):
-            acc = _local("int32", rows, vectors * lanes)
+            acc = local(rows, vectors * lanes, dtype="int32")
             start = panel * vectors * lanes
             with T.unroll(rows) as r, T.unroll(vectors) as c:
-                zero = T.broadcast(_i32(0), lanes)
+                zero = T.broadcast(i32(0), lanes)
                 T.buffer_store(acc, zero, [r, T.ramp(c * lanes, 1, lanes)])
             with T.serial(quads) as quad, T.unroll(rows) as r, T.unroll(vectors) as c:
                 at = T.ramp(c * lanes, 1, lanes)
@@ -292,20 +292,3 @@ class _Head:
 
     def _bytes(self, words: Any) -> Any:
         return T.reinterpret(f"int8x{_QUAD * self.lanes}", words)
-
-
-def _enter_if(stack: contextlib.ExitStack, condition: Any) -> None:
-    stack.enter_context(T.If(condition))
-    stack.enter_context(T.Then())
-
-
-def _local(dtype: str, *shape: int) -> Any:
-    return T.sblock_alloc_buffer(shape, dtype, scope="local")
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)
-
-
-def _i32(value: int) -> Any:
-    return tirx.IntImm("int32", value)

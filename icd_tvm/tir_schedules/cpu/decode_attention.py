@@ -17,7 +17,8 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
-from icd_tvm.tir_schedules.cpu.decode_join import JoinedRuns, WholeCache, f32, local
+from icd_tvm.tir_schedules.cpu.decode_join import JoinedRuns, WholeCache
+from icd_tvm.tir_schedules.cpu.emit import f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE

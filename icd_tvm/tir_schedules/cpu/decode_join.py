@@ -8,8 +8,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.emit import f32, local
 
 
 class WholeCache:
@@ -72,13 +72,3 @@ class JoinedRuns:
 def _row(plan: Any) -> Iterator[Any]:
     with T.serial(plan.chunks) as c, T.vectorized(plan.lanes) as x:
         yield c * plan.lanes + x
-
-
-def local(*shape: int) -> Any:
-    """Return a float32 buffer in registers or on the stack."""
-    return T.sblock_alloc_buffer(shape, "float32", scope="local")
-
-
-def f32(value: float) -> Any:
-    """Return a float32 immediate."""
-    return tirx.FloatImm("float32", value)

@@ -13,6 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import relax, te, tirx
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.emit import f32, local
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
 
@@ -36,8 +37,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Abs": te.abs,
     "Tanh": vector_math.tanh,
     "Sigmoid": vector_math.sigmoid,
-    "Softplus": lambda a: tirx.max(a, _f32(0.0)) + te.log(_f32(1.0) + vector_math.exp(-te.abs(a))),
-    "Relu": lambda a: tirx.max(a, _f32(0.0)),
+    "Softplus": lambda a: tirx.max(a, f32(0.0)) + te.log(f32(1.0) + vector_math.exp(-te.abs(a))),
+    "Relu": lambda a: tirx.max(a, f32(0.0)),
 }
 
 
@@ -147,11 +148,11 @@ class _Scan:
         """Emit one task: the whole time of one vector of channels."""
         program, states, lanes = self.program, self.states, self.lanes
         self.place = self._task_place(task)
-        self.state = _local(states, lanes)
-        self.new = _local(lanes)
-        self.early = _local(max(1, len(program.early)), lanes)
-        self.late = _local(max(1, len(program.late)), lanes)
-        self.held = {i: _local(states, lanes) for i in range(len(self.operands)) if self._hold(i)}
+        self.state = local(states, lanes)
+        self.new = local(lanes)
+        self.early = local(max(1, len(program.early)), lanes)
+        self.late = local(max(1, len(program.late)), lanes)
+        self.held = {i: local(states, lanes) for i in range(len(self.operands)) if self._hold(i)}
         with T.serial(states) as n, T.vectorized(lanes) as x:
             T.buffer_store(self.state, self.start[self._index(0, n, x)], [n, x])
         for i, buffer in self.held.items():
@@ -207,7 +208,7 @@ class _Scan:
     def _clear(self, sums: Any, count: int) -> None:
         for j in range(count):
             with T.vectorized(self.lanes) as x:
-                T.buffer_store(sums, _f32(0.0), [j, x])
+                T.buffer_store(sums, f32(0.0), [j, x])
 
     def _accumulate(self, sums: Any, terms: list[Term], t: Any, n: Any) -> None:
         for j, term in enumerate(terms):
@@ -226,7 +227,7 @@ class _Scan:
         if term.op in _FUNCTIONS:
             return _FUNCTIONS[term.op](*(self._value(arg, t, n, x) for arg in term.args))
         if term.op == "number":
-            return _f32(term.number)
+            return f32(term.number)
         if term.op == "old":
             return self.state[n, x]
         if term.op == "new":
@@ -247,11 +248,3 @@ def _lanes(channels: int) -> int:
 
 def _argument(name: str, shape: tuple[int, ...]) -> Any:
     return T.arg(name, T.Buffer(shape, "float32"))
-
-
-def _local(*shape: int) -> Any:
-    return T.sblock_alloc_buffer(shape, "float32", scope="local")
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)

@@ -32,6 +32,7 @@ from icd_tvm.tir_schedules.cpu.dense import (
     unravel_index,
 )
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
+from icd_tvm.tir_schedules.cpu.emit import f32
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.tile import (
     TILE_ATTR,
@@ -395,7 +396,7 @@ def _emit_tile(
         ):
             store(c, vector * s.lanes + lane)
 
-    each(lambda c, r: T.buffer_store(sums, _f32(0.0), [c, r]))
+    each(lambda c, r: T.buffer_store(sums, f32(0.0), [c, r]))
     with T.serial(counts[group]) as step:
         row = T.bind(idx[group, step].astype("int64"))
         following = T.min(group + max(1, s.block // s.v), i64(s.groups - 1))
@@ -450,7 +451,3 @@ def _buffer(shape: tuple[int, ...]) -> Any:
 
 def _local(*shape: int) -> Any:
     return T.sblock_alloc_buffer(shape64(shape), "float32", scope="local")
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from icd_tvm._tvm import te, tirx
+from icd_tvm.tir_schedules.cpu.emit import f32
 
 _LOG2E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
@@ -46,43 +47,39 @@ _ERF = (
 
 def exp(x: Any) -> Any:
     """Return ``e ** x`` to 2 ulp; zero below -87.3, saturated near the largest float above."""
-    clamped = tirx.min(_f32(_EXP_MAX), tirx.max(_f32(_EXP_MIN), x))
-    n = te.floor(clamped * _f32(_LOG2E) + _f32(0.5))
-    r = clamped - n * _f32(_LN2_HIGH) - n * _f32(_LN2_LOW)
-    value = _horner(_EXP, r) * r * r + r + _f32(1.0)
+    clamped = tirx.min(f32(_EXP_MAX), tirx.max(f32(_EXP_MIN), x))
+    n = te.floor(clamped * f32(_LOG2E) + f32(0.5))
+    r = clamped - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW)
+    value = _horner(_EXP, r) * r * r + r + f32(1.0)
     # Scaling by half the power keeps the exponent in range at both ends.
     half = tirx.reinterpret("float32", (n.astype("int32") + 126) << 23)
-    return value * half * _f32(2.0)
+    return value * half * f32(2.0)
 
 
 def erf(x: Any) -> Any:
     """Return the error function to 3e-7 absolute."""
-    clamped = tirx.min(_f32(_ERF_LIMIT), tirx.max(_f32(-_ERF_LIMIT), x))
-    t = clamped * clamped * _f32(2.0 / _ERF_LIMIT**2) - _f32(1.0)
+    clamped = tirx.min(f32(_ERF_LIMIT), tirx.max(f32(-_ERF_LIMIT), x))
+    t = clamped * clamped * f32(2.0 / _ERF_LIMIT**2) - f32(1.0)
     return clamped * _horner(_ERF, t)
 
 
 def gelu(x: Any) -> Any:
     """Return ``x * (1 + erf(x / sqrt(2))) / 2``."""
-    return x * (_f32(0.5) + _f32(0.5) * erf(x * _f32(0.5**0.5)))
+    return x * (f32(0.5) + f32(0.5) * erf(x * f32(0.5**0.5)))
 
 
 def sigmoid(x: Any) -> Any:
     """Return ``1 / (1 + e ** -x)``."""
-    return _f32(1.0) / (_f32(1.0) + exp(-x))
+    return f32(1.0) / (f32(1.0) + exp(-x))
 
 
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent to 3e-7 absolute."""
-    return _f32(2.0) * sigmoid(x * _f32(2.0)) - _f32(1.0)
+    return f32(2.0) * sigmoid(x * f32(2.0)) - f32(1.0)
 
 
 def _horner(coefficients: tuple[float, ...], x: Any) -> Any:
-    value = _f32(coefficients[0])
+    value = f32(coefficients[0])
     for coefficient in coefficients[1:]:
-        value = value * x + _f32(coefficient)
+        value = value * x + f32(coefficient)
     return value
-
-
-def _f32(value: float) -> Any:
-    return tirx.FloatImm("float32", value)
