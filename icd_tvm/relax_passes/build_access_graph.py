@@ -105,13 +105,14 @@ def byte_products(func: Any) -> set[str]:
 
 
 def _read(weight: Any, quads: bool) -> np.ndarray:
-    """Return which weights a kernel reads: next to all of them, or whole quads along K."""
+    """Return which weights a kernel reads: whole quads along K, and zeros among what is live."""
     mask = np.asarray(weight != 0)
     if quads:
         whole = np.pad(mask, ((0, -len(mask) % QUAD), (0, 0)))
         read = whole.reshape(-1, QUAD, mask.shape[1]).any(axis=1)
         mask = np.repeat(read, QUAD, axis=0)[: len(mask)]
-    return np.ones_like(mask) if mask.mean() > MOST_DENSITY else mask
+    live = np.outer(mask.any(axis=1), mask.any(axis=0))
+    return live if mask.sum() > MOST_DENSITY * live.sum() else mask
 
 
 def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileAccess:
@@ -137,8 +138,10 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
     """
     k, n = mask.shape
     tile = _kernel_read(rows, k, n, target)[1]
-    if mask.all():
+    columns = mask.any(axis=0)
+    if mask[:, columns].all():
         matrix, counts = _dense_windows(rows, k, n, target)
+        matrix = sp.csr_matrix(matrix @ sp.diags_array(columns, dtype=np.bool_))
     else:
         matrix, counts = _windows(rows, mask, target)
     lanes = vector_bits(target) // 32
@@ -147,7 +150,7 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
 
 @lru_cache(maxsize=64)
 def _dense_windows(rows: int, k: int, n: int, target: Any) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Return the windows of a dense weight: layers share shapes, and all are touched alike."""
+    """Return the windows of a dense weight: layers share shapes, and all rows read alike."""
     return _windows(rows, np.ones((k, n), dtype=np.bool_), target)
 
 
