@@ -15,7 +15,8 @@ from scipy import special
 from icd_tvm._tvm import i64, te, tvm
 from icd_tvm.errors import ConfigError, ShapeError, TransformError
 from icd_tvm.tir_schedules.cpu import cpu_rules, select, time_kernels, vector_math
-from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention, attention_shape
+from icd_tvm.tir_schedules.cpu.attention import attention
+from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape, attention_shape
 from icd_tvm.tir_schedules.cpu.block_sparse import (
     group_rows,
     kept_rows,

@@ -23,7 +23,8 @@ from icd_tvm.relax_passes.attention_match import (
     user_of,
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_float32, static_shape
-from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention
+from icd_tvm.tir_schedules.cpu.attention import attention
+from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape
 from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 

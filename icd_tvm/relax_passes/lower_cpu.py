@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.append_in_place import AppendInPlace
+from icd_tvm.relax_passes.fold_scales import FoldScales
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
+from icd_tvm.relax_passes.fuse_quantized_output import FuseQuantizedOutput
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
 from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
+from icd_tvm.relax_passes.shorten_erf import ShortenErf
 from icd_tvm.relax_passes.vector_legalize import legalize_map
 from icd_tvm.tir_schedules.cpu import cpu_rules
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
@@ -68,6 +71,9 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             AppendInPlace(),
             MergeParallelMatmul(target),
             FuseResidualNorm(target),
+            FoldScales(),
+            FuseQuantizedOutput(target),
+            ShortenErf(),
             # Constant weights are laid out for the kernel that reads them.
             SelectKernels(target, force=kernels, tune=tune),
             PackWeights(target),

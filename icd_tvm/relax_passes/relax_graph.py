@@ -115,6 +115,17 @@ def scalar_constant(expr: Any) -> float | None:
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
 
+def column_constant(expr: Any, columns: int) -> npt.NDArray[Any] | None:
+    """Return a constant of one element, or of one for each of the last axis, as a vector.
+
+    None for any other expression, and for constants of another shape.
+    """
+    array = constant_array(expr)
+    if array is None or array.size == 1:
+        return array if array is None else array.reshape(1)
+    return array.reshape(-1) if array.size == columns == array.shape[-1] else None
+
+
 def constant_weight(call: Any) -> npt.NDArray[Any] | None:
     """Return the constant float32 weight [K, N] of a ``relax.matmul``, or None.
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from icd_tvm._tvm import Op, te, tirx
-from icd_tvm.relax_passes.relax_graph import call_func, is_float32, scalar_constant, static_shape
+import numpy as np
+
+from icd_tvm._tvm import Op, named_const, te, tirx
+from icd_tvm.relax_passes.relax_graph import (
+    call_func,
+    constant_array,
+    is_float32,
+    scalar_constant,
+    static_shape,
+)
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.emit import f32
 from icd_tvm.tir_schedules.cpu.softmax import softmax
 
 Legalizer = Callable[[Any, Any], Any]
@@ -39,6 +48,7 @@ def legalize_map(target: Any) -> dict[str, Legalizer]:
     }
     table = {name: _unary(name, function) for name, function in unary.items()}
     table["relax.divide"] = _divide
+    table["relax.quantize"] = _quantize
     table["relax.nn.softmax"] = lambda builder, call: _softmax(builder, call, target)
     return table
 
@@ -68,6 +78,30 @@ def _divide(builder: Any, call: Any) -> Any:
         return te.compute(x.shape, lambda *index: x[index] * inverse, name="compute")
 
     return builder.call_te(compute, call.args[0], primfunc_name_hint="divide")
+
+
+def _quantize(builder: Any, call: Any) -> Any:
+    """Multiply by the reciprocals of constant scales, as `_divide` does."""
+    scale, zero = (constant_array(arg) for arg in call.args[1:3])
+    dtype, axis = str(call.ty.dtype), int(call.attrs.axis)
+    if scale is None or zero is None or not scale.all():
+        return _default(builder, call)
+    if dtype not in ("int8", "uint8") or not is_float32(call.args[0]):
+        return _default(builder, call)
+    tables = [(np.float32(1.0) / scale).astype(np.float32), zero.astype(np.float32)]
+    vectors = [named_const(t.reshape(-1), "") for t in tables if t.size > 1]
+
+    def compute(x: Any, *given: Any) -> Any:
+        rest = iter(given)
+        made = [next(rest) if t.size > 1 else f32(float(t.reshape(()))) for t in tables]
+
+        def code(*index: Any) -> Any:
+            inverse, point = (v[index[axis]] if isinstance(v, te.Tensor) else v for v in made)
+            return vector_math.to_code(x[index] * inverse, point, dtype)
+
+        return te.compute(x.shape, code, name="quantized")
+
+    return builder.call_te(compute, call.args[0], *vectors, primfunc_name_hint="quantize")
 
 
 def _softmax(builder: Any, call: Any, target: Any) -> Any:

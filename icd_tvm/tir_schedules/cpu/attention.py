@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
-from icd_tvm.tir_schedules.cpu.emit import enter_if, f32, local
+from icd_tvm.tir_schedules.cpu.attention_head import (
+    AttentionShape,
+    HeadTask,
+    build_attention,
+    zeros,
+)
+from icd_tvm.tir_schedules.cpu.emit import f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
-from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
-from icd_tvm.tir_schedules.cpu.tile import row_pieces
-from icd_tvm.tir_schedules.target import target_threads, vector_bits
-
-_ROWS = 8
-_SHAPE_ATTR = "icd.attention"
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes of one attention and where its heads lie in the rows of Q, K and V.
-
-    Attributes
-    ----------
-    batch, queries, keys : int
-        Batch and the two sequence lengths.
-    heads, head_dim : int
-        The rows of Y hold ``heads`` runs of ``head_dim`` values.
-    scale : float
-        Factor on the scores, before the mask is added.
-    mask_batch : int
-        Batch of the mask: 1 or ``batch``.
-    strides, offsets : tuple of three ints
-        For Q, K and V: length of a row, and the column where head 0 starts.
-    """
-
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    head_dim: int
-    scale: float
-    mask_batch: int
-    strides: tuple[int, int, int]
-    offsets: tuple[int, int, int] = (0, 0, 0)
-
-    @property
-    def width(self) -> int:
-        """Length of a row of Y."""
-        return self.heads * self.head_dim
-
-    def merged(self) -> AttentionShape:
-        """Return the same attention on rows that hold Q, K and V side by side."""
-        width = self.width
-        return replace(self, strides=(3 * width,) * 3, offsets=(0, width, 2 * width))
+from icd_tvm.tir_schedules.target import vector_bits
 
 
 def attention(shape: AttentionShape, target: Any) -> Any:
@@ -88,58 +46,16 @@ def attention(shape: AttentionShape, target: Any) -> Any:
     ShapeError
         If a size is less than one or a head reaches past the end of its row.
     """
-    check_attention(shape)
     lanes = vector_bits(target) // 32
-    row_tiles = -(-shape.queries // min(_ROWS, shape.queries))
-    pieces = row_pieces(shape.batch * shape.heads, row_tiles, target_threads(target))
-    func = _build(shape, lanes, pieces)
-    marks = {"op_pattern": OPAQUE, "tirx.is_scheduled": True, _SHAPE_ATTR: asdict(shape)}
-    return func.with_attr(marks)
+    types = ("float32",) * 4
+    return build_attention(
+        "attention", shape, target, types, (), lambda at, _: _Head(shape, lanes, at)
+    )
 
 
-def attention_shape(func: Any) -> AttentionShape | None:
-    """Return the shape a function was built from by `attention`, or None for any other one."""
-    if func.attrs is None or _SHAPE_ATTR not in func.attrs:
-        return None
-    sizes = dict(func.attrs[_SHAPE_ATTR])
-    for name in ("strides", "offsets"):
-        sizes[name] = tuple(int(value) for value in sizes[name])
-    return AttentionShape(**sizes)
-
-
-def _build(shape: AttentionShape, lanes: int, pieces: int) -> Any:
-    """Return the unmarked TIR function; the loop over tasks is parallel."""
-    with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
-        T.func_name("attention")
-        T.func_attr({"tirx.noalias": True})
-        lengths = (shape.queries, shape.keys, shape.keys)
-        q, k, v = (
-            T.arg(name, T.Buffer((shape.batch, length, stride), "float32"))
-            for name, length, stride in zip("QKV", lengths, shape.strides, strict=True)
-        )
-        mask = T.arg("mask", T.Buffer((shape.mask_batch, 1, 1, shape.keys), "float32"))
-        y = T.arg("Y", T.Buffer((shape.batch, shape.queries, shape.width), "float32"))
-        with T.parallel(shape.batch * shape.heads * pieces) as task, T.sblock("head"):
-            head = _Head(shape, lanes, task // (shape.heads * pieces), task // pieces % shape.heads)
-            head.load(k, v, mask)
-            with T.serial(head.tiles // pieces) as tile:
-                first = (task % pieces * (head.tiles // pieces) + tile) * head.rows
-                head.scores(q, first)
-                head.normalise()
-                head.values(y, first)
-    return builder.get()
-
-
-class _Head:
-    """Emits the statements of one task: one head of one sequence, in scratch memory."""
-
-    def __init__(self, shape: AttentionShape, lanes: int, batch: Any, head: Any) -> None:
-        self.shape, self.lanes, self.batch = shape, lanes, batch
-        self.column = head * shape.head_dim
-        self.rows = min(_ROWS, shape.queries)
-        self.tiles = -(-shape.queries // self.rows)
-        self.key_pad = _round_up(shape.keys, lanes)
-        self.value_pad = _round_up(shape.head_dim, lanes)
+class _Head(HeadTask):
+    def __init__(self, shape: AttentionShape, lanes: int, at: tuple[Any, Any]) -> None:
+        super().__init__(shape, lanes, at)
         self.keys = local(shape.head_dim, self.key_pad)
         self.table = local(shape.keys, self.value_pad)
         self.bias = local(self.key_pad)
@@ -182,15 +98,14 @@ class _Head:
         start = shape.offsets[0] + self.column
 
         def query(r: Any, d: Any) -> Any:
-            row = first + r
-            row = row if shape.queries % self.rows == 0 else T.min(row, shape.queries - 1)
-            return q[self.batch, row, start + d]
+            return q[self.batch, self.query_row(first, r), start + d]
 
         def finish(r: Any, at: Any, value: Any) -> None:
             scaled = value * f32(shape.scale) + self.bias[at]
             T.buffer_store(self.score, scaled, [r, at])
 
-        self._multiply("scores", query, self.keys, shape.head_dim, self.key_pad, finish)
+        size = (shape.head_dim, self.key_pad)
+        self._product("scores", size, query, self.keys, finish)
 
     def normalise(self) -> None:
         """Replace every scratch row by its exponentials; keep the inverse of their sum."""
@@ -209,83 +124,31 @@ class _Head:
         """Write the weighted sums of the value rows."""
         shape = self.shape
 
-        def weight(r: Any, j: Any) -> Any:
-            return self.score[r, j]
-
         def finish(r: Any, at: Any, value: Any) -> None:
             T.buffer_store(y, value * self.inverse[r], [self.batch, first + r, self.column + at])
 
-        limits = (shape.queries - first, shape.head_dim)
-        self._multiply("values", weight, self.table, shape.keys, self.value_pad, finish, limits)
+        self._product(
+            "values",
+            (shape.keys, self.value_pad),
+            lambda r, j: self.score[r, j],
+            self.table,
+            finish,
+            (shape.queries - first, shape.head_dim),
+        )
 
-    def _multiply(
+    def _product(
         self,
         name: str,
+        size: tuple[int, int],
         left: Callable[[Any, Any], Any],
         right: Any,
-        length: int,
-        width: int,
         finish: Callable[[Any, Any, Any], None],
         limits: tuple[Any, int] | None = None,
     ) -> None:
-        """Emit ``left @ right`` on register tiles; ``finish`` stores each element.
-
-        ``limits`` are the rows and columns that exist, where a tile may reach past them.
-        """
-        lanes, rows = self.lanes, self.rows
-        vectors = 2 if width // lanes % 2 == 0 else 1
-        with T.serial(width // (lanes * vectors)) as panel, T.sblock(name):
-            acc = local(rows, vectors * lanes)
-            start = panel * vectors * lanes
-            with T.unroll(rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
-                T.buffer_store(acc, f32(0.0), [r, c * lanes + x])
-            with (
-                T.serial(length) as k,
-                T.unroll(rows) as r,
-                T.unroll(vectors) as c,
-                T.vectorized(lanes) as x,
-            ):
-                at = c * lanes + x
-                T.buffer_store(acc, acc[r, at] + left(r, k) * right[k, start + at], [r, at])
-            with T.unroll(rows) as r:
-                self._finish_row(acc, r, start, vectors, finish, limits)
-
-    def _finish_row(
-        self,
-        acc: Any,
-        r: Any,
-        start: Any,
-        vectors: int,
-        finish: Callable[[Any, Any, Any], None],
-        limits: tuple[Any, int] | None,
-    ) -> None:
         lanes = self.lanes
-        ragged = limits is not None and limits[1] % lanes != 0
-        with contextlib.ExitStack() as stack:
-            if limits is not None and self.shape.queries % self.rows:
-                enter_if(stack, r < limits[0])
-            c = stack.enter_context(T.unroll(vectors))
-            x = stack.enter_context(T.serial(lanes) if ragged else T.vectorized(lanes))
-            if limits is not None and ragged:
-                enter_if(stack, start + c * lanes + x < limits[1])
-            finish(r, start + c * lanes + x, acc[r, c * lanes + x])
 
+        def step(total: Any, r: Any, k: Any, columns: Any) -> Any:
+            return total + T.broadcast(left(r, k), lanes) * right[k, columns]
 
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def check_attention(shape: AttentionShape) -> None:
-    """Raise ShapeError if a size is less than one or a head reaches past its row."""
-    sizes = (shape.batch, shape.queries, shape.keys, shape.heads, shape.head_dim)
-    if min(sizes) < 1:
-        raise ShapeError(f"attention sizes must be at least 1: {sizes}", "check the model")
-    if shape.mask_batch not in (1, shape.batch):
-        raise ShapeError(
-            f"mask batch {shape.mask_batch} is neither 1 nor {shape.batch}", "broadcast the mask"
-        )
-    for stride, offset in zip(shape.strides, shape.offsets, strict=True):
-        if offset + shape.width > stride:
-            raise ShapeError(
-                f"heads end at column {offset + shape.width} of a row of {stride}", "check offsets"
-            )
+        start = zeros("float32", lanes)
+        self.multiply(name, size, lambda _: start, step, finish, limits=limits)

@@ -1,15 +1,53 @@
-"""Layer norm over the last axis, with an optional residual added first."""
+"""Layer norm over the last axis, with an optional residual before and codes of the result."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from icd_tvm._tvm import i64, te, tirx
+from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.dense import shape64
 from icd_tvm.tir_schedules.cpu.row_reduce import row_lanes, row_reduce, schedule_rows
 
+_FORM_ATTR = "icd.layer_norm"
 
-def layer_norm(shape: tuple[int, ...], eps: float, target: Any, *, residual: bool = False) -> Any:
+
+@dataclass(frozen=True)
+class NormForm:
+    """What a layer norm kernel takes and gives.
+
+    Attributes
+    ----------
+    eps : float
+        Added to the variance.
+    residual : bool
+        Whether a second input is added to the first.
+    codes : bool
+        Whether it also writes the result as uint8, by a factor for every column and a zero point.
+    """
+
+    eps: float
+    residual: bool = False
+    codes: bool = False
+
+
+def norm_form(func: Any) -> NormForm | None:
+    """Return the form `layer_norm` was built in, or None for any other function."""
+    if func.attrs is None or _FORM_ATTR not in func.attrs:
+        return None
+    form = func.attrs[_FORM_ATTR]
+    return NormForm(float(form["eps"]), bool(form["residual"]), bool(form["codes"]))
+
+
+def layer_norm(
+    shape: tuple[int, ...],
+    eps: float,
+    target: Any,
+    *,
+    residual: bool = False,
+    codes: bool = False,
+) -> Any:
     """Return the TIR function of ``(h - mean(h)) / sqrt(var(h) + eps) * gamma + beta``.
 
     ``h`` is X, or X + R with a residual. The variance is the mean of squared differences, a
@@ -25,12 +63,15 @@ def layer_norm(shape: tuple[int, ...], eps: float, target: Any, *, residual: boo
         Gives the vector width.
     residual : bool, optional
         Whether a second input is added to the first.
+    codes : bool, optional
+        Whether the result is also written as uint8.
 
     Returns
     -------
     PrimFunc
         ``(X: f32[shape], [R: f32[shape],] gamma: f32[d], beta: f32[d], Y: f32[shape])``,
-        scheduled.
+        scheduled. With codes ``factor: f32[d]`` (steps per unit) and ``point: f32[1]`` come
+        before Y and ``C: u8[shape]``, which is ``round(Y * factor) + point`` saturated, after it.
     """
     *lead, d = shape
     rows = shape64(tuple(lead))
@@ -60,4 +101,16 @@ def layer_norm(shape: tuple[int, ...], eps: float, target: Any, *, residual: boo
         lambda *r: centred(*r) * inverse[(*r[:-1], 0)] * affine[0][r[-1]] + affine[1][r[-1]],
         name="Y",
     )
-    return schedule_rows([*sums, mean, *squares, inverse, y], [*inputs, *affine], target)
+    stages = [*sums, mean, *squares, inverse, y]
+    inputs += affine
+    more = []
+    if codes:
+        factor, point = (te.placeholder((i64(s),), "float32") for s in (d, 1))
+        inputs += [factor, point]
+        more = [te.compute(shape64(shape), lambda *r: _code(y[r], factor[r[-1]], point), name="C")]
+    func = schedule_rows(stages, inputs, target, more)
+    return func.with_attr(_FORM_ATTR, asdict(NormForm(eps, residual, codes)))
+
+
+def _code(value: Any, factor: Any, point: Any) -> Any:
+    return vector_math.to_code(value * factor, point[0], "uint8")

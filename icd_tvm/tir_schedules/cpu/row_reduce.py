@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from icd_tvm._tvm import i64, s_tir, te
@@ -60,7 +61,9 @@ def row_reduce(
     return stages
 
 
-def schedule_rows(stages: list[Any], inputs: list[Any], target: Any) -> Any:
+def schedule_rows(
+    stages: list[Any], inputs: list[Any], target: Any, more: Sequence[Any] = ()
+) -> Any:
     """Return the scheduled TIR function of a chain of row stages.
 
     Every stage but the last is computed inside the loop over rows, in stack memory.
@@ -73,13 +76,15 @@ def schedule_rows(stages: list[Any], inputs: list[Any], target: Any) -> Any:
         Parameters of the function, which the output follows.
     target : tvm.target.Target
         Gives the vector width.
+    more : sequence of te.Tensor, optional
+        Further outputs, computed from the first one row by row.
 
     Returns
     -------
     PrimFunc
         Marked as scheduled, and as opaque to operator fusion.
     """
-    sch = s_tir.Schedule(te.create_prim_func([*inputs, stages[-1]]))
+    sch = s_tir.Schedule(te.create_prim_func([*inputs, stages[-1], *more]))
     blocks = [sch.get_sblock(stage.op.name) for stage in stages]
     *rows, _ = sch.get_loops(blocks[-1])
     row = sch.fuse(*rows) if len(rows) > 1 else rows[0]
@@ -87,7 +92,10 @@ def schedule_rows(stages: list[Any], inputs: list[Any], target: Any) -> Any:
     for block in reversed(blocks[:-1]):
         sch.compute_at(block, row, preserve_unit_loops=True)
         sch.set_scope(block, 0, "local")
-    for block in blocks:
+    after = [sch.get_sblock(stage.op.name) for stage in more]
+    for block in after:
+        sch.reverse_compute_at(block, row, preserve_unit_loops=True)
+    for block in [*blocks, *after]:
         _vectorize_row(sch, block, row, target)
     func = sch.mod["main"].without_attr("global_symbol")
     return func.with_attr("op_pattern", OPAQUE).with_attr("tirx.is_scheduled", True)

@@ -11,7 +11,7 @@ from typing import Any
 from icd_tvm._tvm import te, tirx
 from icd_tvm.tir_schedules.cpu.emit import f32
 
-_LOG2E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 # exp(r) = 1 + r + r^2 p(r) on |r| <= ln(2) / 2 (Cephes, expf).
 _EXP = (
@@ -43,12 +43,34 @@ _ERF = (
     -1.856411994e-01,
     3.721076250e-01,
 )
+# The same on |x| <= 3 to 2.3e-5, and exact at the ends, so that what lies beyond is exactly 1.
+_ERF_SHORT_LIMIT = 3.0
+_ERF_SHORT = (
+    6.957304110e-03,
+    -1.786044529e-02,
+    2.387828754e-02,
+    -3.974237538e-02,
+    7.225932735e-02,
+    -1.111366914e-01,
+    1.575779918e-01,
+    -2.287293417e-01,
+    4.701292763e-01,
+)
+# 2^f on |f| <= 1/2: minimax in relative error, 2.6e-6.
+_EXP2_SHORT = (
+    9.570113237e-03,
+    5.591789425e-02,
+    2.402474488e-01,
+    6.931218106e-01,
+    9.999992613e-01,
+)
+_EXP2_MIN = -126.0
 
 
 def exp(x: Any) -> Any:
     """Return ``e ** x`` to 2 ulp; zero below -87.3, saturated near the largest float above."""
     clamped = tirx.min(f32(_EXP_MAX), tirx.max(f32(_EXP_MIN), x))
-    n = te.floor(clamped * f32(_LOG2E) + f32(0.5))
+    n = te.floor(clamped * f32(LOG2_E) + f32(0.5))
     r = clamped - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW)
     value = _horner(_EXP, r) * r * r + r + f32(1.0)
     # Scaling by half the power keeps the exponent in range at both ends.
@@ -56,11 +78,27 @@ def exp(x: Any) -> Any:
     return value * half * f32(2.0)
 
 
+def exp2_short(x: Any) -> Any:
+    """Return ``2 ** x`` of a number that is not positive, to 3e-6 relative.
+
+    For results that are rounded to bytes. Below -126 it stays at the least normal float.
+    """
+    clamped = tirx.max(f32(_EXP2_MIN), x)
+    n = te.round(clamped)
+    power = n.astype("int32") << 23
+    return tirx.reinterpret(
+        "float32", tirx.reinterpret("int32", _horner(_EXP2_SHORT, clamped - n)) + power
+    )
+
+
 def erf(x: Any) -> Any:
     """Return the error function to 3e-7 absolute."""
-    clamped = tirx.min(f32(_ERF_LIMIT), tirx.max(f32(-_ERF_LIMIT), x))
-    t = clamped * clamped * f32(2.0 / _ERF_LIMIT**2) - f32(1.0)
-    return clamped * _horner(_ERF, t)
+    return _odd(x, _ERF, _ERF_LIMIT)
+
+
+def erf_short(x: Any) -> Any:
+    """Return the error function to 2.3e-5 absolute, for results that are rounded to bytes."""
+    return _odd(x, _ERF_SHORT, _ERF_SHORT_LIMIT)
 
 
 def gelu(x: Any) -> Any:
@@ -76,6 +114,19 @@ def sigmoid(x: Any) -> Any:
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent to 3e-7 absolute."""
     return f32(2.0) * sigmoid(x * f32(2.0)) - f32(1.0)
+
+
+def to_code(x: Any, zero: Any, dtype: str) -> Any:
+    """Return ``round(x) + zero`` saturated to int8 or uint8; halves go to even."""
+    low, high = (0, 255) if dtype == "uint8" else (-128, 127)
+    return tirx.max(tirx.min(te.round(x) + zero, f32(high)), f32(low)).astype(dtype)
+
+
+def _odd(x: Any, coefficients: tuple[float, ...], limit: float) -> Any:
+    """Return ``c p(2 c^2 / limit^2 - 1)`` of x clamped to +-limit."""
+    clamped = tirx.min(f32(limit), tirx.max(f32(-limit), x))
+    t = clamped * clamped * f32(2.0 / limit**2) - f32(1.0)
+    return clamped * _horner(coefficients, t)
 
 
 def _horner(coefficients: tuple[float, ...], x: Any) -> Any:
