@@ -11,6 +11,7 @@ from icd_tvm.adapters.quant import QuantSpec, parse_quant
 from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.emit_quantized import (
+    bf16_activation,
     dequantized,
     dynamic_activation,
     emit_as,
@@ -208,6 +209,7 @@ class _Quantiser(PyExprMutator):
         self._products = products
         self._static: dict[Any, Any] = {}
         self._dynamic: dict[Any, Any] = {}
+        self._bf16: dict[Any, Any] = {}
 
     def visit_var_binding_(self, binding: Any) -> None:
         """Leave the name to the matmul: an order decided before finds its axes by it."""
@@ -243,9 +245,10 @@ class _Quantiser(PyExprMutator):
     def _floats(self, data: Any, product: QuantizedProduct, label: str) -> Any:
         weight, builder = product.weight, self.builder_
         grouped = product.spec.granularity == "group"
-        matrix = builder.emit(
-            dequantized(builder, weight, label, grouped), f"{product.node}_weight"
-        )
+        matrix = dequantized(builder, weight, label, grouped)
+        if product.spec.dtype == "bf16":
+            return relax.op.matmul(self._rounded(data), matrix)
+        matrix = builder.emit(matrix, f"{product.node}_weight")
         result = relax.op.matmul(self._restored(data, product.scale), matrix)
         if weight.salient is None or weight.salient_values is None:
             return result
@@ -254,6 +257,11 @@ class _Quantiser(PyExprMutator):
             builder, data, weight.salient, weight.salient_values, label, product.node
         )
         return relax.op.add(total, rest)
+
+    def _rounded(self, data: Any) -> Any:
+        if data not in self._bf16:
+            self._bf16[data] = bf16_activation(self.builder_, data)
+        return self._bf16[data]
 
     def _restored(self, data: Any, scale: tuple[float, int] | None) -> Any:
         if scale is None:

@@ -1,0 +1,131 @@
+"""FuseBf16Matmul: products of operands that bfloat16 holds get the bfloat16 kernel."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm._tvm import PyExprMutator, const_name, i64, mutator, named_const, relax, te, tvm
+from icd_tvm.errors import ConfigError
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    call_func,
+    constant_weight,
+    rewrite_functions,
+    static_shape,
+)
+from icd_tvm.tir_schedules.cpu.bf16_dot import require_bf16, round_bits
+from icd_tvm.tir_schedules.cpu.bf16_matmul import FEW_ROWS, bf16_matmul, bf16_tile, pack_bf16
+from icd_tvm.tir_schedules.cpu.tile import flat_rows
+
+_LOW_HALF = 0xFFFF
+
+
+@tvm.transform.module_pass(opt_level=0, name="FuseBf16Matmul")
+class FuseBf16Matmul:
+    """Replace ``matmul(astype(astype(x, bfloat16), float32), W)`` by the bfloat16 kernel.
+
+    W is a float32 constant whose values are all numbers of bfloat16; it is stored as such, so
+    nothing is lost. The bits of x are made once for all matmuls that read it, by an elementwise
+    function that joins the kernel before it. Runs after constants are folded and projections
+    merged. Without AVX512_BF16 only products of up to `FEW_ROWS` rows, which wait for the bytes
+    of the weight, are replaced: the others multiply float32 faster.
+
+    The packed constant keeps the name of the weight.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        The kernels are built for it.
+
+    Attributes
+    ----------
+    fused : list of str
+        Names of the results that were replaced.
+    refused : dict of str to str
+        Name of each matmul with a rounded input that was left alone -> the reason.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.fused: list[str] = []
+        self.refused: dict[str, str] = {}
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a clone of ``mod`` with the matmuls replaced."""
+        self.fused, self.refused = [], {}
+        mod = rewrite_functions(mod, lambda new, func: _Fuser(new, Dataflow(func), self))
+        return relax.transform.DeadCodeElimination()(mod) if self.fused else mod
+
+    def unsupported(self, shape: tuple[int, ...], weight: npt.NDArray[Any] | None) -> str:
+        """Return why a product of rounded rows stays as it is, or an empty string."""
+        if weight is None:
+            return "its weight is no constant float32 matrix, or its input has no static shape"
+        if np.any(weight.view(np.uint32) & _LOW_HALF):
+            return "its weight has values that bfloat16 does not hold: round it first"
+        lead, rows = flat_rows(shape[:-2], shape[-2])
+        if prod(lead) * rows <= FEW_ROWS:
+            return ""
+        try:
+            require_bf16(self.target)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+
+def round_to_bf16(shape: tuple[int, ...]) -> Any:
+    """Return the TIR function that rounds float32 to the bits of bfloat16 (uint16), elementwise."""
+    data = te.placeholder([i64(extent) for extent in shape], "float32", name="X")
+    bits = te.compute(data.shape, lambda *at: round_bits(data[at]), name="bits")
+    return te.create_prim_func([data, bits]).without_attr("global_symbol")
+
+
+@mutator
+class _Fuser(PyExprMutator):
+    def __init__(self, mod: Any, flow: Dataflow, owner: FuseBf16Matmul) -> None:
+        super().__init__(mod)
+        self._flow, self._owner = flow, owner
+        self._names = {value: str(var.name) for var, value in flow.values.items()}
+        self._bits: dict[Any, Any] = {}
+
+    def visit_call_(self, call: Any) -> Any:
+        source = _rounded(self._flow, call)
+        if source is None:
+            return super().visit_call_(call)
+        name, weight = self._names.get(call, "matmul"), constant_weight(call)
+        shape = static_shape(source) or ()
+        reason = self._owner.unsupported(shape, weight)
+        if reason or weight is None:
+            self._owner.refused[name] = reason
+            return super().visit_call_(call)
+        self._owner.fused.append(name)
+        return self._product(self._made(source, shape), weight, call)
+
+    def _made(self, source: Any, shape: tuple[int, ...]) -> Any:
+        if source not in self._bits:
+            like = relax.TensorType(shape, "uint16")
+            args = [self.visit_expr(source)]
+            made = call_func(self.builder_, round_to_bf16(shape), "round_to_bf16", args, like)
+            self._bits[source] = self.builder_.emit(made)
+        return self._bits[source]
+
+    def _product(self, bits: Any, weight: npt.NDArray[Any], call: Any) -> Any:
+        *lead, m, k = static_shape(bits) or ()
+        n, target = weight.shape[1], self._owner.target
+        tile = bf16_tile(flat_rows(tuple(lead), m)[1], k, n, target)
+        packed = named_const(pack_bf16(weight, tile.columns), const_name(call.args[1]))
+        func = bf16_matmul(m, k, n, target, lead=tuple(lead), tile=tile)
+        return call_func(self.builder_, func, "bf16_matmul", [bits, packed], call.ty)
+
+
+def _rounded(flow: Dataflow, call: Any) -> Any:
+    """Return what is rounded to bfloat16 to be the input of a matmul, or None."""
+    product = flow.call(call, "relax.matmul")
+    wide = flow.call(product.args[0], "relax.astype") if product is not None else None
+    narrow = flow.call(wide.args[0], "relax.astype") if wide is not None else None
+    if narrow is None or str(wide.ty.dtype) != "float32" or str(narrow.ty.dtype) != "bfloat16":
+        return None
+    return narrow.args[0] if str(narrow.args[0].ty.dtype) == "float32" else None
