@@ -63,8 +63,9 @@ def apply_quant(
     tensor : array, shape [K, N], real
         The weight; not modified.
     dtype : str
-        ``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``, ``bf16`` or ``none``; or a whole request such as
-        ``int4:group128:compensate`` (:func:`parse_quant`), to which the other parameters add.
+        ``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``, ``bf16`` or ``none``; or a whole request
+        such as ``int4:group128:compensate`` (:func:`parse_quant`), to which the other
+        parameters add.
     method : {"ptq-minmax", "ptq-kld", "ptq-mse"}
         How the range is chosen; see :func:`icd_tvm.adapters.quant_scales.block_scales`.
     granularity : str, optional

@@ -125,11 +125,12 @@ def parse_quant(text: str) -> QuantSpec:
     ----------
     text : str
         ``none``, or a number format (``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``, ``bf16``) and,
-        in any order after colons: ``tensor``, ``channel`` or ``groupG`` (also ``gG``); ``ptq-minmax``,
-        ``ptq-kld`` or ``ptq-mse``; ``asym``; ``act-order``; ``salientR``; ``compensate``;
-        ``w8a8``, ``w8a8-kld``, ``w8a8-mse`` (static activations) or ``w8a8-dynamic``;
-        ``attention`` (with static activations or bf16); ``smoothR``. Without a granularity int4
-        takes ``group128`` and the others ``channel``. ``attention`` alone goes with ``bf16``.
+        in any order after colons: ``tensor``, ``channel`` or ``groupG`` (also ``gG``);
+        ``ptq-minmax``, ``ptq-kld`` or ``ptq-mse``; ``asym``; ``act-order``; ``salientR``;
+        ``compensate``; ``w8a8``, ``w8a8-kld``, ``w8a8-mse`` (static activations) or
+        ``w8a8-dynamic``; ``attention`` (with static activations, or as the only part of
+        ``bf16``); ``smoothR``. Without a granularity int4 takes ``group128`` and the others
+        ``channel``.
 
     Returns
     -------

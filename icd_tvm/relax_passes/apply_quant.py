@@ -54,7 +54,7 @@ def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statisti
     """
     rules = as_rules(spec)
     requests = weight_requests(mod, rules)
-    if rules.default.attention:
+    if rules.default.attention and rules.default.dtype != "bf16":
         for one in attention_products(mod["main"])[0]:
             requests |= dict.fromkeys(one.requests, "activation")
     return requests
@@ -135,7 +135,8 @@ class ApplyQuant:
             self.meta["quant"]["held"] = _held(floats, smoothed, products.values())
         spec = self.rules.default
         if spec.attention:
-            attention = QuantizeAttention(self.statistics, spec.activations)
+            method = "bf16" if spec.dtype == "bf16" else spec.activations
+            attention = QuantizeAttention(self.statistics, method)
             smoothed = apply_pass(attention, smoothed)
             self.meta["quant"]["attention"] = attention.entries
         return with_transform_meta(smoothed, self.meta)

@@ -14,7 +14,9 @@ from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     call_func,
     constant_weight,
+    is_call,
     rewrite_functions,
+    rounded_to_bf16,
     static_shape,
 )
 from icd_tvm.tir_schedules.cpu.bf16_dot import require_bf16, round_bits
@@ -92,7 +94,9 @@ class _Fuser(PyExprMutator):
         self._bits: dict[Any, Any] = {}
 
     def visit_call_(self, call: Any) -> Any:
-        source = _rounded(self._flow, call)
+        source = (
+            rounded_to_bf16(self._flow, call.args[0]) if is_call(call, "relax.matmul") else None
+        )
         if source is None:
             return super().visit_call_(call)
         name, weight = self._names.get(call, "matmul"), constant_weight(call)
@@ -119,13 +123,3 @@ class _Fuser(PyExprMutator):
         packed = named_const(pack_bf16(weight, tile.columns), const_name(call.args[1]))
         func = bf16_matmul(m, k, n, target, lead=tuple(lead), tile=tile)
         return call_func(self.builder_, func, "bf16_matmul", [bits, packed], call.ty)
-
-
-def _rounded(flow: Dataflow, call: Any) -> Any:
-    """Return what is rounded to bfloat16 to be the input of a matmul, or None."""
-    product = flow.call(call, "relax.matmul")
-    wide = flow.call(product.args[0], "relax.astype") if product is not None else None
-    narrow = flow.call(wide.args[0], "relax.astype") if wide is not None else None
-    if narrow is None or str(wide.ty.dtype) != "float32" or str(narrow.ty.dtype) != "bfloat16":
-        return None
-    return narrow.args[0] if str(narrow.args[0].ty.dtype) == "float32" else None

@@ -18,7 +18,8 @@ from icd_tvm.relax_passes.relax_graph import (
     operands,
     rewrite_functions,
 )
-from icd_tvm.tir_schedules.cpu.attention import attention, attention_shape
+from icd_tvm.tir_schedules.cpu.attention import attention_shape
+from icd_tvm.tir_schedules.cpu.bf16_attention import attention_kernel
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Merger(PyExprMutator):
             return super().visit_call_(call)
         self._owner.merged += 1
         rows = self._emit_merged(found, query.name)
-        func = attention(shape.merged(), self._owner.target)
+        func = attention_kernel(shape.merged(), self._owner.target)
         args = [rows, rows, rows, self.visit_expr(mask)]
         return call_func(self.builder_, func, "attention", args, call.ty)
 

@@ -11,13 +11,16 @@ from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
 from icd_tvm.errors import IcdError
 from icd_tvm.relax_passes.attention_match import Refused, match_scores, match_softmax, user_of
 from icd_tvm.relax_passes.collect_activation_stats import RIGHT
-from icd_tvm.relax_passes.emit_quantized import static_activation
+from icd_tvm.relax_passes.emit_quantized import bf16_activation, static_activation
 from icd_tvm.relax_passes.quant_plan import static_scale
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 
 # Probabilities lie in [0, 1]: no calibration is needed for their codes.
 PROBABILITY = (1.0 / 255.0, 0)
 _QUAD = 4
+# Scale and zero point, and the type of the codes; no scale stands for bfloat16.
+_Code = tuple[tuple[float, int] | None, str]
+_BF16: list[_Code] = [(None, "bfloat16"), (None, "bfloat16")]
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,15 @@ class QuantizeAttention:
     """Send queries, keys, values and probabilities of every attention through bytes (QDQ).
 
     Queries and probabilities become uint8, keys and values int8 with zero point 0: what
-    :func:`icd_tvm.tir_schedules.cpu.byte_attention.byte_attention` multiplies.
+    :func:`icd_tvm.tir_schedules.cpu.byte_attention.byte_attention` multiplies. By the method
+    ``bf16`` all four are rounded to bfloat16 instead, without statistics.
 
     Parameters
     ----------
     statistics : Mapping[str, ActivationStatistics]
         By the names of :attr:`AttentionProducts.requests`.
     method : str
-        How a range becomes a scale: ``minmax``, ``kld`` or ``mse``.
+        How a range becomes a scale: ``minmax``, ``kld`` or ``mse``; or ``bf16``.
 
     Attributes
     ----------
@@ -69,10 +73,14 @@ class QuantizeAttention:
         """Return a clone of ``mod`` with the operands quantised and dequantised."""
         mod = mod.clone()
         products, refusals = attention_products(mod["main"])
-        found: dict[Any, list[tuple[tuple[float, int], str]]] = {}
+        found: dict[Any, list[_Code]] = {}
         self.entries = [_entry(node, why=why) for node, why in refusals.items()]
         flow = Dataflow(mod["main"])
         for one in products:
+            if self.method == "bf16":
+                found |= {flow.values[var]: _BF16 for var in (one.scores, one.values)}
+                self.entries.append(_entry(str(one.scores.name)))
+                continue
             try:
                 scales = self._scales(one)
             except IcdError as error:
@@ -150,7 +158,12 @@ class _Quantiser(PyExprMutator):
         if found is None:
             return super().visit_call_(call)
         operands = [
-            static_activation(self.builder_, self.visit_expr(arg), scale, dtype)
-            for arg, (scale, dtype) in zip(call.args, found, strict=True)
+            self._coded(self.visit_expr(arg), *code)
+            for arg, code in zip(call.args, found, strict=True)
         ]
         return relax.op.matmul(*operands)
+
+    def _coded(self, data: Any, scale: tuple[float, int] | None, dtype: str) -> Any:
+        if scale is None:
+            return bf16_activation(self.builder_, data)
+        return static_activation(self.builder_, data, scale, dtype)

@@ -39,6 +39,8 @@ class AttentionShape:
         Batch of the mask: 1 or ``batch``.
     strides, offsets : tuple of three ints
         For Q, K and V: length of a row, and the column where head 0 starts.
+    products : {"float32", "bfloat16"}
+        What both products multiply.
     """
 
     batch: int
@@ -50,6 +52,7 @@ class AttentionShape:
     mask_batch: int
     strides: tuple[int, int, int]
     offsets: tuple[int, int, int] = (0, 0, 0)
+    products: str = "float32"
 
     @property
     def width(self) -> int:
@@ -62,7 +65,7 @@ class AttentionShape:
         return replace(self, strides=(3 * width,) * 3, offsets=(0, width, 2 * width))
 
 
-def attention(shape: AttentionShape, target: Any) -> Any:
+def attention(shape: AttentionShape, target: Any, *, head: type[Head] | None = None) -> Any:
     """Return the TIR function of ``softmax(scale * Q K^T + mask) V``, head by head.
 
     A task is one head of one sequence, or some of its rows if there are more threads than
@@ -75,6 +78,8 @@ def attention(shape: AttentionShape, target: Any) -> Any:
     shape : AttentionShape
     target : tvm.target.Target
         Gives the vector width and the number of threads.
+    head : subclass of Head, optional
+        Emits the statements of a task instead.
 
     Returns
     -------
@@ -89,10 +94,9 @@ def attention(shape: AttentionShape, target: Any) -> Any:
         If a size is less than one or a head reaches past the end of its row.
     """
     check_attention(shape)
-    lanes = vector_bits(target) // 32
     row_tiles = -(-shape.queries // min(_ROWS, shape.queries))
     pieces = row_pieces(shape.batch * shape.heads, row_tiles, target_threads(target))
-    func = _build(shape, lanes, pieces)
+    func = _build(shape, target, pieces, head or Head)
     marks = {"op_pattern": OPAQUE, "tirx.is_scheduled": True, _SHAPE_ATTR: asdict(shape)}
     return func.with_attr(marks)
 
@@ -104,10 +108,11 @@ def attention_shape(func: Any) -> AttentionShape | None:
     sizes = dict(func.attrs[_SHAPE_ATTR])
     for name in ("strides", "offsets"):
         sizes[name] = tuple(int(value) for value in sizes[name])
+    sizes["products"] = str(sizes["products"])
     return AttentionShape(**sizes)
 
 
-def _build(shape: AttentionShape, lanes: int, pieces: int) -> Any:
+def _build(shape: AttentionShape, target: Any, pieces: int, kind: type[Head]) -> Any:
     """Return the unmarked TIR function; the loop over tasks is parallel."""
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name("attention")
@@ -120,32 +125,42 @@ def _build(shape: AttentionShape, lanes: int, pieces: int) -> Any:
         mask = T.arg("mask", T.Buffer((shape.mask_batch, 1, 1, shape.keys), "float32"))
         y = T.arg("Y", T.Buffer((shape.batch, shape.queries, shape.width), "float32"))
         with T.parallel(shape.batch * shape.heads * pieces) as task, T.sblock("head"):
-            head = _Head(shape, lanes, task // (shape.heads * pieces), task // pieces % shape.heads)
-            head.load(k, v, mask)
-            with T.serial(head.tiles // pieces) as tile:
-                first = (task % pieces * (head.tiles // pieces) + tile) * head.rows
-                head.scores(q, first)
-                head.normalise()
-                head.values(y, first)
+            sequence, number = task // (shape.heads * pieces), task // pieces % shape.heads
+            head = kind(shape, target, sequence, number)
+            with head.scope():
+                head.load(k, v, mask)
+                with T.serial(head.tiles // pieces) as tile:
+                    first = (task % pieces * (head.tiles // pieces) + tile) * head.rows
+                    head.scores(q, first)
+                    head.normalise()
+                    head.values(y, first)
     return builder.get()
 
 
-class _Head:
+class Head:
     """Emits the statements of one task: one head of one sequence, in scratch memory."""
 
-    def __init__(self, shape: AttentionShape, lanes: int, batch: Any, head: Any) -> None:
-        self.shape, self.lanes, self.batch = shape, lanes, batch
+    def __init__(self, shape: AttentionShape, target: Any, batch: Any, head: Any) -> None:
+        self.shape, self.lanes, self.batch = shape, vector_bits(target) // 32, batch
         self.column = head * shape.head_dim
         self.rows = min(_ROWS, shape.queries)
         self.tiles = -(-shape.queries // self.rows)
-        self.key_pad = _round_up(shape.keys, lanes)
-        self.value_pad = _round_up(shape.head_dim, lanes)
-        self.keys = local(shape.head_dim, self.key_pad)
-        self.table = local(shape.keys, self.value_pad)
+        self.key_pad = _round_up(shape.keys, self.lanes)
+        self.value_pad = _round_up(shape.head_dim, self.lanes)
+        self.keys, self.table = self.allocate()
         self.bias = local(self.key_pad)
         self.score = local(self.rows, self.key_pad)
-        self.partial = local(lanes)
+        self.partial = local(self.lanes)
         self.inverse = local(self.rows)
+
+    def allocate(self) -> tuple[Any, Any]:
+        """Return the buffers of the keys, transposed, and of the values."""
+        shape = self.shape
+        return local(shape.head_dim, self.key_pad), local(shape.keys, self.value_pad)
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the scope in which the kernel is emitted."""
+        return contextlib.nullcontext()
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys transposed, its values padded to vectors, and the mask."""
@@ -190,7 +205,7 @@ class _Head:
             scaled = value * f32(shape.scale) + self.bias[at]
             T.buffer_store(self.score, scaled, [r, at])
 
-        self._multiply("scores", query, self.keys, shape.head_dim, self.key_pad, finish)
+        self.multiply("scores", query, self.keys, shape.head_dim, self.key_pad, finish)
 
     def normalise(self) -> None:
         """Replace every scratch row by its exponentials; keep the inverse of their sum."""
@@ -209,16 +224,22 @@ class _Head:
         """Write the weighted sums of the value rows."""
         shape = self.shape
 
-        def weight(r: Any, j: Any) -> Any:
-            return self.score[r, j]
-
         def finish(r: Any, at: Any, value: Any) -> None:
             T.buffer_store(y, value * self.inverse[r], [self.batch, first + r, self.column + at])
 
         limits = (shape.queries - first, shape.head_dim)
-        self._multiply("values", weight, self.table, shape.keys, self.value_pad, finish, limits)
+        steps = self.value_steps()
+        self.multiply("values", self.weight, self.table, steps, self.value_pad, finish, limits)
 
-    def _multiply(
+    def weight(self, r: Any, j: Any) -> Any:
+        """Return what a value row is multiplied by."""
+        return self.score[r, j]
+
+    def value_steps(self) -> int:
+        """Return the steps of the product with the values."""
+        return self.shape.keys
+
+    def multiply(
         self,
         name: str,
         left: Callable[[Any, Any], Any],
@@ -239,16 +260,20 @@ class _Head:
             start = panel * vectors * lanes
             with T.unroll(rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
                 T.buffer_store(acc, f32(0.0), [r, c * lanes + x])
-            with (
-                T.serial(length) as k,
-                T.unroll(rows) as r,
-                T.unroll(vectors) as c,
-                T.vectorized(lanes) as x,
-            ):
-                at = c * lanes + x
-                T.buffer_store(acc, acc[r, at] + left(r, k) * right[k, start + at], [r, at])
+            with T.serial(length) as k:
+                self.accumulate(acc, left, right, (k, start, vectors))
             with T.unroll(rows) as r:
                 self._finish_row(acc, r, start, vectors, finish, limits)
+
+    def accumulate(
+        self, acc: Any, left: Callable[[Any, Any], Any], right: Any, at: tuple[Any, Any, int]
+    ) -> None:
+        """Add one step of a product to the sums of a tile."""
+        (k, start, vectors), lanes = at, self.lanes
+        with T.unroll(self.rows) as r, T.unroll(vectors) as c, T.vectorized(lanes) as x:
+            column = c * lanes + x
+            product = left(r, k) * right[k, start + column]
+            T.buffer_store(acc, acc[r, column] + product, [r, column])
 
     def _finish_row(
         self,

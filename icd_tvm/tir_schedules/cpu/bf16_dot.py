@@ -68,7 +68,9 @@ class Bf16Dot:
         """Return the scope in which `add` and `rounded` may be emitted."""
         if not self.native:
             return nullcontext()
-        scope: AbstractContextManager[Any] = T.attr(0, "pragma_import_llvm", tvm.ir.StringImm(_LLVM))
+        scope: AbstractContextManager[Any] = T.attr(
+            0, "pragma_import_llvm", tvm.ir.StringImm(_LLVM)
+        )
         return scope
 
     def add(self, total: Any, pair: Any, weight: Any) -> Any:
