@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from converter_check import run_ort
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from quant_models import example as inputs
@@ -16,15 +17,24 @@ from icd_tvm._tvm import relax, te, tvm
 from icd_tvm.adapters.quant import apply_quant, parse_quant
 from icd_tvm.errors import ConfigError, ShapeError
 from icd_tvm.models.importer import import_onnx
+from icd_tvm.models.inputs import random_inputs
+from icd_tvm.models.registry import build as build_model
 from icd_tvm.relax_passes.apply_quant import ApplyQuant
+from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_bf16_matmul import FuseBf16Matmul
 from icd_tvm.relax_passes.layer_rules import parse_layer_rules
 from icd_tvm.relax_passes.lower_cpu import lower_and_build
 from icd_tvm.relax_passes.verify_layout import order_tolerance
-from icd_tvm.tir_schedules.cpu.attention import AttentionShape
+from icd_tvm.runtime.build import build as build_module
+from icd_tvm.tir_schedules.cpu.attention import AttentionShape, attention_shape
 from icd_tvm.tir_schedules.cpu.bf16_attention import bf16_attention
 from icd_tvm.tir_schedules.cpu.bf16_dot import bf16_dot, has_bf16, round_bits
 from icd_tvm.tir_schedules.cpu.bf16_matmul import bf16_matmul, bf16_tile, pack_bf16
+from icd_tvm.tir_schedules.cpu.block_bf16 import (
+    block_bf16_matmul,
+    choose_bf16_blocks,
+    pack_block_bf16,
+)
 from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile import Tile, flat_rows
@@ -241,6 +251,42 @@ def test_module_computes_the_same_on_every_target(name: str) -> None:
     assert sum("bf16_matmul" in kernel for kernel in made) == 2
 
 
+@pytest.fixture(scope="module")
+def bert() -> tuple[Any, Any, Any]:
+    model = build_model("bert-mini-random")
+    imported = import_onnx(model)
+    return model, imported, random_inputs(imported, 0)
+
+
+@pytest.mark.parametrize("text", ["bf16", "bf16:attention"])
+def test_a_transformer_stays_close_to_onnx_runtime(bert: tuple[Any, Any, Any], text: str) -> None:
+    model, imported, feeds = bert
+    quantise = ApplyQuant(parse_quant(text))
+    target = parse_target("x86-64-v3", 1) if not has_bf16(HOST) else HOST
+    built = build_module(quantise(imported.mod), target)
+    [plain], [found] = run_ort(model, feeds), built.run_all(feeds)
+    assert quantise.meta["quant"]["quantised"] == 12
+    # Eight significant bits: 2**-9 a rounding, through two layers.
+    error = np.linalg.norm(found - plain) / np.linalg.norm(plain)
+    assert 1e-4 < error < 1e-2
+
+
+@native
+def test_attentions_are_fused_with_rounded_products(bert: tuple[Any, Any, Any]) -> None:
+    quantise = ApplyQuant(parse_quant("bf16:attention"))
+    mod = quantise(bert[1].mod)
+    entries = quantise.meta["quant"]["attention"]
+    fuse = FuseAttention(HOST)
+    fused = fuse(relax.transform.FoldConstant()(mod))
+    assert (len(fuse.fused), fuse.refusals) == (len(entries), {})
+    shapes = [attention_shape(f) for v, f in fused.functions_items() if v.name_hint != "main"]
+    assert [shape.products for shape in shapes if shape] == ["bfloat16"] * len(entries)
+    portable = FuseAttention(parse_target("x86-64-v4", 1))
+    portable(relax.transform.FoldConstant()(mod))
+    assert not portable.fused
+    assert all("AVX512_BF16" in why for why in portable.refusals.values())
+
+
 def test_rounding_joins_the_kernel_before_it() -> None:
     names = [name.rstrip("1") for name in run(narrow(), HOST)[1]]
     assert names == ["bf16_matmul", "fused_bf16_matmul_relu_round_to_bf16", "round_to_bf16"]
@@ -289,3 +335,53 @@ def test_products_that_stay_say_why(
 def test_roundings_widen_the_tolerance_of_an_order() -> None:
     plain = order_tolerance(import_onnx(two_layers()).mod).value
     assert order_tolerance(narrow()).value > 10 * plain
+
+
+def block_product(x: Array, w: Array, target: Any, vectors: int) -> Array:
+    m, (k, n) = len(x), w.shape
+    tile = bf16_tile(m, k, n, target, vectors)
+    counts, pairs, data = pack_block_bf16(w, tile.columns)
+    func = block_bf16_matmul(m, k, n, pairs.shape[1], tile, target)
+    sch = ExplicitTileRule().apply(func, target, False)
+    out = tvm.runtime.tensor(np.full((m, n), np.nan, np.float32))
+    arrays = [tvm.runtime.tensor(array) for array in (bits(x), counts, pairs, data)]
+    compile_kernel(sch.mod["main"], target)["main"](*arrays, out)
+    return out.numpy()
+
+
+def with_dead_blocks(seed: int, k: int, n: int, keep: float) -> Array:
+    """Return a weight of which runs of two rows and 16 columns are zero."""
+    rng = np.random.default_rng(seed)
+    alive = rng.random((-(-k // 2), -(-n // 16))) < keep
+    return drawn(seed, (k, n))[0] * np.kron(alive, np.ones((2, 16)))[:k, :n].astype(np.float32)
+
+
+@few
+@given(m=sizes, pairs=sizes, n=sizes, vectors=st.sampled_from([1, 2]), keep=st.floats(0, 1))
+@example(m=9, pairs=20, n=50, vectors=1, keep=0.0)
+@example(m=30, pairs=40, n=64, vectors=2, keep=1.0)
+def test_blocks_that_are_zero_are_skipped(
+    m: int, pairs: int, n: int, vectors: int, keep: float
+) -> None:
+    w = with_dead_blocks(n, 2 * pairs, n, keep)
+    (x,) = drawn(m, (m, 2 * pairs))
+    a, b = rounded(x).astype(np.float64), rounded(w).astype(np.float64)
+    bound = (2 * pairs + 2) * 2.0**-23 * (np.abs(a) @ np.abs(b))
+    assert np.all(np.abs(block_product(x, w, HOST, vectors) - a @ b) <= bound)
+
+
+def test_blocks_of_an_odd_weight_are_refused() -> None:
+    with pytest.raises(ShapeError, match="even"):
+        block_bf16_matmul(4, 7, 16, 4, Tile(4, 1, 16), HOST)
+    assert choose_bf16_blocks(4, np.zeros((7, 16), np.float32), HOST)[0] is None
+
+
+def test_kernel_follows_the_zeros() -> None:
+    target = parse_target("cooperlake", 1)
+    names = {}
+    for keep in (0.2, 1.0):
+        fuse = FuseBf16Matmul(target)
+        mod = fuse(one_product(rounded(with_dead_blocks(1, 64, 96, keep)), 16))
+        names[keep] = kernels(mod)[0]
+        assert bool(fuse.sparse) == (keep < 1)
+    assert names == {0.2: "block_bf16_matmul", 1.0: "bf16_matmul"}

@@ -21,9 +21,16 @@ from icd_tvm.relax_passes.relax_graph import (
 )
 from icd_tvm.tir_schedules.cpu.bf16_dot import require_bf16, round_bits
 from icd_tvm.tir_schedules.cpu.bf16_matmul import FEW_ROWS, bf16_matmul, bf16_tile, pack_bf16
+from icd_tvm.tir_schedules.cpu.block_bf16 import (
+    block_bf16_matmul,
+    choose_bf16_blocks,
+    pack_block_bf16,
+)
 from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 _LOW_HALF = 0xFFFF
+# With more non-zeros than this there are too few groups to skip.
+_DENSE = 0.95
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseBf16Matmul")
@@ -35,6 +42,9 @@ class FuseBf16Matmul:
     function that joins the kernel before it. Runs after constants are folded and projections
     merged. Without AVX512_BF16 only products of up to `FEW_ROWS` rows, which wait for the bytes
     of the weight, are replaced: the others multiply float32 faster.
+
+    Where the zeros of W leave out pairs of rows for whole groups of columns, the block-sparse
+    kernel skips them if that is modelled to pay.
 
     The packed constant keeps the name of the weight.
 
@@ -49,16 +59,19 @@ class FuseBf16Matmul:
         Names of the results that were replaced.
     refused : dict of str to str
         Name of each matmul with a rounded input that was left alone -> the reason.
+    sparse : dict of str to str
+        Name of each weight with zeros -> what skipping them is worth.
     """
 
     def __init__(self, target: Any) -> None:
         self.target = target
         self.fused: list[str] = []
         self.refused: dict[str, str] = {}
+        self.sparse: dict[str, str] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the matmuls replaced."""
-        self.fused, self.refused = [], {}
+        self.fused, self.refused, self.sparse = [], {}, {}
         mod = rewrite_functions(mod, lambda new, func: _Fuser(new, Dataflow(func), self))
         return relax.transform.DeadCodeElimination()(mod) if self.fused else mod
 
@@ -118,8 +131,18 @@ class _Fuser(PyExprMutator):
 
     def _product(self, bits: Any, weight: npt.NDArray[Any], call: Any) -> Any:
         *lead, m, k = static_shape(bits) or ()
-        n, target = weight.shape[1], self._owner.target
-        tile = bf16_tile(flat_rows(tuple(lead), m)[1], k, n, target)
-        packed = named_const(pack_bf16(weight, tile.columns), const_name(call.args[1]))
+        n, target, name = weight.shape[1], self._owner.target, const_name(call.args[1])
+        rows = flat_rows(tuple(lead), m)[1]
+        tile = None
+        if np.count_nonzero(weight) <= _DENSE * weight.size:
+            tile, self._owner.sparse[name] = choose_bf16_blocks(rows, weight, target)
+        if tile is not None:
+            counts, pairs, data = pack_block_bf16(weight, tile.columns)
+            parts = {f"{name}.counts": counts, f"{name}.rows": pairs, name: data}
+            func = block_bf16_matmul(m, k, n, pairs.shape[1], tile, target, lead=tuple(lead))
+            args = [bits, *(named_const(array, part) for part, array in parts.items())]
+            return call_func(self.builder_, func, "block_bf16_matmul", args, call.ty)
+        tile = bf16_tile(rows, k, n, target)
+        packed = named_const(pack_bf16(weight, tile.columns), name)
         func = bf16_matmul(m, k, n, target, lead=tuple(lead), tile=tile)
         return call_func(self.builder_, func, "bf16_matmul", [bits, packed], call.ty)

@@ -14,6 +14,7 @@ from icd_tvm.relax_passes.collect_activation_stats import RIGHT
 from icd_tvm.relax_passes.emit_quantized import bf16_activation, static_activation
 from icd_tvm.relax_passes.quant_plan import static_scale
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
+from icd_tvm.tir_schedules.cpu.bf16_attention import HEAD_STEP
 
 # Probabilities lie in [0, 1]: no calibration is needed for their codes.
 PROBABILITY = (1.0 / 255.0, 0)
@@ -72,12 +73,13 @@ class QuantizeAttention:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the operands quantised and dequantised."""
         mod = mod.clone()
-        products, refusals = attention_products(mod["main"])
+        bf16 = self.method == "bf16"
+        products, refusals = attention_products(mod["main"], HEAD_STEP if bf16 else _QUAD)
         found: dict[Any, list[_Code]] = {}
         self.entries = [_entry(node, why=why) for node, why in refusals.items()]
         flow = Dataflow(mod["main"])
         for one in products:
-            if self.method == "bf16":
+            if bf16:
                 found |= {flow.values[var]: _BF16 for var in (one.scores, one.values)}
                 self.entries.append(_entry(str(one.scores.name)))
                 continue
@@ -102,12 +104,16 @@ class QuantizeAttention:
         ]
 
 
-def attention_products(func: Any) -> tuple[list[AttentionProducts], dict[str, str]]:
-    """Find the attentions of a function whose products can take bytes.
+def attention_products(
+    func: Any, columns: int = _QUAD
+) -> tuple[list[AttentionProducts], dict[str, str]]:
+    """Find the attentions of a function whose products can take narrow operands.
 
     Parameters
     ----------
     func : relax.Function
+    columns : int
+        The kernel takes heads of a multiple of so many columns.
 
     Returns
     -------
@@ -123,19 +129,24 @@ def attention_products(func: Any) -> tuple[list[AttentionProducts], dict[str, st
         if flow.call(var, "relax.nn.softmax") is None:
             continue
         try:
-            products.append(_products(flow, names, var))
+            products.append(_products(flow, names, var, columns))
         except Refused as refusal:
             refusals[str(var.name)] = str(refusal)
     return products, refusals
 
 
-def _products(flow: Dataflow, names: dict[Any, Any], probabilities: Any) -> AttentionProducts:
+def _products(
+    flow: Dataflow, names: dict[Any, Any], probabilities: Any, columns: int
+) -> AttentionProducts:
     softmax, _ = match_softmax(flow, probabilities)
     product, _, _ = match_scores(flow, softmax.args[0])
     values = user_of(flow, probabilities, "relax.matmul", "the probabilities")
     heads = static_shape(product.args[0])
-    if heads is None or heads[-1] % _QUAD:
-        raise Refused(f"heads of shape {heads}: byte products take columns in fours")
+    if heads is None or heads[-1] % columns:
+        what = "byte products take columns in fours"
+        if columns != _QUAD:
+            what = f"bfloat16 products take columns in runs of {columns}"
+        raise Refused(f"heads of shape {heads}: {what}")
     if not flow.call(values, "relax.matmul").args[0].same_as(probabilities):
         raise Refused("the probabilities are not the left operand of the product")
     return AttentionProducts(names[product], values)

@@ -52,7 +52,8 @@ def order_tolerance(mod: Any) -> Tolerance:
     rounded = _rounded_activations(mod["main"])
     if not rounded:
         return FP32_SUMS
-    reason = f"a tie may round the other way in {rounded} tensors of 8 bits: sqrt(n) steps"
+    what = f"{rounded} tensors of 8-bit codes or bfloat16"
+    reason = f"a tie may round the other way in {what}: sqrt(n) steps"
     return Tolerance(FP32_TOLERANCE + math.sqrt(rounded) * CODE_STEP, reason)
 
 

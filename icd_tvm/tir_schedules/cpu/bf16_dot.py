@@ -81,9 +81,10 @@ class Bf16Dot:
         total : float32 x lanes
         pair : int32
             Two bfloat16, the first in the low half.
-        weight : int32 x lanes
+        weight : int32 x lanes, or uint16 x (2 * lanes)
             Two bfloat16 a lane.
         """
+        weight = T.reinterpret(f"int32x{self.lanes}", weight)
         row = T.broadcast(pair, self.lanes)
         if self.native:
             return tirx.call_pure_extern("float32x16", _DOT, total, row, weight)

@@ -24,7 +24,7 @@ _MAX_VECTORS = 8
 _LINE, _AHEAD = 64, 8192
 
 
-def bf16_tile(m: int, k: int, n: int, target: Any) -> Tile:
+def bf16_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -> Tile:
     """Return the register tile with the least modelled cycles for an ``m`` x ``n`` output.
 
     Parameters
@@ -32,17 +32,20 @@ def bf16_tile(m: int, k: int, n: int, target: Any) -> Tile:
     m, k, n : int
         Rows of the output, length of a row of X, columns of the output.
     target : tvm.target.Target
+    vectors : int, optional
+        Fixes the width of the tile.
 
     Returns
     -------
     Tile
     """
     dot = bf16_dot(target)
+    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
     tiles = [
-        Tile(rows, vectors, dot.lanes)
-        for vectors in range(1, _MAX_VECTORS + 1)
+        Tile(rows, width, dot.lanes)
+        for width in widths
         for rows in range(1, min(m, dot.registers) + 1)
-        if dot.needs(rows, vectors) <= dot.registers or (rows, vectors) == (1, 1)
+        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
     ]
     return min(tiles, key=lambda t: (bf16_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
 
@@ -139,8 +142,7 @@ class _Bf16Builder(TileBuilder):
             two = self._two(x, self.row(batch, first + r), pair * PAIR, count)
             with T.unroll(i64(self.tile.vectors)) as c:
                 here = (r, self.run(c * lanes))
-                words = w[panel, pair, self.run(c * lanes * PAIR, lanes * PAIR)]
-                weight = T.reinterpret(f"int32x{lanes}", words)
+                weight = w[panel, pair, self.run(c * lanes * PAIR, lanes * PAIR)]
                 T.buffer_store(sums, self.dot.add(sums[here], two, weight), [*here])
 
     def _two(self, x: Any, row: Any, first: Any, count: int) -> Any:
