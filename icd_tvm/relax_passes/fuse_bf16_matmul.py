@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, const_name, i64, mutator, named_const, relax, te, tvm
 from icd_tvm.errors import ConfigError
+from icd_tvm.relax_passes.fuse_quantized_matmul import BYTE_KERNELS_ATTR, read_byte_kernels
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     call_func,
@@ -20,12 +22,18 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.tir_schedules.cpu.bf16_dot import require_bf16, round_bits
-from icd_tvm.tir_schedules.cpu.bf16_matmul import FEW_ROWS, bf16_matmul, bf16_tile, pack_bf16
+from icd_tvm.tir_schedules.cpu.bf16_matmul import (
+    PAIR,
+    bf16_matmul,
+    bf16_tile,
+    pack_bf16,
+)
 from icd_tvm.tir_schedules.cpu.block_bf16 import (
     block_bf16_matmul,
     choose_bf16_blocks,
     pack_block_bf16,
 )
+from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 _LOW_HALF = 0xFFFF
@@ -40,7 +48,7 @@ class FuseBf16Matmul:
     W is a float32 constant whose values are all numbers of bfloat16; it is stored as such, so
     nothing is lost. The bits of x are made once for all matmuls that read it, by an elementwise
     function that joins the kernel before it. Runs after constants are folded and projections
-    merged. Without AVX512_BF16 only products of up to `FEW_ROWS` rows, which wait for the bytes
+    merged. Without AVX512_BF16 only products of up to `MAX_ROWS` rows, which wait for the bytes
     of the weight, are replaced: the others multiply float32 faster.
 
     Where the zeros of W leave out pairs of rows for whole groups of columns, the block-sparse
@@ -55,8 +63,8 @@ class FuseBf16Matmul:
 
     Attributes
     ----------
-    fused : list of str
-        Names of the results that were replaced.
+    kernels : dict of str to str
+        Name of each result that was replaced -> its kernel; joins `BYTE_KERNELS_ATTR`.
     refused : dict of str to str
         Name of each matmul with a rounded input that was left alone -> the reason.
     sparse : dict of str to str
@@ -65,15 +73,18 @@ class FuseBf16Matmul:
 
     def __init__(self, target: Any) -> None:
         self.target = target
-        self.fused: list[str] = []
+        self.kernels: dict[str, str] = {}
         self.refused: dict[str, str] = {}
         self.sparse: dict[str, str] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the matmuls replaced."""
-        self.fused, self.refused, self.sparse = [], {}, {}
+        self.kernels, self.refused, self.sparse = {}, {}, {}
         mod = rewrite_functions(mod, lambda new, func: _Fuser(new, Dataflow(func), self))
-        return relax.transform.DeadCodeElimination()(mod) if self.fused else mod
+        if not self.kernels:
+            return mod
+        kernels = json.dumps(read_byte_kernels(mod) | self.kernels)
+        return relax.transform.DeadCodeElimination()(mod).with_attr(BYTE_KERNELS_ATTR, kernels)
 
     def unsupported(self, shape: tuple[int, ...], weight: npt.NDArray[Any] | None) -> str:
         """Return why a product of rounded rows stays as it is, or an empty string."""
@@ -82,7 +93,7 @@ class FuseBf16Matmul:
         if np.any(weight.view(np.uint32) & _LOW_HALF):
             return "its weight has values that bfloat16 does not hold: round it first"
         lead, rows = flat_rows(shape[:-2], shape[-2])
-        if prod(lead) * rows <= FEW_ROWS:
+        if prod(lead) * rows <= MAX_ROWS:
             return ""
         try:
             require_bf16(self.target)
@@ -118,8 +129,8 @@ class _Fuser(PyExprMutator):
         if reason or weight is None:
             self._owner.refused[name] = reason
             return super().visit_call_(call)
-        self._owner.fused.append(name)
-        return self._product(self._made(source, shape), weight, call)
+        found, self._owner.kernels[name] = self._product(self._made(source, shape), weight, call)
+        return found
 
     def _made(self, source: Any, shape: tuple[int, ...]) -> Any:
         if source not in self._bits:
@@ -129,7 +140,8 @@ class _Fuser(PyExprMutator):
             self._bits[source] = self.builder_.emit(made)
         return self._bits[source]
 
-    def _product(self, bits: Any, weight: npt.NDArray[Any], call: Any) -> Any:
+    def _product(self, bits: Any, weight: npt.NDArray[Any], call: Any) -> tuple[Any, str]:
+        """Return the product, and the kernel that makes it."""
         *lead, m, k = static_shape(bits) or ()
         n, target, name = weight.shape[1], self._owner.target, const_name(call.args[1])
         rows = flat_rows(tuple(lead), m)[1]
@@ -141,8 +153,10 @@ class _Fuser(PyExprMutator):
             parts = {f"{name}.counts": counts, f"{name}.rows": pairs, name: data}
             func = block_bf16_matmul(m, k, n, pairs.shape[1], tile, target, lead=tuple(lead))
             args = [bits, *(named_const(array, part) for part, array in parts.items())]
-            return call_func(self.builder_, func, "block_bf16_matmul", args, call.ty)
+            made = call_func(self.builder_, func, "block_bf16_matmul", args, call.ty)
+            return made, f"block_bf16, {PAIR * pairs.shape[1]} rows"
         tile = bf16_tile(rows, k, n, target)
         packed = named_const(pack_bf16(weight, tile.columns), name)
         func = bf16_matmul(m, k, n, target, lead=tuple(lead), tile=tile)
-        return call_func(self.builder_, func, "bf16_matmul", [bits, packed], call.ty)
+        made = call_func(self.builder_, func, "bf16_matmul", [bits, packed], call.ty)
+        return made, f"bf16, {k} rows"

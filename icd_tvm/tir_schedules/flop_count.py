@@ -128,7 +128,8 @@ def _operands(node: Any) -> list[Any]:
 
 
 def _weight(node: Any) -> int:
-    dtype = tvm_ffi.dtype(str(node.ty.dtype)) if hasattr(node, "ty") else None
+    kind = getattr(getattr(node, "ty", None), "dtype", None)
+    dtype = tvm_ffi.dtype(str(kind)) if kind is not None else None
     if dtype is None or str(dtype).startswith("bool"):
         return 0
     lanes = max(int(dtype.lanes), 1)

@@ -13,12 +13,11 @@ from icd_tvm._tvm import i64, tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_cycles
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 PAIR = 2
-# Up to so many rows a product waits for its weights to arrive from memory.
-FEW_ROWS = 8
 _UNROLL = 4
 _MAX_VECTORS = 8
 _LINE, _AHEAD = 64, 8192
@@ -153,7 +152,7 @@ class _Bf16Builder(TileBuilder):
 
     def _prefetch(self, w: Any, panel: Any, first: Any) -> None:
         """Fetch what few rows need `_AHEAD` bytes later; past a panel's end comes the next."""
-        if self.rows > FEW_ROWS:
+        if self.rows > MAX_ROWS:
             return
         row = self.tile.columns * PAIR * 2
         for line in range(0, row * _UNROLL, _LINE):
