@@ -33,7 +33,7 @@ from icd_tvm.relax_passes.coaccess_attr import (
 )
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
 from icd_tvm.runtime.calibrate import calibrate
-from icd_tvm.tir_schedules.target import host_target, vector_bits
+from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
 
 
 def _hidden_id() -> str:
@@ -104,9 +104,11 @@ def test_matmuls_of_quantised_operands_are_known() -> None:
     assert len(byte_products(mod["main"])) == len(requests)
     weights = apply_pass(ApplyQuant(parse_quant("int8")), imported.mod)
     assert byte_products(weights["main"]) == set()
-    assert set(product_runs(mod["main"]).values()) == {QUAD}
+    target = parse_target("cooperlake", 1)
+    assert set(product_runs(mod["main"], target).values()) == {QUAD}
     pairs = apply_pass(ApplyQuant(parse_quant("bf16")), imported.mod)
-    assert product_runs(pairs["main"]) == dict.fromkeys(requests, 2)
+    assert product_runs(pairs["main"], target) == dict.fromkeys(requests, 2)
+    assert product_runs(pairs["main"], parse_target("x86-64-v4", 1)) == {}
 
 
 def test_dead_units_are_listed_and_can_be_left_out() -> None:

@@ -19,7 +19,7 @@ BINS = 2048
 # Probability given to what the quantised distribution cannot represent.
 SMOOTH = 1e-4
 TINY = float(np.finfo(np.float32).tiny)
-_BF16_TOP = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+_BF16_TOP = (2 - 2.0**-7) * 2.0**127
 
 
 @dataclass(frozen=True)

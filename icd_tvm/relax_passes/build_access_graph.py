@@ -28,6 +28,7 @@ from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.relax_graph import Dataflow, rounded_to_bf16
 from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
+from icd_tvm.tir_schedules.cpu.bf16_dot import has_bf16
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
 from icd_tvm.tir_schedules.cpu.tile import Tile
@@ -60,7 +61,8 @@ class BuildAccessGraph:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         func, groups = mod["main"], tagged_groups(mod)
-        rows, values, runs = _output_rows(func), ConstantValues(func), product_runs(func)
+        rows, values = _output_rows(func), ConstantValues(func)
+        runs = product_runs(func, self.target)
         right = {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
         hidden = {group.id for group in hidden_groups(func, groups)}
         graphs: dict[str, list[TileAccess]] = {}
@@ -104,15 +106,13 @@ def byte_products(func: Any) -> set[str]:
     return found
 
 
-def product_runs(func: Any) -> dict[str, int]:
+def product_runs(func: Any, target: Any) -> dict[str, int]:
     """Return the rows of W that the kernel of a matmul multiplies at a time; absent if one."""
-    flow = Dataflow(func)
-    pairs = {
-        str(binding.var.name): PAIR
-        for binding in _matmuls(func)
-        if rounded_to_bf16(flow, binding.value.args[0]) is not None
-    }
-    return pairs | dict.fromkeys(byte_products(func), QUAD)
+    flow, found = Dataflow(func), dict.fromkeys(byte_products(func), QUAD)
+    for binding in _matmuls(func) if has_bf16(target) else ():
+        if rounded_to_bf16(flow, binding.value.args[0]) is not None:
+            found[str(binding.var.name)] = PAIR
+    return found
 
 
 def _read(weight: Any, run: int) -> np.ndarray:
