@@ -287,6 +287,14 @@ def test_attentions_are_fused_with_rounded_products(bert: tuple[Any, Any, Any]) 
     assert all("AVX512_BF16" in why for why in portable.refusals.values())
 
 
+def test_attention_of_one_query_stays_as_it_is() -> None:
+    quantise = ApplyQuant(parse_quant("bf16:attention"))
+    quantise(import_onnx(build_model("decoder-mini-step-random")).mod)
+    entries = quantise.meta["quant"]["attention"]
+    assert len(entries) == 2
+    assert all(entry["skipped"] and "one query" in entry["why"] for entry in entries)
+
+
 def test_rounding_joins_the_kernel_before_it() -> None:
     names = [name.rstrip("1") for name in run(narrow(), HOST)[1]]
     assert names == ["bf16_matmul", "fused_bf16_matmul_relu_round_to_bf16", "round_to_bf16"]

@@ -142,6 +142,8 @@ def _products(
     product, _, _ = match_scores(flow, softmax.args[0])
     values = user_of(flow, probabilities, "relax.matmul", "the probabilities")
     heads = static_shape(product.args[0])
+    if columns != _QUAD and heads is not None and heads[-2] == 1:
+        raise Refused("one query: a decode step reads its cache as it is kept")
     if heads is None or heads[-1] % columns:
         what = "byte products take columns in fours"
         if columns != _QUAD:
