@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 FLOAT_PEERS = ("onnxruntime", "openvino", "torch", "deepsparse")
 INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
+BF16_PEERS = ("openvino-bf16", "torch-bf16")
 W8A8 = "int8:w8a8:attention:smooth0.75"
 # (rows, reduced axis, columns) of the products of BERT-base, MiniLM and SmolLM2.
 GEMMS = (
@@ -68,7 +69,7 @@ class Case:
 
 
 def gemm_cases(folder: Path) -> Iterator[Case]:
-    """Yield every product in fp32 and in bytes."""
+    """Yield every product in fp32, in bf16 and in bytes."""
     for m, k, n in GEMMS:
         path = folder / f"gemm-{m}-{k}-{n}.onnx"
         onnx.save(gemm(m, k, n), path)
@@ -77,6 +78,8 @@ def gemm_cases(folder: Path) -> Iterator[Case]:
         # The only product of a model is its last one, which is left alone unless it is named.
         flags = (str(path), "--quant", "none; weight=int8:w8a8")
         yield Case(f"{name} int8", "linear", 1.0, INT8_PEERS, flags)
+        flags = (str(path), "--quant", "none; weight=bf16")
+        yield Case(f"{name} bf16", "linear", 1.0, BF16_PEERS, flags)
 
 
 def gemm(m: int, k: int, n: int) -> onnx.ModelProto:
@@ -109,6 +112,8 @@ def model_cases(folder: Path) -> Iterator[Case]:
             quant = ("--quant", W8A8)
             both = (*INT8_PEERS, "openvino-bf16")
             yield Case(f"{name} fp32", "dense", 0.95, FLOAT_PEERS, (str(path),))
+            bf16 = (str(path), "--quant", "bf16:attention")
+            yield Case(f"{name} bf16", "linear", 1.0, BF16_PEERS, bf16)
             yield Case(f"{name} W8A8", "linear", 0.95, both, (str(path), *quant))
             unit = (str(path), "--sparsity", UNIT, *quant)
             yield Case(f"{name} {UNIT} + W8A8", "iterative", 0.65, both, unit)

@@ -67,6 +67,8 @@ MINILM = (
     Case("int4:group128"),
     Case("int4:group128:ptq-mse:act-order:compensate", 0.10),
     Case("int4:group128:ptq-mse:asym:act-order:compensate", 0.10),
+    Case("bf16", 0.05),
+    Case("bf16:attention", 0.05),
     Case("fp8_e4m3"),
     Case("fp8_e5m2"),
 )

@@ -18,6 +18,7 @@ from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.relax_graph import is_call
 from icd_tvm.runtime.build import build
 from icd_tvm.runtime.kernel_record import WorkCounter, arm_work
+from icd_tvm.tir_schedules.cpu.bf16_matmul import bf16_matmul, bf16_tile
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_matmul
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
@@ -98,6 +99,15 @@ def test_a_product_of_four_bytes_is_eight_operations_a_lane(level: str) -> None:
 
     func = body(f"int32x{lanes}", "int32", f"int8x{4 * lanes}")
     assert count_flop(func) == 3 * 8 * lanes
+
+
+@pytest.mark.parametrize("level", ["cooperlake", "x86-64-v3"])
+def test_a_product_of_two_bfloat16_is_four_operations_a_lane(level: str) -> None:
+    target = parse_target(level, 1)
+    tile = bf16_tile(8, 16, 32, target)
+    func = bf16_matmul(8, 16, 32, target, tile=tile)
+    rows, columns = tile.padded(8, 32)
+    assert count_flop(func) == 2 * rows * columns * 16
 
 
 @T.prim_func(s_tir=True)

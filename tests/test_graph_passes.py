@@ -17,9 +17,11 @@ from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG, AttachLayoutTags
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.build_access_graph import (
+    QUAD,
     BuildAccessGraph,
     _read,
     byte_products,
+    product_runs,
     weight_access,
 )
 from icd_tvm.relax_passes.coaccess_attr import (
@@ -31,7 +33,7 @@ from icd_tvm.relax_passes.coaccess_attr import (
 )
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
 from icd_tvm.runtime.calibrate import calibrate
-from icd_tvm.tir_schedules.target import host_target, vector_bits
+from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
 
 
 def _hidden_id() -> str:
@@ -86,18 +88,18 @@ def test_dead_columns_leave_the_windows_of_a_dense_weight() -> None:
 def test_a_byte_product_reads_whole_quads_and_nearly_dense_is_dense() -> None:
     weight = np.zeros((8, 4), np.float32)
     weight[1, 0] = weight[6, 2] = 1
-    quads = _read(weight, True)
+    quads = _read(weight, QUAD)
     assert quads[:4].all(axis=0).tolist() == [True, False, False, False]
     assert quads[4:].all(axis=0).tolist() == [False, False, True, False]
-    assert _read(weight, False).sum() == 2
-    ragged = _read(np.eye(6, 4, dtype=np.float32)[::-1], True)
+    assert _read(weight, 1).sum() == 2
+    ragged = _read(np.eye(6, 4, dtype=np.float32)[::-1], QUAD)
     assert ragged.shape == (6, 4)
     assert ragged[:4].any(axis=0).tolist() == ragged[0].tolist()
     rounded = np.ones((64, 32), np.float32)
     rounded[::16, 0] = 0  # a few weights that quantisation rounded to zero
-    assert _read(rounded, False).all()
+    assert _read(rounded, 1).all()
     half = np.arange(32) < 16
-    assert _read(np.where(half, rounded, 0), False).tolist() == np.tile(half, (64, 1)).tolist()
+    assert _read(np.where(half, rounded, 0), 1).tolist() == np.tile(half, (64, 1)).tolist()
 
 
 def test_matmuls_of_quantised_operands_are_known() -> None:
@@ -111,6 +113,11 @@ def test_matmuls_of_quantised_operands_are_known() -> None:
     assert len(byte_products(mod["main"])) == len(requests)
     weights = apply_pass(ApplyQuant(parse_quant("int8")), imported.mod)
     assert byte_products(weights["main"]) == set()
+    target = parse_target("cooperlake", 1)
+    assert set(product_runs(mod["main"], target).values()) == {QUAD}
+    pairs = apply_pass(ApplyQuant(parse_quant("bf16")), imported.mod)
+    assert product_runs(pairs["main"], target) == dict.fromkeys(requests, 2)
+    assert product_runs(pairs["main"], parse_target("x86-64-v4", 1)) == {}
 
 
 def test_dead_units_are_listed_and_can_be_left_out() -> None:

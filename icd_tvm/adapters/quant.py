@@ -63,8 +63,9 @@ def apply_quant(
     tensor : array, shape [K, N], real
         The weight; not modified.
     dtype : str
-        ``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2`` or ``none``; or a whole request such as
-        ``int4:group128:compensate`` (:func:`parse_quant`), to which the other parameters add.
+        ``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``, ``bf16`` or ``none``; or a whole request
+        such as ``int4:group128:compensate`` (:func:`parse_quant`), to which the other
+        parameters add.
     method : {"ptq-minmax", "ptq-kld", "ptq-mse"}
         How the range is chosen; see :func:`icd_tvm.adapters.quant_scales.block_scales`.
     granularity : str, optional
@@ -291,7 +292,7 @@ def _loss(weight: Array, out: QuantizedTensor, data: Calibration | None) -> dict
 def _format(out: QuantizedTensor) -> str:
     if out.dtype == "none":
         return "dense"
-    parts = [f"{out.dtype} codes", "scales"]
+    parts = [f"{out.dtype} codes", *(["scales"] if FORMATS[out.dtype].is_scaled else [])]
     parts += ["zero points"] if out.zero_points.any() else []
     parts += ["row order"] if out.order is not None else []
     parts += ["salient rows"] if out.salient is not None else []

@@ -19,6 +19,7 @@ BINS = 2048
 # Probability given to what the quantised distribution cannot represent.
 SMOOTH = 1e-4
 TINY = float(np.finfo(np.float32).tiny)
+_BF16_TOP = (2 - 2.0**-7) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class NumberFormat:
         """Whether codes are floating point numbers."""
         return self.storage != np.int8
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether codes are scaled; bf16 has the range of float32."""
+        return self.bits < 16
+
 
 def _float8(kind: Any, top: float) -> NumberFormat:
     return NumberFormat(8, -top, top, np.dtype(kind))
@@ -55,6 +61,7 @@ FORMATS: dict[Dtype, NumberFormat] = {
     "int4": NumberFormat(4, -8, 7, np.dtype(np.int8)),
     "fp8_e4m3": _float8(ml_dtypes.float8_e4m3fn, 448.0),
     "fp8_e5m2": _float8(ml_dtypes.float8_e5m2, 57344.0),
+    "bf16": NumberFormat(16, -_BF16_TOP, _BF16_TOP, np.dtype(ml_dtypes.bfloat16)),
 }
 
 
@@ -110,13 +117,15 @@ def block_scales(
     Returns
     -------
     scales : float32 array, shape [C]
-        Positive; 1 for a column of zeros.
+        Positive; 1 for a column of zeros, and for a format that is not scaled.
     zero_points : int8 array, shape [C]
 
     Notes
     -----
     The divergence follows Migacz, "8-bit inference with TensorRT", 2017.
     """
+    if not form.is_scaled:
+        return np.ones(block.shape[1], np.float32), np.zeros(block.shape[1], np.int8)
     low, high = _range(block, symmetric)
     full = scales_of_range(low, high, form, symmetric)
     if method == "ptq-minmax" or not block.size:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from icd_tvm.errors import ConfigError
 
-Dtype = Literal["none", "int8", "int4", "fp8_e4m3", "fp8_e5m2"]
+Dtype = Literal["none", "int8", "int4", "fp8_e4m3", "fp8_e5m2", "bf16"]
 Method = Literal["ptq-minmax", "ptq-kld", "ptq-mse"]
 Granularity = Literal["tensor", "channel", "group"]
 Activations = Literal["float", "minmax", "kld", "mse", "dynamic"]
@@ -39,6 +39,8 @@ EXAMPLES = (
     "int8:w8a8-dynamic:smooth0.5",
     "fp8_e4m3",
     "fp8_e5m2",
+    "bf16",
+    "bf16:attention",
 )
 PARTS = (
     *("tensor", "channel", "group128"),
@@ -55,8 +57,8 @@ class QuantSpec:
 
     Parameters
     ----------
-    dtype : {"none", "int8", "int4", "fp8_e4m3", "fp8_e5m2"}
-        Number format of the codes.
+    dtype : {"none", "int8", "int4", "fp8_e4m3", "fp8_e5m2", "bf16"}
+        Number format of the codes. ``bf16`` has no scales, and is that of the inputs too.
     method : {"ptq-minmax", "ptq-kld", "ptq-mse"}
         How the range that the codes span is chosen.
     granularity : {"tensor", "channel", "group"}
@@ -79,7 +81,7 @@ class QuantSpec:
         [0, 1); 0 moves nothing. The input is divided in the norm before where nothing else
         reads that, else at run time.
     attention : bool
-        Whether the products of attentions are quantised too, by static scales.
+        Whether the products of attentions are quantised too: by static scales, or to bf16.
     """
 
     dtype: Dtype
@@ -103,6 +105,8 @@ class QuantSpec:
         """Canonical text; ``parse_quant(str(spec)) == spec``."""
         if self.dtype == "none":
             return "none"
+        if self.dtype == "bf16":
+            return "bf16:attention" if self.attention else "bf16"
         parts = [self.dtype, f"group{self.group}" if self.group else self.granularity]
         parts += [] if self.method == "ptq-minmax" else [self.method]
         flags = {"asym": not self.symmetric, "act-order": self.act_order}
@@ -120,12 +124,13 @@ def parse_quant(text: str) -> QuantSpec:
     Parameters
     ----------
     text : str
-        ``none``, or a number format (``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``) and, in any
-        order after colons: ``tensor``, ``channel`` or ``groupG`` (also ``gG``); ``ptq-minmax``,
-        ``ptq-kld`` or ``ptq-mse``; ``asym``; ``act-order``; ``salientR``; ``compensate``;
-        ``w8a8``, ``w8a8-kld``, ``w8a8-mse`` (static activations) or ``w8a8-dynamic``;
-        ``attention`` (with static activations); ``smoothR``. Without a granularity int4 takes
-        ``group128`` and the others ``channel``.
+        ``none``, or a number format (``int8``, ``int4``, ``fp8_e4m3``, ``fp8_e5m2``, ``bf16``) and,
+        in any order after colons: ``tensor``, ``channel`` or ``groupG`` (also ``gG``);
+        ``ptq-minmax``, ``ptq-kld`` or ``ptq-mse``; ``asym``; ``act-order``; ``salientR``;
+        ``compensate``; ``w8a8``, ``w8a8-kld``, ``w8a8-mse`` (static activations) or
+        ``w8a8-dynamic``; ``attention`` (with static activations, or as the only part of
+        ``bf16``); ``smoothR``. Without a granularity int4 takes ``group128`` and the others
+        ``channel``.
 
     Returns
     -------
@@ -158,6 +163,8 @@ def parse_quant(text: str) -> QuantSpec:
         if what in seen:
             raise ConfigError(f"quantisation {text!r} gives its {what} twice", "give it once")
         seen.add(what)
+    if dtype == "bf16" and seen - {"attention"}:
+        raise ConfigError(f"quantisation {text!r} has scales", "use bf16 or bf16:attention")
     return checked(spec)
 
 
@@ -205,6 +212,8 @@ def checked(spec: QuantSpec) -> QuantSpec:
 
 
 def _checked_activations(spec: QuantSpec) -> QuantSpec:
+    if spec.dtype == "bf16":
+        return spec
     if spec.attention and spec.activations in ("float", "dynamic"):
         raise ConfigError(f"{spec} has no static scales for attention", "add w8a8")
     if spec.activations == "float":

@@ -30,7 +30,8 @@ class QuantizedTensor:
     dtype : str
         Number format of the codes; ``none`` for a weight that was left as it is.
     codes : array, shape [K, N]
-        int8 for int8 and (unpacked) int4, float8 for fp8, the weight itself for ``none``.
+        int8 for int8 and (unpacked) int4, float8 for fp8, bfloat16 for bf16, the weight itself for
+        ``none``.
     scales : float32 array, shape [G, N], or [G, 1] when the columns share them
     zero_points : int8 array, shape of ``scales``
     g_idx : int32 array, shape [K]
@@ -68,7 +69,8 @@ class QuantizedTensor:
             return int(self.codes.nbytes)
         salient = int(self.salient.sum()) if self.salient is not None else 0
         coded = (self.shape[0] - salient) * self.shape[1]
-        size = -(-coded * FORMATS[self.dtype].bits // 8) + self.scales.size * SCALE_BYTES
+        form = FORMATS[self.dtype]
+        size = -(-coded * form.bits // 8) + self.scales.size * SCALE_BYTES * form.is_scaled
         size += self.zero_points.size * ZERO_BYTES if self.zero_points.any() else 0
         size += self.order.size * INDEX_BYTES if self.order is not None else 0
         size += salient * INDEX_BYTES

@@ -11,6 +11,7 @@ from icd_tvm.adapters.quant import QuantSpec, parse_quant
 from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.emit_quantized import (
+    bf16_activation,
     dequantized,
     dynamic_activation,
     emit_as,
@@ -53,7 +54,7 @@ def quant_requests(mod: Any, spec: QuantSpec | QuantRules) -> dict[str, Statisti
     """
     rules = as_rules(spec)
     requests = weight_requests(mod, rules)
-    if rules.default.attention:
+    if rules.default.attention and rules.default.dtype != "bf16":
         for one in attention_products(mod["main"])[0]:
             requests |= dict.fromkeys(one.requests, "activation")
     return requests
@@ -134,7 +135,8 @@ class ApplyQuant:
             self.meta["quant"]["held"] = _held(floats, smoothed, products.values())
         spec = self.rules.default
         if spec.attention:
-            attention = QuantizeAttention(self.statistics, spec.activations)
+            method = "bf16" if spec.dtype == "bf16" else spec.activations
+            attention = QuantizeAttention(self.statistics, method)
             smoothed = apply_pass(attention, smoothed)
             self.meta["quant"]["attention"] = attention.entries
         return with_transform_meta(smoothed, self.meta)
@@ -208,6 +210,7 @@ class _Quantiser(PyExprMutator):
         self._products = products
         self._static: dict[Any, Any] = {}
         self._dynamic: dict[Any, Any] = {}
+        self._bf16: dict[Any, Any] = {}
 
     def visit_var_binding_(self, binding: Any) -> None:
         """Leave the name to the matmul: an order decided before finds its axes by it."""
@@ -243,9 +246,10 @@ class _Quantiser(PyExprMutator):
     def _floats(self, data: Any, product: QuantizedProduct, label: str) -> Any:
         weight, builder = product.weight, self.builder_
         grouped = product.spec.granularity == "group"
-        matrix = builder.emit(
-            dequantized(builder, weight, label, grouped), f"{product.node}_weight"
-        )
+        matrix = dequantized(builder, weight, label, grouped)
+        if product.spec.dtype == "bf16":
+            return relax.op.matmul(self._rounded(data), matrix)
+        matrix = builder.emit(matrix, f"{product.node}_weight")
         result = relax.op.matmul(self._restored(data, product.scale), matrix)
         if weight.salient is None or weight.salient_values is None:
             return result
@@ -254,6 +258,11 @@ class _Quantiser(PyExprMutator):
             builder, data, weight.salient, weight.salient_values, label, product.node
         )
         return relax.op.add(total, rest)
+
+    def _rounded(self, data: Any) -> Any:
+        if data not in self._bf16:
+            self._bf16[data] = bf16_activation(self.builder_, data)
+        return self._bf16[data]
 
     def _restored(self, data: Any, scale: tuple[float, int] | None) -> Any:
         if scale is None:

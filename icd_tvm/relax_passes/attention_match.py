@@ -11,6 +11,7 @@ from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     is_float32,
     operands,
+    rounded_to_bf16,
     scalar_constant,
     static_shape,
 )
@@ -122,7 +123,13 @@ def strip_scale(flow: Dataflow, expr: Any) -> tuple[Any, float]:
 
 
 def strip_codes(flow: Dataflow, expr: Any) -> tuple[Any, Codes | None]:
-    """Strip a trip through codes of one constant scale; return what was quantised, and how."""
+    """Strip a trip through codes of one constant scale; return what was quantised, and how.
+
+    A trip through bfloat16 counts as codes of scale 1.
+    """
+    rounded = rounded_to_bf16(flow, expr)
+    if rounded is not None:
+        return rounded, Codes("bfloat16", 1.0, 0)
     restored = flow.call(expr, "relax.dequantize")
     made = flow.call(restored.args[0], "relax.quantize") if restored is not None else None
     if made is None:

@@ -26,15 +26,16 @@ from icd_tvm.relax_passes.coaccess_attr import (
 from icd_tvm.relax_passes.constant_values import ConstantValues
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
-from icd_tvm.relax_passes.relax_graph import Dataflow
+from icd_tvm.relax_passes.relax_graph import Dataflow, rounded_to_bf16
 from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
+from icd_tvm.tir_schedules.cpu.bf16_dot import has_bf16
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
 from icd_tvm.tir_schedules.cpu.tile import Tile
 from icd_tvm.tir_schedules.target import host_target, vector_bits
 
-# Bytes along K that one 32-bit lane of a dot product multiplies (vpdpbusd).
-QUAD = 4
+# Bytes, and bfloat16, along K that one 32-bit lane of a dot product multiplies.
+QUAD, PAIR = 4, 2
 # Fewer zeros than this leave no row of a 16-wide group untouched, in any order.
 MOST_DENSITY = 0.95
 
@@ -60,7 +61,8 @@ class BuildAccessGraph:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         func, groups = mod["main"], tagged_groups(mod)
-        rows, values, quads = _output_rows(func), ConstantValues(func), byte_products(func)
+        rows, values = _output_rows(func), ConstantValues(func)
+        runs = product_runs(func, self.target)
         right = {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
         hidden = {group.id for group in hidden_groups(func, groups)}
         graphs: dict[str, list[TileAccess]] = {}
@@ -73,7 +75,7 @@ class BuildAccessGraph:
                 continue
             graphs[group.id] = [
                 self._access(
-                    _read(values.array(right[use.node]), use.node in quads),
+                    _read(values.array(right[use.node]), runs.get(use.node, 1)),
                     rows[use.node],
                     use.name or use.node,
                 )
@@ -84,7 +86,7 @@ class BuildAccessGraph:
             owned |= {use.node for use in makers}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
-                mask = _read(values.array(weight), node in quads)
+                mask = _read(values.array(weight), runs.get(node, 1))
                 graphs[OUTPUT_ORDER + node] = [self._access(mask, rows[node], node)]
         mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
         return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
@@ -104,13 +106,22 @@ def byte_products(func: Any) -> set[str]:
     return found
 
 
-def _read(weight: Any, quads: bool) -> np.ndarray:
-    """Return which weights a kernel reads: whole quads along K, and zeros among what is live."""
+def product_runs(func: Any, target: Any) -> dict[str, int]:
+    """Return the rows of W that the kernel of a matmul multiplies at a time; absent if one."""
+    flow, found = Dataflow(func), dict.fromkeys(byte_products(func), QUAD)
+    for binding in _matmuls(func) if has_bf16(target) else ():
+        if rounded_to_bf16(flow, binding.value.args[0]) is not None:
+            found[str(binding.var.name)] = PAIR
+    return found
+
+
+def _read(weight: Any, run: int) -> np.ndarray:
+    """Return which weights a kernel reads: whole runs along K, and zeros among what is live."""
     mask = np.asarray(weight != 0)
-    if quads:
-        whole = np.pad(mask, ((0, -len(mask) % QUAD), (0, 0)))
-        read = whole.reshape(-1, QUAD, mask.shape[1]).any(axis=1)
-        mask = np.repeat(read, QUAD, axis=0)[: len(mask)]
+    if run > 1:
+        whole = np.pad(mask, ((0, -len(mask) % run), (0, 0)))
+        read = whole.reshape(-1, run, mask.shape[1]).any(axis=1)
+        mask = np.repeat(read, run, axis=0)[: len(mask)]
     live = np.outer(mask.any(axis=1), mask.any(axis=0))
     return live if mask.sum() > MOST_DENSITY * live.sum() else mask
 

@@ -11,6 +11,8 @@ float8                        DequantizeLinear of decoded values (TVM's own floa
                               is wrong on the CPU)
 static activations            QuantizeLinear, DequantizeLinear
 dynamic activations           DynamicQuantizeLinear, MatMulInteger, Cast, Mul
+bf16                          float32 values that bfloat16 holds; Cast there and back of
+                              the input
 ============================  =====================================================
 """
 
@@ -39,6 +41,8 @@ def dequantized(builder: Any, weight: QuantizedTensor, name: str, grouped: bool)
     grouped : bool
         Whether rows come in groups, be it one.
     """
+    if not FORMATS[weight.dtype].is_scaled:
+        return named_const(weight.dequantize(np.float32), name)
     if FORMATS[weight.dtype].is_float:
         codes = named_const(_coded(weight).astype(np.float32), name)
         return relax.op.multiply(codes, _spread_scales(builder, weight, name))
@@ -118,6 +122,12 @@ def static_activation(
     axis = min(1, int(data.ty.ndim) - 1)
     codes = builder.emit(relax.op.quantize(data, *parameters, axis=axis, out_dtype=dtype))
     return builder.emit(relax.op.dequantize(codes, *parameters, axis=axis, out_dtype="float32"))
+
+
+def bf16_activation(builder: Any, data: Any) -> Any:
+    """Return float32 ``data`` after a trip through bfloat16."""
+    rounded = builder.emit(relax.op.astype(data, "bfloat16"))
+    return builder.emit(relax.op.astype(rounded, "float32"))
 
 
 def dynamic_activation(builder: Any, data: Any) -> tuple[Any, Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -23,8 +23,9 @@ from icd_tvm.relax_passes.attention_match import (
     user_of,
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_float32, static_shape
-from icd_tvm.tir_schedules.cpu.attention import attention
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape
+from icd_tvm.tir_schedules.cpu.bf16_attention import HEAD_STEP, attention_kernel
+from icd_tvm.tir_schedules.cpu.bf16_dot import require_bf16
 from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 
@@ -33,6 +34,7 @@ _KEYS_LAST = (0, 2, 3, 1)
 _SWAP_LAST = (0, 1, 3, 2)
 # Queries, keys, values and probabilities as the byte kernel takes them.
 _CODE_TYPES = ("uint8", "int8", "int8", "uint8")
+_BF16_TYPES = ("bfloat16",) * 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class FuseAttention:
     Mul or Div with a constant before or after the product; an additive mask of shape
     [batch or 1, 1, 1, keys] or none; merged back by Transpose and Reshape. Where queries and
     probabilities pass through uint8 and keys and values through int8 (QuantizeLinear and
-    DequantizeLinear around both products), the kernel multiplies those bytes.
+    DequantizeLinear around both products), the kernel multiplies those bytes; where all four
+    pass through bfloat16 and the target has AVX512_BF16, it rounds them itself.
 
     Parameters
     ----------
@@ -111,7 +114,9 @@ def _match(flow: Dataflow, probabilities: Any, target: Any) -> AttentionMatch:
     context = user_of(flow, weights, "relax.matmul", "the probabilities")
     value, value_codes = strip_codes(flow, flow.call(context, "relax.matmul").args[1])
     value = _split_heads(flow, value, _HEADS_FIRST, "value")
-    codes = _codes((query_codes, key_codes, value_codes, weight_codes), target, keys)
+    found = (query_codes, key_codes, value_codes, weight_codes)
+    narrow = _rounds_all(found, target)
+    codes = () if narrow else _codes(found, target, keys)
     result, width = _merge_heads(flow, context)
 
     require(width % heads == 0, f"{heads} heads do not divide the width {width}")
@@ -129,16 +134,33 @@ def _match(flow: Dataflow, probabilities: Any, target: Any) -> AttentionMatch:
     sizes = AttentionShape(
         batch, queries, keys, heads, width // heads, factor, mask_batch, (width,) * 3
     )
+    if narrow:
+        require(sizes.head_dim % HEAD_STEP == 0, f"bf16 products of heads of {sizes.head_dim}")
+        sizes = replace(sizes, products="bfloat16")
     return AttentionMatch(result, query, key, value, mask, sizes, codes)
 
 
 def _through_codes(flow: Dataflow, probabilities: Any) -> tuple[Any, Codes | None]:
     """Return the variable that holds the probabilities after quantisation, and its codes."""
     user = flow.only_user(probabilities)
-    if user is None or flow.call(user, "relax.quantize") is None:
+    if user is not None and flow.call(user, "relax.quantize") is not None:
+        restored = user_of(flow, user, "relax.dequantize", "the codes of the probabilities")
+    elif user is not None and flow.call(user, "relax.astype") is not None:
+        restored = user_of(flow, user, "relax.astype", "the rounded probabilities")
+    else:
         return probabilities, None
-    restored = user_of(flow, user, "relax.dequantize", "the codes of the probabilities")
     return restored, strip_codes(flow, restored)[1]
+
+
+def _rounds_all(found: tuple[Codes | None, ...], target: Any) -> bool:
+    """Tell whether all four operands are rounded to bfloat16, which the target multiplies."""
+    if tuple(code.dtype if code is not None else "" for code in found) != _BF16_TYPES:
+        return False
+    try:
+        require_bf16(target)
+    except ConfigError as error:
+        raise Refused(str(error)) from None
+    return True
 
 
 def _codes(found: tuple[Codes | None, ...], target: Any, keys: int) -> tuple[Codes, ...]:
@@ -220,7 +242,7 @@ class _Rewriter(PyExprMutator):
         rows = [self.visit_expr(arg) for arg in (match.query, match.key, match.value)]
         args = [*rows, self.visit_expr(mask)]
         if not match.codes:
-            func = attention(match.shape, self._target)
+            func = attention_kernel(match.shape, self._target)
             return call_func(self.builder_, func, "attention", args, call.ty)
         args[:3] = [
             self.builder_.emit(_quantised(row, code))

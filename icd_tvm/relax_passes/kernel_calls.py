@@ -20,7 +20,9 @@ from icd_tvm.relax_passes.relax_graph import is_call
 # What TVM's block builder calls a binding that nobody named.
 _ANONYMOUS = re.compile(r"(lv|gv)\d*(_\d+)?")
 # What kernels keep beside a weight is named after it.
-_PART = re.compile(r"\.(rows|scale|zero_point|zero_sums|sums|g_idx|salient|salient_rows)$")
+_PART = re.compile(
+    r"\.(rows|counts|quads|scale|zero_point|zero_sums|sums|g_idx|salient|salient_rows)$"
+)
 
 
 @dataclass(frozen=True, eq=False)

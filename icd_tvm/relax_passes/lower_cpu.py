@@ -8,6 +8,7 @@ from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.append_in_place import AppendInPlace
 from icd_tvm.relax_passes.fold_scales import FoldScales
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
+from icd_tvm.relax_passes.fuse_bf16_matmul import FuseBf16Matmul
 from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.fuse_quantized_output import FuseQuantizedOutput
@@ -74,6 +75,7 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             FoldScales(),
             FuseQuantizedOutput(target),
             ShortenErf(),
+            FuseBf16Matmul(target),
             # Constant weights are laid out for the kernel that reads them.
             SelectKernels(target, force=kernels, tune=tune),
             PackWeights(target),

@@ -21,8 +21,8 @@ from icd_tvm.relax_passes.relax_graph import (
     operands,
     rewrite_functions,
 )
-from icd_tvm.tir_schedules.cpu.attention import attention
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape, attention_shape
+from icd_tvm.tir_schedules.cpu.bf16_attention import attention_kernel
 from icd_tvm.tir_schedules.cpu.byte_attention import byte_attention, byte_form
 
 
@@ -100,7 +100,7 @@ class _Merger(PyExprMutator):
     def _kernel(self, old: Any, shape: AttentionShape) -> tuple[str, Any]:
         form = byte_form(old)
         if form is None:
-            return "attention", attention(shape, self._owner.target)
+            return "attention", attention_kernel(shape, self._owner.target)
         func = byte_attention(shape, self._owner.target, replace(form, raised=True))
         return "byte_attention", func
 

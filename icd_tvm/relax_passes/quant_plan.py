@@ -148,8 +148,9 @@ def _quantised(
         products[call] = QuantizedProduct(node, weight.layer.name, spec, tensor, scale)
         if scale is not None:
             inputs[node] = {"scale": scale[0], "zero_point": scale[1]}
-    kind = "static" if inputs else spec.activations
-    simulated = SIMULATED if FORMATS[spec.dtype].is_float else ""
+    form = FORMATS[spec.dtype]
+    kind = "static" if inputs else spec.activations if form.is_scaled else spec.dtype
+    simulated = SIMULATED if form.is_float and form.is_scaled else ""
     entry = _entry(weight, **meta, simulated=simulated, activations={"kind": kind, **inputs})
     return {**entry, "spec": str(spec)}, products
 

@@ -11,13 +11,17 @@ from icd_tvm._tvm import PyExprMutator, mutator, relax, tvm
 from icd_tvm.errors import IcdError
 from icd_tvm.relax_passes.attention_match import Refused, match_scores, match_softmax, user_of
 from icd_tvm.relax_passes.collect_activation_stats import RIGHT
-from icd_tvm.relax_passes.emit_quantized import static_activation
+from icd_tvm.relax_passes.emit_quantized import bf16_activation, static_activation
 from icd_tvm.relax_passes.quant_plan import static_scale
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
+from icd_tvm.tir_schedules.cpu.bf16_attention import HEAD_STEP
 
 # Probabilities lie in [0, 1]: no calibration is needed for their codes.
 PROBABILITY = (1.0 / 255.0, 0)
 _QUAD = 4
+# Scale and zero point, and the type of the codes; no scale stands for bfloat16.
+_Code = tuple[tuple[float, int] | None, str]
+_BF16: list[_Code] = [(None, "bfloat16"), (None, "bfloat16")]
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,15 @@ class QuantizeAttention:
     """Send queries, keys, values and probabilities of every attention through bytes (QDQ).
 
     Queries and probabilities become uint8, keys and values int8 with zero point 0: what
-    :func:`icd_tvm.tir_schedules.cpu.byte_attention.byte_attention` multiplies.
+    :func:`icd_tvm.tir_schedules.cpu.byte_attention.byte_attention` multiplies. By the method
+    ``bf16`` all four are rounded to bfloat16 instead, without statistics.
 
     Parameters
     ----------
     statistics : Mapping[str, ActivationStatistics]
         By the names of :attr:`AttentionProducts.requests`.
     method : str
-        How a range becomes a scale: ``minmax``, ``kld`` or ``mse``.
+        How a range becomes a scale: ``minmax``, ``kld`` or ``mse``; or ``bf16``.
 
     Attributes
     ----------
@@ -68,11 +73,16 @@ class QuantizeAttention:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the operands quantised and dequantised."""
         mod = mod.clone()
-        products, refusals = attention_products(mod["main"])
-        found: dict[Any, list[tuple[tuple[float, int], str]]] = {}
+        bf16 = self.method == "bf16"
+        products, refusals = attention_products(mod["main"], HEAD_STEP if bf16 else _QUAD)
+        found: dict[Any, list[_Code]] = {}
         self.entries = [_entry(node, why=why) for node, why in refusals.items()]
         flow = Dataflow(mod["main"])
         for one in products:
+            if bf16:
+                found |= {flow.values[var]: _BF16 for var in (one.scores, one.values)}
+                self.entries.append(_entry(str(one.scores.name)))
+                continue
             try:
                 scales = self._scales(one)
             except IcdError as error:
@@ -94,12 +104,16 @@ class QuantizeAttention:
         ]
 
 
-def attention_products(func: Any) -> tuple[list[AttentionProducts], dict[str, str]]:
-    """Find the attentions of a function whose products can take bytes.
+def attention_products(
+    func: Any, columns: int = _QUAD
+) -> tuple[list[AttentionProducts], dict[str, str]]:
+    """Find the attentions of a function whose products can take narrow operands.
 
     Parameters
     ----------
     func : relax.Function
+    columns : int
+        The kernel takes heads of a multiple of so many columns.
 
     Returns
     -------
@@ -115,19 +129,26 @@ def attention_products(func: Any) -> tuple[list[AttentionProducts], dict[str, st
         if flow.call(var, "relax.nn.softmax") is None:
             continue
         try:
-            products.append(_products(flow, names, var))
+            products.append(_products(flow, names, var, columns))
         except Refused as refusal:
             refusals[str(var.name)] = str(refusal)
     return products, refusals
 
 
-def _products(flow: Dataflow, names: dict[Any, Any], probabilities: Any) -> AttentionProducts:
+def _products(
+    flow: Dataflow, names: dict[Any, Any], probabilities: Any, columns: int
+) -> AttentionProducts:
     softmax, _ = match_softmax(flow, probabilities)
     product, _, _ = match_scores(flow, softmax.args[0])
     values = user_of(flow, probabilities, "relax.matmul", "the probabilities")
     heads = static_shape(product.args[0])
-    if heads is None or heads[-1] % _QUAD:
-        raise Refused(f"heads of shape {heads}: byte products take columns in fours")
+    if columns != _QUAD and heads is not None and heads[-2] == 1:
+        raise Refused("one query: a decode step reads its cache as it is kept")
+    if heads is None or heads[-1] % columns:
+        what = "byte products take columns in fours"
+        if columns != _QUAD:
+            what = f"bfloat16 products take columns in runs of {columns}"
+        raise Refused(f"heads of shape {heads}: {what}")
     if not flow.call(values, "relax.matmul").args[0].same_as(probabilities):
         raise Refused("the probabilities are not the left operand of the product")
     return AttentionProducts(names[product], values)
@@ -150,7 +171,12 @@ class _Quantiser(PyExprMutator):
         if found is None:
             return super().visit_call_(call)
         operands = [
-            static_activation(self.builder_, self.visit_expr(arg), scale, dtype)
-            for arg, (scale, dtype) in zip(call.args, found, strict=True)
+            self._coded(self.visit_expr(arg), *code)
+            for arg, code in zip(call.args, found, strict=True)
         ]
         return relax.op.matmul(*operands)
+
+    def _coded(self, data: Any, scale: tuple[float, int] | None, dtype: str) -> Any:
+        if scale is None:
+            return bf16_activation(self.builder_, data)
+        return static_activation(self.builder_, data, scale, dtype)

@@ -140,6 +140,15 @@ def constant_weight(call: Any) -> npt.NDArray[Any] | None:
     return weight if weight.dtype == np.float32 and min(weight.shape) > 0 else None
 
 
+def rounded_to_bf16(flow: Dataflow, expr: Any) -> Any:
+    """Return the float32 behind ``astype(astype(x, bfloat16), float32)``, or None."""
+    wide = flow.call(expr, "relax.astype")
+    narrow = flow.call(wide.args[0], "relax.astype") if wide is not None else None
+    if narrow is None or not is_float32(wide) or str(narrow.ty.dtype) != "bfloat16":
+        return None
+    return narrow.args[0] if is_float32(narrow.args[0]) else None
+
+
 def operands(call: Any) -> tuple[Any, Any]:
     """Return the two operands of a commutative call, a constant second."""
     left, right = call.args

@@ -17,9 +17,10 @@ from icd_tvm.tir_schedules.target import host_target
 
 # fp32 sums in another order: MiniLM's outputs move by about 1e-6 of their largest value.
 FP32_TOLERANCE = 1e-4
-# One step of a tensor of 8-bit codes, relative to the range that its codes span.
+# One step of a tensor of 8-bit codes, relative to the range that its codes span; bfloat16 has
+# eight significant bits.
 CODE_STEP = 1 / 255
-_CODES = ("int8", "uint8", "float8")
+_CODES = ("int8", "uint8", "float8", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ FP32_SUMS = Tolerance(FP32_TOLERANCE, "fp32 sums in another order")
 def order_tolerance(mod: Any) -> Tolerance:
     """Return how far two orders of a module may differ.
 
-    Sums in another order differ in their last bits. An activation that is rounded to 8 bits
+    Sums in another order differ in their last bits. An activation that is rounded to 8 bits, be it
+    to bfloat16,
     behind such a sum may lie at a tie and take the next code. That moves it by one step, 1/255 of
     its range, and the output by as much where the layers behind do not amplify. The roundings of
     n tensors are independent, so their steps add up in squares: ``1e-4 + sqrt(n) / 255``.
@@ -50,12 +52,13 @@ def order_tolerance(mod: Any) -> Tolerance:
     rounded = _rounded_activations(mod["main"])
     if not rounded:
         return FP32_SUMS
-    reason = f"a tie may round the other way in {rounded} tensors of 8-bit codes: sqrt(n) steps"
+    what = f"{rounded} tensors of 8-bit codes or bfloat16"
+    reason = f"a tie may round the other way in {what}: sqrt(n) steps"
     return Tolerance(FP32_TOLERANCE + math.sqrt(rounded) * CODE_STEP, reason)
 
 
 def _rounded_activations(func: Any) -> int:
-    """Count the tensors that are computed in floating point and kept in 8 bits."""
+    """Count the tensors that are computed in float32 and rounded to 8 bits."""
     computed: set[Any] = set(func.params)
     count = 0
     for block in func.body.blocks:

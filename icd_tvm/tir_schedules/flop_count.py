@@ -28,8 +28,9 @@ _FREE = (
     "if_then_else", "likely", "reinterpret", "shift_left", "shift_right", "bitwise_and",
     "bitwise_or", "bitwise_xor", "vectorlow", "vectorhigh", "vectorcombine", "shuffle",
 )  # fmt: skip
-# Operations of one 32-bit lane: four products and four sums, or two products and a sum.
-_DOT = (("vpdpbusd", 8), ("pmadd", 3))
+# Operations of one 32-bit lane: four products and four sums, two products and a sum, two products
+# and two sums; a rounding has none.
+_DOT = (("vpdpbusd", 8), ("pmadd", 3), ("dpbf16ps", 4), ("cvtneps2bf16", 0))
 
 
 def count_flop(func: Any, consts: Constants | None = None) -> int:
@@ -127,7 +128,8 @@ def _operands(node: Any) -> list[Any]:
 
 
 def _weight(node: Any) -> int:
-    dtype = tvm_ffi.dtype(str(node.ty.dtype)) if hasattr(node, "ty") else None
+    kind = getattr(getattr(node, "ty", None), "dtype", None)
+    dtype = tvm_ffi.dtype(str(kind)) if kind is not None else None
     if dtype is None or str(dtype).startswith("bool"):
         return 0
     lanes = max(int(dtype.lanes), 1)
@@ -142,9 +144,12 @@ def _of_call(node: Any) -> int:
     name = op_name(node)
     if name in _FREE:
         return 0
-    if not name.startswith("call_llvm"):
+    if name == "call_pure_extern":
+        intrinsic = str(node.args[0].value)
+    elif name.startswith("call_llvm"):
+        intrinsic = str(tvm.target.codegen.llvm_get_intrinsic_name(int(node.args[0])))
+    else:
         return 1
-    intrinsic = str(tvm.target.codegen.llvm_get_intrinsic_name(int(node.args[0])))
     return next((count for part, count in _DOT if part in intrinsic), 1)
 
 

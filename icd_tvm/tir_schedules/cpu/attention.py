@@ -49,19 +49,25 @@ def attention(shape: AttentionShape, target: Any) -> Any:
     lanes = vector_bits(target) // 32
     types = ("float32",) * 4
     return build_attention(
-        "attention", shape, target, types, (), lambda at, _: _Head(shape, lanes, at)
+        "attention", shape, target, types, (), lambda at, _: FloatHead(shape, lanes, at)
     )
 
 
-class _Head(HeadTask):
+class FloatHead(HeadTask):
+    """Keeps keys, values and scores of a head as float32."""
+
     def __init__(self, shape: AttentionShape, lanes: int, at: tuple[Any, Any]) -> None:
         super().__init__(shape, lanes, at)
-        self.keys = local(shape.head_dim, self.key_pad)
-        self.table = local(shape.keys, self.value_pad)
+        self.keys, self.table = self.allocate()
         self.bias = local(self.key_pad)
         self.score = local(self.rows, self.key_pad)
         self.partial = local(lanes)
         self.inverse = local(self.rows)
+
+    def allocate(self) -> tuple[Any, Any]:
+        """Return the buffers of the keys, transposed, and of the values."""
+        shape = self.shape
+        return local(shape.head_dim, self.key_pad), local(shape.keys, self.value_pad)
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys transposed, its values padded to vectors, and the mask."""
@@ -100,12 +106,13 @@ class _Head(HeadTask):
         def query(r: Any, d: Any) -> Any:
             return q[self.batch, self.query_row(first, r), start + d]
 
-        def finish(r: Any, at: Any, value: Any) -> None:
-            scaled = value * f32(shape.scale) + self.bias[at]
-            T.buffer_store(self.score, scaled, [r, at])
-
         size = (shape.head_dim, self.key_pad)
-        self._product("scores", size, query, self.keys, finish)
+        self.product("scores", size, query, self.keys, self.finish_score)
+
+    def finish_score(self, r: Any, at: Any, value: Any) -> None:
+        """Store one score, scaled and masked."""
+        scaled = value * f32(self.shape.scale) + self.bias[at]
+        T.buffer_store(self.score, scaled, [r, at])
 
     def normalise(self) -> None:
         """Replace every scratch row by its exponentials; keep the inverse of their sum."""
@@ -127,16 +134,23 @@ class _Head(HeadTask):
         def finish(r: Any, at: Any, value: Any) -> None:
             T.buffer_store(y, value * self.inverse[r], [self.batch, first + r, self.column + at])
 
-        self._product(
-            "values",
-            (shape.keys, self.value_pad),
-            lambda r, j: self.score[r, j],
-            self.table,
-            finish,
-            (shape.queries - first, shape.head_dim),
-        )
+        limits = (shape.queries - first, shape.head_dim)
+        size = (self.value_steps(), self.value_pad)
+        self.product("values", size, self.weight, self.table, finish, limits)
 
-    def _product(
+    def weight(self, r: Any, j: Any) -> Any:
+        """Return what a value row is multiplied by."""
+        return self.score[r, j]
+
+    def value_steps(self) -> int:
+        """Return the steps of the product with the values."""
+        return self.shape.keys
+
+    def add(self, total: Any, left: Any, right: Any) -> Any:
+        """Return the sums after one step: ``left`` with every column of ``right``."""
+        return total + T.broadcast(left, self.lanes) * right
+
+    def product(
         self,
         name: str,
         size: tuple[int, int],
@@ -145,10 +159,10 @@ class _Head(HeadTask):
         finish: Callable[[Any, Any, Any], None],
         limits: tuple[Any, int] | None = None,
     ) -> None:
-        lanes = self.lanes
+        """Emit ``left @ right`` with the sums of `add`; see `multiply`."""
 
         def step(total: Any, r: Any, k: Any, columns: Any) -> Any:
-            return total + T.broadcast(left(r, k), lanes) * right[k, columns]
+            return self.add(total, left(r, k), right[k, columns])
 
-        start = zeros("float32", lanes)
+        start = zeros("float32", self.lanes)
         self.multiply(name, size, lambda _: start, step, finish, limits=limits)

@@ -37,6 +37,8 @@ class AttentionShape:
         Batch of the mask: 1 or ``batch``.
     strides, offsets : tuple of three ints
         For Q, K and V: length of a row, and the column where head 0 starts.
+    products : {"float32", "bfloat16"}
+        What both products of a kernel on floats multiply.
     """
 
     batch: int
@@ -48,6 +50,7 @@ class AttentionShape:
     mask_batch: int
     strides: tuple[int, int, int]
     offsets: tuple[int, int, int] = (0, 0, 0)
+    products: str = "float32"
 
     @property
     def width(self) -> int:
@@ -67,6 +70,7 @@ def attention_shape(func: Any) -> AttentionShape | None:
     sizes = dict(func.attrs[_SHAPE_ATTR])
     for name in ("strides", "offsets"):
         sizes[name] = tuple(int(value) for value in sizes[name])
+    sizes["products"] = str(sizes["products"])
     return AttentionShape(**sizes)
 
 
@@ -106,6 +110,10 @@ class HeadTask:
         self.tiles = -(-shape.queries // self.rows)
         self.key_pad = -(-shape.keys // lanes) * lanes
         self.value_pad = -(-shape.head_dim // lanes) * lanes
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the scope in which the statements are emitted."""
+        return contextlib.nullcontext()
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys, values and mask into scratch memory."""
@@ -239,12 +247,13 @@ def build_attention(
         with T.parallel(shape.batch * shape.heads * pieces) as number, T.sblock("head"):
             at = (number // (shape.heads * pieces), number // pieces % shape.heads)
             head = task(at, more)
-            head.load(k, v, mask)
-            with T.serial(head.tiles // pieces) as tile:
-                first = (number % pieces * (head.tiles // pieces) + tile) * head.rows
-                head.scores(q, first)
-                head.normalise()
-                head.values(y, first)
+            with head.scope():
+                head.load(k, v, mask)
+                with T.serial(head.tiles // pieces) as tile:
+                    first = (number % pieces * (head.tiles // pieces) + tile) * head.rows
+                    head.scores(q, first)
+                    head.normalise()
+                    head.values(y, first)
     marks = {"op_pattern": OPAQUE, "tirx.is_scheduled": True, _SHAPE_ATTR: asdict(shape)}
     return builder.get().with_attr(marks)
 

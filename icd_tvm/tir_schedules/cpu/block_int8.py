@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import i64
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
+from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.int8_matmul import (
     MAX_DEPTH,
@@ -67,7 +67,7 @@ def block_int8_matmul(
         raise ShapeError(
             f"k = {k} must be a multiple of {QUAD} up to {MAX_DEPTH}", "use the dense kernel"
         )
-    return _BlockBuilder((*lead, m, n), k, space, tile, dot_product(target)).build()
+    return BlockBuilder((*lead, m, n), k, space, tile, dot_product(target)).build()
 
 
 def pack_block_int8(
@@ -90,7 +90,11 @@ def pack_block_int8(
     values : array [p, space, P * 4] of int8
         Their values, then zeros.
     """
-    packed = pack_int8(weight, columns)
+    return pack_blocks(pack_int8(weight, columns))
+
+
+def pack_blocks(packed: npt.NDArray[Any]) -> tuple[Any, Any, Any]:
+    """Return counts, lists and values of the runs of rows [p, runs, values] that are not zero."""
     used = packed.any(axis=2)
     counts = used.sum(axis=1).astype(np.int32)
     space = min(used.shape[1], -(-max(1, int(counts.max())) // _SPACE) * _SPACE)
@@ -98,7 +102,7 @@ def pack_block_int8(
     order = np.argsort(~used, axis=1, kind="stable")[:, :space]
     listed = np.take_along_axis(used, order, axis=1)
     values = np.take_along_axis(packed, order[:, :, None], axis=1) * listed[:, :, None]
-    return counts, np.where(listed, order, 0).astype(np.int32), values.astype(np.int8)
+    return counts, np.where(listed, order, 0).astype(np.int32), values.astype(packed.dtype)
 
 
 def choose_block_tile(m: int, weight: npt.NDArray[np.int8], target: Any) -> tuple[Tile | None, str]:
@@ -122,41 +126,78 @@ def choose_block_tile(m: int, weight: npt.NDArray[np.int8], target: Any) -> tupl
     if k % QUAD:
         return None, f"{k} rows are no multiple of {QUAD}"
     dense = int8_cycles(int8_tile(m, k, n, target), m, k, n)
-    costs = {}
-    for vectors in _WIDTHS:
-        tile = int8_tile(m, k, n, target, vectors)
-        share = float(pack_int8(weight, tile.columns).any(axis=2).mean())
-        # Few rows take the time of the bytes, whatever the tile.
-        work = 1.0 if m <= MAX_ROWS else int8_cycles(tile, m, k, n) / dense
-        costs[tile] = share * work * _INDEX_COST
+    tiles = [int8_tile(m, k, n, target, vectors) for vectors in _WIDTHS]
+    shares = {tile: _share(pack_int8(weight, tile.columns)) for tile in tiles}
+    work = {tile: int8_cycles(tile, m, k, n) / dense for tile in tiles}
+    return choose_groups(m, shares, work, "byte")
+
+
+def choose_groups(
+    m: int, shares: dict[Tile, float], work: dict[Tile, float], what: str
+) -> tuple[Tile | None, str]:
+    """Return the tile of least modelled time, or None where the dense kernel has it, and why.
+
+    Parameters
+    ----------
+    m : int
+        Rows of X.
+    shares : dict of Tile to float
+        Share of the runs of rows that groups as wide as the tile list.
+    work : dict of Tile to float
+        Cycles of the dense product on that tile, over those on its best one.
+    what : str
+        Names the product in the reason.
+    """
+    # Few rows take the time of the bytes, whatever the tile.
+    costs = {
+        tile: shares[tile] * (1.0 if m <= MAX_ROWS else work[tile]) * _INDEX_COST for tile in shares
+    }
     best = min(costs, key=costs.__getitem__)
-    reason = f"model: groups of {best.columns} take {costs[best]:.2f} of the dense byte product"
+    reason = f"model: groups of {best.columns} take {costs[best]:.2f} of the dense {what} product"
     return (best if costs[best] < _MARGIN else None), reason
 
 
-class _BlockBuilder(TileBuilder):
-    name = "block_int8_matmul"
+def _share(packed: npt.NDArray[Any]) -> float:
+    return float(packed.any(axis=2).mean())
 
-    def __init__(self, shape: Lead, k: int, space: int, tile: Tile, dot: DotProduct) -> None:
-        super().__init__(shape, k, tile, "int32")
+
+class BlockBuilder(TileBuilder):
+    """Emits a product that skips runs of rows; a run is what one dot product takes.
+
+    Attributes
+    ----------
+    group : int
+        Rows of a run.
+    types : tuple of str
+        Elements of X, of W and of the sums.
+    """
+
+    name = "block_int8_matmul"
+    group = QUAD
+    types = ("uint8", "int8", "int32")
+
+    def __init__(self, shape: Lead, k: int, space: int, tile: Tile, dot: Any) -> None:
+        super().__init__(shape, k, tile, self.types[2])
         self.space, self.dot = space, dot
 
     def parameters(self) -> dict[str, tuple[Lead, str]]:
+        """Return the shape and type of each parameter but Y, X first."""
         return {
-            "X": ((*self.shape, self.k), "uint8"),
+            "X": ((*self.shape, self.k), self.types[0]),
             "counts": ((self.panels,), "int32"),
             "quads": ((self.panels, self.space), "int32"),
-            "W": ((self.panels, self.space, self.tile.columns * QUAD), "int8"),
+            "W": ((self.panels, self.space, self.tile.columns * self.group), self.types[1]),
         }
 
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
+        """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile."""
         (x, counts, quads, w), (panel, first) = inputs, at
-        width = self.tile.lanes * QUAD
+        width = self.tile.lanes * self.group
         with T.serial(counts[panel]) as step:
-            start = T.bind(quads[panel, step].astype("int64") * QUAD)
+            start = T.bind(quads[panel, step].astype("int64") * self.group)
             with T.unroll(i64(self.tile.rows)) as r:
                 row = self.row(batch, first + r)
-                four = T.reinterpret("int32", x[(*row, self.run(start, QUAD))])
+                four = T.reinterpret("int32", x[(*row, self.run(start, self.group))])
                 with T.unroll(i64(self.tile.vectors)) as c:
                     here = (r, self.run(c * self.tile.lanes))
                     weight = w[panel, step, self.run(c * width, width)]

@@ -1,0 +1,163 @@
+"""Dense matmul of bfloat16: packed weights, float32 sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from tvm.script.ir_builder import tirx as T
+
+from icd_tvm._tvm import i64, tirx
+from icd_tvm.errors import ShapeError
+from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot
+from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
+
+PAIR = 2
+_UNROLL = 4
+_MAX_VECTORS = 8
+_LINE, _AHEAD = 64, 8192
+
+
+def bf16_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -> Tile:
+    """Return the register tile with the least modelled cycles for an ``m`` x ``n`` output.
+
+    Parameters
+    ----------
+    m, k, n : int
+        Rows of the output, length of a row of X, columns of the output.
+    target : tvm.target.Target
+    vectors : int, optional
+        Fixes the width of the tile.
+
+    Returns
+    -------
+    Tile
+    """
+    dot = bf16_dot(target)
+    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
+    tiles = [
+        Tile(rows, width, dot.lanes)
+        for width in widths
+        for rows in range(1, min(m, dot.registers) + 1)
+        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
+    ]
+    return min(tiles, key=lambda t: (bf16_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
+
+
+def bf16_cycles(tile: Tile, m: int, k: int, n: int) -> float:
+    """Return the modelled cycles per two steps along K; rows of X are 2 k bytes apart."""
+    return tile_cycles(tile, m, -(-k // PAIR), n)
+
+
+def bf16_matmul(
+    m: int, k: int, n: int, target: Any, *, lead: Lead = (), tile: Tile | None = None
+) -> Any:
+    """Return the TIR function of ``Y = X @ W`` for bfloat16 operands.
+
+    Parameters
+    ----------
+    m, k, n : int
+        Rows of X, the reduced axis, columns of W; none needs to divide by the tile.
+    target : tvm.target.Target
+    lead : tuple of int, optional
+        Leading batch axes of X and Y.
+    tile : Tile, optional
+        Register tile for the rows `flat_rows` returns; `bf16_tile` if omitted.
+
+    Returns
+    -------
+    PrimFunc
+        ``(X: u16[*lead, m, k], W: u16[ceil(n / P), ceil(k / 2), P * 2], Y: f32[*lead, m, n])``
+        with ``P = tile.columns``, for `ExplicitTileRule`; FuseOps fuses an epilogue into it.
+        X and W hold the bits of bfloat16.
+    """
+    tile = tile or bf16_tile(flat_rows(lead, m)[1], k, n, target)
+    return _Bf16Builder((*lead, m, n), k, tile, bf16_dot(target)).build()
+
+
+def pack_bf16(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.uint16]:
+    """Return ``weight``, rounded to bfloat16, in panels of ``columns`` columns and pairs of rows.
+
+    Parameters
+    ----------
+    weight : array [K, N] of float32
+    columns : int
+        Panel width P.
+
+    Returns
+    -------
+    array [ceil(N / P), ceil(K / 2), P * 2] of uint16
+        Bits of bfloat16; two rows of a column are neighbours. Zero past the weight.
+
+    Raises
+    ------
+    ShapeError
+        If ``weight`` is not a matrix of float32.
+    """
+    k, n = matrix_shape(weight)
+    if weight.dtype != np.float32:
+        raise ShapeError(f"a weight of {weight.dtype} is not rounded", "pass float32")
+    pairs, panels = -(-k // PAIR), -(-n // columns)
+    padded = np.zeros((pairs * PAIR, panels * columns), np.uint16)
+    padded[:k, :n] = weight.astype(ml_dtypes.bfloat16).view(np.uint16)
+    split = padded.reshape(pairs, PAIR, panels, columns)
+    return np.ascontiguousarray(split.transpose(2, 0, 3, 1)).reshape(panels, pairs, -1)
+
+
+class _Bf16Builder(TileBuilder):
+    name = "bf16_matmul"
+
+    def __init__(self, shape: Lead, k: int, tile: Tile, dot: Bf16Dot) -> None:
+        super().__init__(shape, k, tile, "float32")
+        self.dot, self.pairs = dot, -(-k // PAIR)
+
+    def parameters(self) -> dict[str, tuple[Lead, str]]:
+        return {
+            "X": ((*self.shape, self.k), "uint16"),
+            "W": ((self.panels, self.pairs, self.tile.columns * PAIR), "uint16"),
+        }
+
+    def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
+        whole = self.k // PAIR
+        with self.dot.imported():
+            if whole >= _UNROLL:
+                with T.serial(i64(whole // _UNROLL)) as outer:
+                    self._prefetch(inputs[1], at[0], outer * _UNROLL)
+                    with T.unroll(i64(_UNROLL)) as inner:
+                        self._step(inputs, sums, (batch, *at), outer * _UNROLL + inner, PAIR)
+            for pair in range(whole // _UNROLL * _UNROLL, self.pairs):
+                count = min(PAIR, self.k - pair * PAIR)
+                self._step(inputs, sums, (batch, *at), i64(pair), count)
+
+    def _step(self, inputs: list[Any], sums: Any, place: Any, pair: Any, count: int) -> None:
+        """Add the products of up to two rows of W."""
+        (x, w), (batch, panel, first), lanes = inputs, place, self.tile.lanes
+        with T.unroll(i64(self.tile.rows)) as r:
+            two = self._two(x, self.row(batch, first + r), pair * PAIR, count)
+            with T.unroll(i64(self.tile.vectors)) as c:
+                here = (r, self.run(c * lanes))
+                weight = w[panel, pair, self.run(c * lanes * PAIR, lanes * PAIR)]
+                T.buffer_store(sums, self.dot.add(sums[here], two, weight), [*here])
+
+    def _two(self, x: Any, row: Any, first: Any, count: int) -> Any:
+        """Return up to two numbers of a row as one int32; none past its end is read."""
+        if count == PAIR:
+            return T.reinterpret("int32", x[(*row, self.run(first, PAIR))])
+        return x[(*row, first)].astype("int32")
+
+    def _prefetch(self, w: Any, panel: Any, first: Any) -> None:
+        """Fetch what few rows need `_AHEAD` bytes later; past a panel's end comes the next."""
+        if self.rows > MAX_ROWS:
+            return
+        row = self.tile.columns * PAIR * 2
+        for line in range(0, row * _UNROLL, _LINE):
+            ahead = first + (_AHEAD + line) // row
+            address = T.address_of(w[panel, ahead, line % row // 2])
+            # Read, keep in all caches, data: the arguments of llvm.prefetch.
+            kind = (tirx.IntImm("int32", value) for value in (0, 3, 1))
+            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *kind))
