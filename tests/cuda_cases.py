@@ -19,7 +19,7 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 )
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule, SourceKernel
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule, SourceKernel
 
 ORDERS = (1, 2)  # of the threads: last to first, shuffled
 PLAIN = Epilogue()
@@ -83,6 +83,9 @@ GEMMS = {
     "bf16": Gemm(40, 64, 72, "bfloat16", "bfloat16", Epilogue("silu", residual=True)),
     "int8": Gemm(70, 72, 208, "int8", epilogue=FULL),
     "int8 parts": Gemm(16, 64, 1040, "int8", epilogue=Epilogue(bias=True), tile=5, splits=2),
+    "fp8": Gemm(70, 72, 208, FP8, epilogue=FULL),
+    "fp8 parts": Gemm(16, 64, 528, FP8, "float32", tile=5, splits=2),
+    "fp8 blocks": Gemm(20, 128, 400, FP8, "bfloat16", tile=3, sparse=True),
     "fp16 blocks": Gemm(40, 136, 216, epilogue=FULL, tile=3, sparse=True),
     "fp16 blocks 128": Gemm(40, 256, 512, tile=2, sparse=True),
     "bf16 blocks": Gemm(20, 64, 256, "bfloat16", "bfloat16", tile=4, sparse=True),
@@ -109,7 +112,8 @@ class Gemv:
         rng = np.random.default_rng(self.n)
         alive = rng.random((self.groups, -(-self.k // 16))) < 0.5
         alive[0] = False
-        found = np.full((self.groups, int(alive.sum(1).max())), -1, np.int32)
+        most = int(alive.sum(1).max())
+        found = np.full((self.groups, most + most % 2), -1, np.int32)
         for row, mask in zip(found, alive, strict=True):
             row[: mask.sum()] = np.flatnonzero(mask)
         return found
@@ -139,6 +143,11 @@ GEMVS = {
     "fp16 blocks": Gemv(64, 816, "float16", epilogue=FULL, groups=4),
     "bf16 blocks": Gemv(32, 256, "bfloat16", "bfloat16", groups=2),
     "int8 blocks": Gemv(64, 800, "int8", groups=4),
+    "int8 blocks, groups": Gemv(32, 512, "int8", group=32, groups=2),
+    "fp8": Gemv(21, 1040, FP8, epilogue=FULL),
+    "fp8 blocks": Gemv(64, 800, FP8, "bfloat16", groups=4),
+    "int4 blocks": Gemv(64, 800, "int4", epilogue=FULL, groups=4),
+    "int4 blocks, groups": Gemv(32, 1024, "int4", group=128, groups=2),
 }
 # batch, queries, keys, heads, size, dtype, mask
 ATTENTIONS = {

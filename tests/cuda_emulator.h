@@ -152,6 +152,7 @@ typedef unsigned short u16;
 struct F16;
 struct BF16;
 struct S8;
+struct F8;
 struct Chunk;
 
 static inline void sync_block() { emu::barrier(); }
@@ -225,6 +226,13 @@ static inline float element(BF16*, u32 word, int part) {
   return bits_to_float((word >> part * 16 & 0xffff) << 16);
 }
 static inline int element(S8*, u32 word, int part) { return (int8_t)(word >> part * 8); }
+// e4m3 of the OCP 8-bit floating point specification: bias 7, subnormals, one NaN, no infinity.
+static inline float element(F8*, u32 word, int part) {
+  const int bits = word >> part * 8 & 0xff, exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return NAN;
+  const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return bits & 0x80 ? -size : size;
+}
 
 template <class T, class Acc>
 static inline void matrix_multiply(Acc (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, int depth) {
@@ -244,7 +252,7 @@ static inline void matrix_multiply(Acc (&c)[4], const u32 (&a)[4], u32 b0, u32 b
   }
 }
 template <class T> static inline void mma(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  matrix_multiply<T>(c, a, b0, b1, 16);
+  matrix_multiply<T>(c, a, b0, b1, 32 / T::bytes);
 }
 template <class T> static inline void mma(T, int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   matrix_multiply<T>(c, a, b0, b1, 32);

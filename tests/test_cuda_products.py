@@ -35,7 +35,7 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 )
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors, unpack_int4
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Rule
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Rule
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def check_gemm(case: Gemm, emulated: Emulated) -> None:
     given["column_scale"] = (rng.random(case.n) / 127).astype(np.float32)
     sums = a.astype(float) @ w.astype(float)
     scale = np.abs(a.astype(float)).max() * np.abs(w.astype(float)).max()
-    if case.dtype == "int8":
+    if case.dtype in ("int8", FP8):
         factor = given["row_scale"].astype(float)[:, None] * given["column_scale"].astype(float)
         sums, scale = sums * factor, scale / 127**2
     assert len(rule.kernels) == (2 if case.splits > 1 else 1)
@@ -97,7 +97,7 @@ def check_gemv(case: Gemv, emulated: Emulated) -> None:
     given["bias"] = rng.standard_normal(case.n).astype(np.float32)
     given["residual"] = rng.standard_normal((1, case.n)).astype(numpy_dtype(case.x))
     real = w.astype(float)
-    if limit is not None:
+    if limit is not None or case.dtype == FP8:
         factor = given["scales"].astype(float)
         real *= np.repeat(factor, case.group, 1).T if case.group else factor
     expected = finish(x.astype(float) @ real, case.epilogue, given)
@@ -184,8 +184,12 @@ def test_chosen_tile_is_whole(m: int, n: int, k: int) -> None:
         (gemv_rule(8, 100, "float16"), "16 bytes"),
         (gemv_rule(8, 96, "int4", group=24), "16 bytes"),
         (gemv_rule(8, 64, "float16", x="bfloat16"), "cast one"),
-        (gemv_rule(8, 64, "int4", live=(2, 2)), "live blocks"),
+        (gemm_rule(8, 64, 64, FP8, arch="sm_80"), "sm_89"),
+        (gemv_rule(8, 64, "int4", live=(2, 3)), "16 bytes"),
+        (gemv_rule(8, 64, "int4", group=8, live=(2, 2)), "groups of 8"),
+        (gemv_rule(8, 64, "float16", group=8), "groups of 8"),
         (gemv_rule(8, 72, "float16", live=(2, 2)), "multiple of 16"),
+        (gemv_rule(6, 64, "float16", live=(2, 2)), "multiple of 4"),
         (gemv_rule(8, 64, "float8"), "no kernel for float8"),
         (attention_rule(1, 8, 8, 1, 48, "float16"), "heads of 48"),
         (attention_rule(1, 8, 8, 1, 64, "float32"), "float32"),

@@ -1,7 +1,7 @@
-"""Matmul on tensor cores: fp16, bf16 and int8, dense or with dead blocks of the weight.
+"""Matmul on tensor cores: fp16, bf16, fp8 and int8, dense or with dead blocks of the weight.
 
 A column block of W (64 or 128 outputs) lies in memory as the kernel reads it: tiles of 64 bytes of
-K (32 fp16 or 64 int8) for each of its columns. Where the columns of a block share their zeros, only
+K (32 fp16, 64 int8 or fp8) for each of its columns. Where the columns of a block share their zeros, only
 live blocks of 16 rows of W are kept, with their list; units that were removed leave a smaller dense
 matmul.
 """
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.archs import SMS
 from icd_tvm.tir_schedules.cuda.source_kernel import (
+    FP8,
     WIDTHS,
     Argument,
     Epilogue,
@@ -31,6 +32,7 @@ SLAB = 16  # rows of W in a block that is live or dead
 STAGES = 4
 LAUNCH = 500  # rows of 64 bytes that a multiprocessor reads from DRAM in 1 us
 PLAIN = Epilogue()
+_SCALED = (FP8, "int8")
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def pack_weight(
     Parameters
     ----------
     weight : [K, N]
-        float16, bfloat16 or int8.
+        float16, bfloat16, float8_e4m3fn or int8.
     columns : int
         Of a block.
     blocks : int32[column blocks, live], optional
@@ -194,8 +196,8 @@ def gemm_rule(
     m, n, k : int
         Sizes.
     dtype : str
-        Of A and W: ``float16``, ``bfloat16`` or ``int8``; sums are float32 or int32. int8 takes
-        ``row_scale`` float32[m] and ``column_scale`` float32[n].
+        Of A and W: ``float16``, ``bfloat16``, ``float8_e4m3fn`` (not on sm_80) or ``int8``; sums are
+        float32 or int32. fp8 and int8 take ``row_scale`` float32[m] and ``column_scale`` float32[n].
     out : str
         Of C and the residual: ``float16``, ``bfloat16`` or ``float32``.
     epilogue : Epilogue
@@ -212,8 +214,10 @@ def gemm_rule(
         One kernel; with parts of K a second one that sums them. Arguments by name: ``a``, ``w``
         (`pack_weight`), ``slabs`` (`live_blocks`), ``bias``, ``residual``, scales, ``c``.
     """
-    if dtype not in ("float16", "bfloat16", "int8"):
+    if dtype not in ("float16", "bfloat16", *_SCALED):
         return refused(f"no tensor core product of {dtype} here; use float16, bfloat16 or int8")
+    if dtype == FP8 and arch == "sm_80":
+        return refused("products of fp8 begin with sm_89; use int8 or float16 on sm_80")
     width = int(WIDTHS[dtype])
     if k * width % 16 or n % 8:
         return refused(f"rows of {k} {dtype} or {n} columns are not whole pieces of 16 bytes")
@@ -254,14 +258,14 @@ class _Work:
             found.append(Argument("bias", (self.n,), "float32"))
         if self.epilogue.residual:
             found.append(Argument("residual", (self.m, self.n), self.out))
-        if self.dtype == "int8":
+        if self.dtype in _SCALED:
             found.append(Argument("row_scale", (self.m,), "float32"))
             found.append(Argument("column_scale", (self.n,), "float32"))
         return tuple(found)
 
     @property
     def _finish(self) -> str:
-        scaled, float32 = self.dtype == "int8", "float"
+        scaled, float32 = self.dtype in _SCALED, "float"
         return ", ".join(
             (
                 or_null("bias", self.epilogue.bias),
@@ -304,6 +308,7 @@ class _Work:
             shared=STAGES * (tile.m + tile.n) * ROW,
             flop=2.0 * self.m * self.n * min(self.k, kept),
             bytes=width * (self.m * self.k + self.n * kept) + written * self.m * self.n,
+            # mma.sync of fp8 becomes products of fp16 on sm_90.
             unit="int8" if self.dtype == "int8" else "fp16",
             activation="none" if split else self.epilogue.activation,
         )

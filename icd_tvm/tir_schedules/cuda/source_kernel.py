@@ -19,13 +19,21 @@ import numpy as np
 SOURCES = Path(__file__).with_name("src")
 ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2, "silu": 3}
 # numpy and TVM dtype -> the operand type of the sources, and its bytes.
-TYPES = {"float16": "F16", "bfloat16": "BF16", "int8": "S8", "int4": "S4", "float32": "F32"}
-WIDTHS = {"float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5, "float32": 4.0}
+FP8 = "float8_e4m3fn"
+TYPES = {
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "S8",
+    "int4": "S4",
+    FP8: "F8",
+    "float32": "F32",
+}
+WIDTHS = {"float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5, FP8: 1.0, "float32": 4.0}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy dtype of an argument."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return np.dtype(getattr(ml_dtypes, name) if name in ("bfloat16", FP8) else name)
 
 
 @dataclass(frozen=True)

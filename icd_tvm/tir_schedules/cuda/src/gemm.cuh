@@ -5,7 +5,8 @@
 
 namespace icd {
 
-// What the kernel is compiled for. Rows of a tile hold 64 bytes of K: 32 fp16 or 64 int8.
+// What the kernel is compiled for. Rows of a tile hold 64 bytes of K: 32 fp16 or 64 int8
+// or fp8.
 template <class T_, class OUT_, int BM_, int BN_, int WM_, int WN_, int STAGES_, int ACT_, bool BIAS_,
           bool RESIDUAL_, int SLAB_, int SPLITS_>
 struct GemmConfig {
@@ -87,7 +88,7 @@ template <class G> struct GemmColumns {
     bias = G::BIAS && bias_ ? load_two(F32(), bias_, column) : make_float2(0, 0);
     scale = scaled ? load_two(F32(), column_scale, column) : make_float2(1, 1);
   }
-  // int8 products are scaled by row of A and column of W.
+  // int8 and fp8 products are scaled by row of A and column of W.
   ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
                          int row, long at) const {
     if (scaled) {
