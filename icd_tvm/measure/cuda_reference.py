@@ -122,19 +122,20 @@ def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
     sums, scale = a[rows].astype(np.float64) @ w, 4.0 * float(np.abs(w).max())
     if "row_scale" in inputs:
         factor = inputs["row_scale"][rows].astype(np.float64)[:, None] * inputs["column_scale"]
-        sums, scale = sums * factor, 127 * 127 / 64**2
+        sums, scale = sums * factor, (127 * 127 if a.dtype == np.int8 else scale) / 64**2
     y = _finish(sums, inputs, rows, activation)
     return Trial(inputs, {"c": Expected(rows, y, _rounded(y, out.dtype, k, scale))})
 
 
 def _gemv(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
     x, w = inputs["x"][0].astype(np.float64), inputs["w"]
+    w = (unpack_int4(w) if w.dtype == np.uint8 else w).astype(np.float64)
     blocks = inputs.get("blocks")
     if blocks is not None:
         inputs["blocks"] = blocks = np.where(blocks * SLAB < len(x), blocks, -1).astype(np.int32)
-        real = _spread(w.astype(np.float64), blocks, len(x))
+        real = _spread(w, blocks, len(x))
     else:
-        real = (unpack_int4(w) if w.dtype == np.uint8 else w).astype(np.float64)[:, : len(x)]
+        real = w[:, : len(x)]
     if "scales" in inputs:
         scales = inputs["scales"].astype(np.float64).reshape(len(real), -1)
         real = real * np.repeat(scales, real.shape[1] // scales.shape[1], 1)

@@ -14,7 +14,7 @@ from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule
 
 ROWS = (128, 1024, 4096, 16384)
 LAYERS = {"qkv": (2304, 768), "out": (768, 768), "ffn1": (3072, 768), "ffn2": (768, 3072)}
@@ -73,9 +73,10 @@ def _bert(m: int, arch: str) -> list[Entry]:
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the units", half, dense))
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the blocks", vectors, dense))
     found.append(Entry(f"bert ffn1 {m} rows bf16", bf16))
-    found.append(
-        Entry(f"bert ffn1 {m} rows int8", gemm_rule(m, n, k, "int8", epilogue=gelu, arch=arch))
-    )
+    for word, dtype in {"int8": "int8", "fp8": FP8}.items():
+        rule = gemm_rule(m, n, k, dtype, epilogue=gelu, arch=arch)
+        if dtype != FP8 or arch != "sm_80":
+            found.append(Entry(f"bert ffn1 {m} rows {word}", rule))
     return found
 
 
@@ -95,10 +96,18 @@ def _mamba(name: str) -> list[Entry]:
         Entry(f"{label} bf16", gemv_rule(n, k, "bfloat16", x="bfloat16")),
         Entry(f"{label} int8", gemv_rule(n, k, "int8")),
         Entry(f"{label} int4 g128", gemv_rule(n, k, "int4", group=128)),
-        Entry(
-            f"{label} fp16, half of the blocks",
-            gemv_rule(n, k, "float16", live=live),
-            f"{label} fp16",
+        Entry(f"{label} fp8", gemv_rule(n, k, FP8)),
+        *(
+            Entry(
+                f"{label} {word}, half of the blocks",
+                gemv_rule(n, k, dtype, group=group, live=live),
+                f"{label} {word}",
+            )
+            for word, dtype, group in (
+                ("fp16", "float16", 0),
+                ("fp8", FP8, 0),
+                ("int4 g128", "int4", 128),
+            )
         ),
         Entry(f"{label} fp16, half of the outputs", gemv_rule(n // 2, k, "float16")),
     ]
