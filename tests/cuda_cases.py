@@ -20,6 +20,7 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule, SourceKernel
+from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays
 
 ORDERS = (1, 2)  # of the threads: last to first, shuffled
 PLAIN = Epilogue()
@@ -41,6 +42,7 @@ class Gemm:
     tile: int = 3
     splits: int = 1
     sparse: bool = False
+    strays: float = 0.0
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(self.m * self.n + self.k)
@@ -54,12 +56,18 @@ class Gemm:
             columns = TILES[self.tile].n
             alive = rng.random((-(-self.k // 16), -(-self.n // columns))) < 0.4
             mask = np.kron(alive, np.ones((16, columns)))[: self.k, : self.n]
-            w = (w * mask).astype(w.dtype)
+            w = (w * mask + w * (rng.random(w.shape) < self.strays)).astype(w.dtype)
         return a, w
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weight in blocks, and its strays."""
+        w = self.arrays()[1]
+        return split_strays(w, TILES[self.tile].n, 200) if self.strays else (w, 0 * w)
 
     def rule(self) -> Rule:
         tile = replace(TILES[self.tile], splits=self.splits)
-        live = live_blocks(self.arrays()[1], tile.n).shape[1] if self.sparse else None
+        blocks, strays = self.parts()
+        live = live_blocks(blocks, tile.n).shape[1] if self.sparse else None
         return gemm_rule(
             self.m,
             self.n,
@@ -68,6 +76,7 @@ class Gemm:
             out=self.out,
             epilogue=self.epilogue,
             live=live,
+            strays=len(pack_strays(strays).list) if self.strays else None,
             tile=tile,
         )
 
@@ -90,6 +99,10 @@ GEMMS = {
     "fp16 blocks 128": Gemm(40, 256, 512, tile=2, sparse=True),
     "bf16 blocks": Gemm(20, 64, 256, "bfloat16", "bfloat16", tile=4, sparse=True),
     "int8 blocks": Gemm(20, 128, 400, "int8", tile=3, sparse=True),
+    "fp16 strays": Gemm(70, 136, 216, epilogue=FULL, tile=3, sparse=True, strays=0.02),
+    "bf16 strays parts": Gemm(
+        33, 128, 512, "bfloat16", "float32", tile=2, splits=2, sparse=True, strays=0.01
+    ),
     "fp16 blocks parts": Gemm(10, 64, 512, tile=5, splits=2, sparse=True),
 }
 

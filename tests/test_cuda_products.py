@@ -22,6 +22,7 @@ from cuda_emulation import Emulated, numpy_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
@@ -36,6 +37,7 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors, unpack_int4
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Rule
+from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays, unpack_strays
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,13 @@ def check_gemm(case: Gemm, emulated: Emulated) -> None:
     a, w = case.arrays()
     rng = np.random.default_rng(1)
     columns = TILES[case.tile].n
-    blocks = live_blocks(w, columns) if case.sparse else None
-    given = {"a": a, "w": pack_weight(w, columns, blocks), "slabs": blocks}
+    kept, strays = case.parts()
+    blocks = live_blocks(kept, columns) if case.sparse else None
+    given = {"a": a, "w": pack_weight(kept, columns, blocks), "slabs": blocks}
+    given["stray_starts"], given["stray_list"] = pack_strays(strays.astype(np.float16))
+    if case.strays:
+        assert 0 < (strays != 0).sum() < (kept != 0).sum()
+        given["stray_starts"], given["stray_list"] = pack_strays(strays)
     given["bias"] = rng.standard_normal(case.n).astype(np.float32)
     given["residual"] = rng.standard_normal((case.m, case.n)).astype(numpy_dtype(case.out))
     given["row_scale"] = (rng.random(case.m) / 127).astype(np.float32)
@@ -66,12 +73,11 @@ def check_gemm(case: Gemm, emulated: Emulated) -> None:
     if case.dtype in ("int8", FP8):
         factor = given["row_scale"].astype(float)[:, None] * given["column_scale"].astype(float)
         sums, scale = sums * factor, scale / 127**2
-    assert len(rule.kernels) == (2 if case.splits > 1 else 1)
+    assert len(rule.kernels) == 1 + (case.splits > 1) + (case.strays > 0)
     for order in ORDERS:
-        found = emulated.run(rule.kernels[0], needs(rule.kernels[0], given), order)
-        if case.splits > 1:
-            given["parts"] = found["parts"]
-            found = emulated.run(rule.kernels[1], needs(rule.kernels[1], given), order)
+        for kernel in rule.kernels:
+            found = emulated.run(kernel, needs(kernel, given), order)
+            given |= found
         close(found["c"], finish(sums, case.epilogue, given), case.out, case.k, 8 * scale)
 
 
@@ -114,12 +120,35 @@ def _alive(case: Gemv, blocks: np.ndarray) -> np.ndarray:
     return np.kron(mask, np.ones((16, case.n // case.groups)))[: case.k]
 
 
-# What a kernel may get wrong, and what the emulator makes of it.
+# What a kernel may get wrong, what the emulator makes of it, and of which case.
 MISTAKES = {
-    "a missing wait": ("copy_wait<G::STAGES - 2>();", "", "never waited for"),
-    "a missing barrier": ("  sync_block();\n  int mine", "  int mine", "worst"),
-    "a plain layout": ("(chunk ^ ((row >> 1) & 3))", "chunk", "bank conflicts"),
-    "a wrong fragment": ("lane % 8 + lane / 16 * 8", "lane % 16", "worst"),
+    "a missing wait": ("copy_wait<G::STAGES - 2>();", "", "never waited for", "fp16 one row"),
+    "a missing barrier": ("  sync_block();\n  int mine", "  int mine", "worst", "bf16 vector"),
+    "a plain layout": ("(chunk ^ ((row >> 1) & 3))", "chunk", "bank conflicts", "fp16 one row"),
+    "a wrong fragment": ("lane % 8 + lane / 16 * 8", "lane % 16", "worst", "fp16 one row"),
+    "strays of other rows": ("from + i * 16 + half * 8", "from + i * 16", "worst", "fp16 strays"),
+    "strays of other inputs": ("some.w[s] & 0xffff", "some.w[s] & 0xff", "worst", "many inputs"),
+    "a second half turned": (
+        "tile[(row + 1) * G::ROW",
+        "tile[row * G::ROW",
+        "worst",
+        "fp16 strays",
+    ),
+    "a block for two": ("live[at / PIECES]", "live[at / 4 * 2]", "worst", "int4 blocks"),
+    "a scale for two": ("SLAB < PER ? SLAB", "SLAB < PER ? PER", "worst", "int4 blocks, groups"),
+    "halves of fp8 swapped": (
+        "return i % 2 ? two.y : two.x",
+        "return two.x",
+        "worst",
+        "fp8 vector",
+    ),
+}
+PLANTED: dict[str, Gemm | Gemv] = {
+    **{name: GEMMS[name] for name in ("fp16 one row", "fp16 strays")},
+    **{name: GEMVS[name] for name in ("int4 blocks", "int4 blocks, groups")},
+    "bf16 vector": GEMVS["bf16"],
+    "fp8 vector": Gemv(8, 64, FP8),
+    "many inputs": Gemm(8, 64, 512, tile=5, sparse=True, strays=0.02),
 }
 
 
@@ -128,18 +157,16 @@ MISTAKES = {
 def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, wrong, noticed = MISTAKES[mistake]
-    original = source_kernel.source_of
+    right, wrong, noticed, name = MISTAKES[mistake]
+    original, case = source_kernel.source_of, PLANTED[name]
     monkeypatch.setattr(
         source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
     )
-    assert any(right in original(family) for family in ("gemm", "gemv"))
-    case, check = (
-        (GEMVS["bf16"], check_gemv) if "barrier" in mistake else (GEMMS["fp16 one row"], check_gemm)
-    )
-    broken = Emulated(case.rule().kernels, tmp_path)
+    kernels = case.rule().kernels
+    assert any(right in original(kernel.family) for kernel in kernels)
+    broken = Emulated(kernels, tmp_path)
     with pytest.raises(AssertionError, match=noticed):
-        check(case, broken)
+        check_gemm(case, broken) if isinstance(case, Gemm) else check_gemv(case, broken)
 
 
 @given(
@@ -158,6 +185,28 @@ def test_packing_is_undone(k: int, n: int, columns: int, dtype: str, seed: int) 
     packed = pack_weight(weight, columns, blocks)
     np.testing.assert_array_equal(unpack_weight(packed, k, n, blocks), weight)
     assert packed.shape[1] * packed.shape[3] == 16 * blocks.shape[1]
+
+
+@given(
+    k=st.integers(1, 90), n=st.integers(1, 150), least=st.integers(1, 40), seed=st.integers(0, 99)
+)
+def test_strays_and_blocks_are_the_weight(k: int, n: int, least: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((k, n)).astype(np.float16)
+    weight[rng.random((k, n)) < 0.97] = 0
+    kept, strays = split_strays(weight, 64, least)
+    np.testing.assert_array_equal(kept + strays, weight)
+    assert not (kept * strays).any()
+    by_block = np.add.reduceat(np.add.reduceat(kept != 0, range(0, k, 16), 0), range(0, n, 64), 1)
+    assert ((by_block == 0) | (by_block >= least)).all()
+    packed = pack_strays(strays)
+    np.testing.assert_array_equal(unpack_strays(packed, k, strays.dtype), strays)
+    assert packed.starts[-1] <= len(packed.list)
+
+
+def test_too_many_inputs_for_a_stray() -> None:
+    with pytest.raises(ShapeError, match="65537 inputs"):
+        pack_strays(np.zeros((65537, 1), np.float16))
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 20), seed=st.integers(0, 2**16))
@@ -185,6 +234,7 @@ def test_chosen_tile_is_whole(m: int, n: int, k: int) -> None:
         (gemv_rule(8, 96, "int4", group=24), "16 bytes"),
         (gemv_rule(8, 64, "float16", x="bfloat16"), "cast one"),
         (gemm_rule(8, 64, 64, FP8, arch="sm_80"), "sm_89"),
+        (gemm_rule(8, 64, 64, "int8", live=4, strays=1), "strays of 64 inputs of int8"),
         (gemv_rule(8, 64, "int4", live=(2, 3)), "16 bytes"),
         (gemv_rule(8, 64, "int4", group=8, live=(2, 2)), "groups of 8"),
         (gemv_rule(8, 64, "float16", group=8), "groups of 8"),

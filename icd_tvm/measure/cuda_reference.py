@@ -119,12 +119,27 @@ def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
         # A matrix of random blocks: those beyond K read nothing.
         inputs["slabs"] = slabs = np.where(slabs < -(-k // SLAB), slabs, -1).astype(np.int32)
     w = unpack_weight(packed, k, n, slabs).astype(np.float64)
+    if "stray_list" in inputs:
+        w = w + _strays(inputs, k, n, a.dtype)
     sums, scale = a[rows].astype(np.float64) @ w, 4.0 * float(np.abs(w).max())
     if "row_scale" in inputs:
         factor = inputs["row_scale"][rows].astype(np.float64)[:, None] * inputs["column_scale"]
         sums, scale = sums * factor, (127 * 127 if a.dtype == np.int8 else scale) / 64**2
     y = _finish(sums, inputs, rows, activation)
     return Trial(inputs, {"c": Expected(rows, y, _rounded(y, out.dtype, k, scale))})
+
+
+def _strays(inputs: Arrays, k: int, n: int, dtype: np.dtype[Any]) -> Array:
+    """Spread random strays over the columns; return them as float64[k, n], doubled ones summed."""
+    rng, shape = np.random.default_rng(n), inputs["stray_list"].shape
+    starts = np.linspace(0, shape[0], n + 1).astype(np.int32)
+    at, values = rng.integers(0, k, shape), rng.standard_normal(shape).astype(dtype)
+    words = at.astype(np.uint32) | values.view(np.uint16).astype(np.uint32) << 16
+    inputs["stray_starts"], inputs["stray_list"] = starts, words
+    full = np.zeros((k, n))
+    columns = np.repeat(np.arange(n), np.diff(starts))
+    np.add.at(full, (at, columns[:, None]), values.astype(np.float64))
+    return full
 
 
 def _gemv(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:

@@ -97,8 +97,8 @@ def gemv_rule(
         Of y and the residual: that of x, or ``float32``.
     epilogue : Epilogue
     group : int
-        Elements of K that share a scale in ``scales`` float32[n, k / group], where W holds integers;
-        0: float32[n] where it holds integers or fp8.
+        Elements of K that share a scale in ``scales`` float32[n, k / group], where W holds
+        integers; 0: float32[n] where it holds integers or fp8.
     live : (groups, blocks), optional
         Shape of the lists of live blocks, as `pack_vectors` takes them; None: dense.
 
