@@ -251,6 +251,30 @@ static inline void matrix_multiply(Acc (&c)[4], const u32 (&a)[4], u32 b0, u32 b
     c[e] += sum;
   }
 }
+struct SparseFragments { u32 a[4], b[4], meta; };
+// A 16 x 16 of kept elements; those of the first 16 of K have their places in lane 0 of four, the
+// others in lane 1 (sparsity selector 0): 2 bits each, row lane / 4 below, the row 8 on above.
+template <class T>
+static inline void mma_sparse(T, float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+  SparseFragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, meta};
+  emu::Exchange all(&mine, sizeof mine);
+  const int lane = emu::current % 32;
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    float sum = 0;
+    for (int kept = 0; kept < 16; ++kept) {
+      const int half = kept / 8, within = kept % 8;
+      const u32 places = all.of<SparseFragments>(row % 8 * 4 + half).meta >> row / 8 * 16;
+      const int place = places >> within * 2 & 3, before = places >> (within & 6) * 2 & 3;
+      if (within % 2 && place <= before) emu::stop("mma_sparse: places are not in order");
+      const int k = kept / 2 * 4 + place;
+      u32 wa = all.of<SparseFragments>(row % 8 * 4 + within / 2).a[row / 8 + half * 2];
+      u32 wb = all.of<SparseFragments>(column * 4 + k % 8 / 2).b[k / 8];
+      sum += element((T*)nullptr, wa, within % 2) * element((T*)nullptr, wb, k % 2);
+    }
+    c[e] += sum;
+  }
+}
 template <class T> static inline void mma(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   matrix_multiply<T>(c, a, b0, b1, 32 / T::bytes);
 }

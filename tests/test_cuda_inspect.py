@@ -21,6 +21,10 @@ ENTRIES = {arch: catalogue(arch, quick=True) for arch in CUDA_ARCHS}
 NAMES = [entry.name for entry in ENTRIES["sm_90"]]
 # Word in a kernel's name -> instructions it must have: in PTX, in SASS.
 PRODUCTS = {
+    "2:4": (
+        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32",
+        "HMMA.SP.16832.F32",
+    ),
     "bf16": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", "HMMA.16816.F32.BF16"),
     "int8": ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "IMMA.16832.S8.S8"),
     # No fp8 product of a warp on sm_90: ptxas widens both operands.
@@ -40,7 +44,7 @@ def main_kernel(entry: Entry) -> SourceKernel:
 
 def wanted(entry: Entry, arch: str) -> list[tuple[str, str]]:
     """Return the pairs that the main kernel of a rule must have."""
-    if main_kernel(entry).family in ("gemm", "attention"):
+    if main_kernel(entry).family in ("gemm", "gemm_24", "attention"):
         return [next(pair for word, pair in PRODUCTS.items() if word in entry.name), *COPIES]
     if "step" in entry.name:
         return [STATE]

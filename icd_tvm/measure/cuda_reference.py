@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.gemm import SLAB, unpack_weight
+from icd_tvm.tir_schedules.cuda.gemm_24 import TwoFour, unpack_two_four
 from icd_tvm.tir_schedules.cuda.gemv import unpack_int4
 from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule, numpy_dtype
 
@@ -68,7 +69,7 @@ def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:
     if family == "decode_attention":
         return _decode(inputs, out)
     chosen = np.sort(rng.permutation(out.shape[0])[:rows])
-    return (_gemm if family == "gemm" else _gemv)(inputs, out, chosen, last.activation)
+    return (_gemv if family == "gemv" else _gemm)(inputs, out, chosen, last.activation)
 
 
 def _random(argument: Argument, rng: Random) -> Array:
@@ -79,6 +80,10 @@ def _random(argument: Argument, rng: Random) -> Array:
         return np.stack(
             [np.sort(rng.permutation(2 * shape[1])[: shape[1]]) for _ in range(shape[0])]
         ).astype(np.int32)
+    if name == "meta":
+        # Two places of four, in order.
+        nibbles = rng.choice(np.array([4, 8, 9, 12, 13, 14], np.uint32), (*shape, 8))
+        return (nibbles << np.arange(8, dtype=np.uint32) * 4).sum(-1, dtype=np.uint32)
     if name == "live":
         return np.full(shape, -1, np.int32)  # set by _decode, which knows the capacity
     if name == "mask":
@@ -118,7 +123,10 @@ def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
     if slabs is not None:
         # A matrix of random blocks: those beyond K read nothing.
         inputs["slabs"] = slabs = np.where(slabs < -(-k // SLAB), slabs, -1).astype(np.int32)
-    w = unpack_weight(packed, k, n, slabs).astype(np.float64)
+    if "meta" in inputs:
+        w = unpack_two_four(TwoFour(packed, inputs["meta"]), k, n).astype(np.float64)
+    else:
+        w = unpack_weight(packed, k, n, slabs).astype(np.float64)
     if "stray_list" in inputs:
         w = w + _strays(inputs, k, n, a.dtype)
     sums, scale = a[rows].astype(np.float64) @ w, 4.0 * float(np.abs(w).max())

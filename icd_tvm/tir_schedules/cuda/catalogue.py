@@ -12,6 +12,7 @@ from typing import NamedTuple
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
+from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule
@@ -77,6 +78,8 @@ def _bert(m: int, arch: str) -> list[Entry]:
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the units", half, dense))
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the blocks", vectors, dense))
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the blocks, strays", strayed, dense))
+    kept = gemm_24_rule(m, n, k, "float16", epilogue=gelu, arch=arch)
+    found.append(Entry(f"bert ffn1 {m} rows fp16, 2:4", kept, dense))
     found.append(Entry(f"bert ffn1 {m} rows bf16", bf16))
     for word, dtype in {"int8": "int8", "fp8": FP8}.items():
         rule = gemm_rule(m, n, k, dtype, epilogue=gelu, arch=arch)

@@ -63,7 +63,16 @@ TILES = (
 )
 
 
-def choose_tile(m: int, n: int, k_tiles: int, arch: str, columns: int | None = None) -> GemmTile:
+def choose_tile(
+    m: int,
+    n: int,
+    k_tiles: int,
+    arch: str,
+    columns: int | None = None,
+    *,
+    tiles: tuple[GemmTile, ...] = TILES,
+    parts: bool = True,
+) -> GemmTile:
     """Return the tile of least modelled time, with parts of K where too few blocks fill the device.
 
     Parameters
@@ -76,13 +85,14 @@ def choose_tile(m: int, n: int, k_tiles: int, arch: str, columns: int | None = N
         A key of `SMS`.
     columns : int, optional
         Columns that a block must have: those of a group with one list of live blocks.
+    tiles : tuple of GemmTile
+        To choose from.
+    parts : bool
+        Whether K may be parted.
     """
-    fits = [
-        option
-        for tile in TILES
-        if columns in (None, tile.n)
-        for option in (tile, _split(tile, m, n, k_tiles, SMS[arch]))
-    ]
+    fits = [tile for tile in tiles if columns in (None, tile.n)]
+    if parts:
+        fits += [_split(tile, m, n, k_tiles, SMS[arch]) for tile in fits]
     return min(fits, key=lambda tile: _cost(tile, m, n, k_tiles, SMS[arch]))
 
 

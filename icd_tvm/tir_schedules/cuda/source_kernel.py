@@ -128,7 +128,7 @@ class SourceKernel:
 
     def source(self) -> str:
         """Return everything the device function needs, once for each text that holds it."""
-        return f"{source_of('common')}\n{source_of(self.family)}\n{self.body()}"
+        return "\n".join((source_of("common"), *map(source_of, _files(self.family)), self.body()))
 
     def cuda(self) -> str:
         """Return a ``__global__`` function of the kernel's name; needs `source` before it."""
@@ -203,6 +203,11 @@ def _bool(value: bool) -> str:
     return "true" if value else "false"
 
 
+def _files(family: str) -> tuple[str, ...]:
+    """Return the files of a family, what they need first; `common` is in all."""
+    return ("gemm", family) if family == "gemm_24" else (family,)
+
+
 @cache
 def source_of(family: str) -> str:
     """Return the text of a file in ``src``."""
@@ -211,7 +216,7 @@ def source_of(family: str) -> str:
 
 def whole_text(kernels: list[SourceKernel], *, wrap: bool = True) -> str:
     """Return one text with all kernels; ``wrap`` adds their ``__global__`` functions."""
-    families = dict.fromkeys(kernel.family for kernel in kernels)
+    families = dict.fromkeys(name for kernel in kernels for name in _files(kernel.family))
     parts = [source_of("common"), *(source_of(family) for family in families)]
     for kernel in {kernel.name: kernel for kernel in kernels}.values():
         parts += [kernel.body(), kernel.cuda() if wrap else ""]

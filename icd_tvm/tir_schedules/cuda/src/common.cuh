@@ -79,6 +79,23 @@ ICD_DEVICE void mma(S8, int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// A with two of every four elements of a row: 16 x 16 kept ones, and `meta` of the lanes whose number
+// is even or odd by halves of K: for 8 kept elements of row lane / 4, and of the row 8 below, 2 bits
+// each that say which of the four it is, in ascending order ("Sparse matrix storage" of the PTX ISA).
+ICD_DEVICE void mma_sparse(F16, float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                 "r"(b[3]), "r"(meta));
+}
+ICD_DEVICE void mma_sparse(BF16, float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                 "r"(b[3]), "r"(meta));
+}
 // sm_89 and later. On sm_90 ptxas makes fp16 products of it: fp8 tensor cores there want wgmma.
 ICD_DEVICE void mma(F8, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, "
