@@ -175,6 +175,7 @@ DECODES = {
     "fp16 alone": (1, 3, 1, 70, 128, "float16", "float16"),
     "bf16": (1, 1, 3, 130, 128, "bfloat16", "bfloat16"),
     "int8": (1, 2, 8, 140, 64, "float16", "int8"),
+    "fp8": (1, 2, 2, 70, 128, "bfloat16", FP8),
 }
 CONVS = {"conv fp16": (150, "float16"), "conv bf16": (8, "bfloat16")}
 SCANS = {

@@ -84,6 +84,9 @@ def _random(argument: Argument, rng: Random) -> Array:
         # Two places of four, in order.
         nibbles = rng.choice(np.array([4, 8, 9, 12, 13, 14], np.uint32), (*shape, 8))
         return (nibbles << np.arange(8, dtype=np.uint32) * 4).sum(-1, dtype=np.uint32)
+    if name == "pages":
+        # No two heads share a page.
+        return rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.int32)
     if name == "live":
         return np.full(shape, -1, np.int32)  # set by _decode, which knows the capacity
     if name == "mask":
@@ -198,13 +201,23 @@ def _attention(inputs: Arrays, out: Argument) -> Trial:
     return Trial(inputs, {"out": Expected(rows, y, allowed)})
 
 
+def _cache(inputs: Arrays, name: str) -> Array:
+    """Return keys or values as float64[batch, heads, capacity, size]."""
+    codes, scale = inputs[name].astype(np.float64), inputs.get(f"{name}_scale")
+    if scale is not None:
+        # By slot; a page may have a scale for each channel instead.
+        by_slot = scale.shape == codes.shape[:-1]
+        codes *= scale[..., None] if by_slot else scale[:, None]
+    if "pages" not in inputs:
+        return codes
+    own = codes[inputs["pages"]]
+    return own.reshape(*own.shape[:2], -1, own.shape[-1])
+
+
 def _decode(inputs: Arrays, out: Argument) -> Trial:
-    capacity, heads = inputs["k"].shape[2], inputs["live"].size
+    k, v = (_cache(inputs, name) for name in "kv")
+    capacity, heads = k.shape[2], inputs["live"].size
     inputs["live"] = np.linspace(1, capacity, heads).astype(np.int32).reshape(inputs["live"].shape)
-    k, v = (
-        inputs[name].astype(np.float64) * inputs.get(f"{name}_scale", np.ones(1))[..., None]
-        for name in "kv"
-    )
     scores = np.einsum("bhgd,bhtd->bhgt", inputs["q"].astype(np.float64), k) / k.shape[-1] ** 0.5
     dead = np.arange(capacity) >= inputs["live"][..., None]
     weights = _softmax(np.where(dead[:, :, None], -np.inf, scores))

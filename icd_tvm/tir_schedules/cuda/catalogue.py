@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
-from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
+from icd_tvm.tir_schedules.cuda.decode_attention import (
+    decode_attention_rule,
+    paged_attention_rule,
+)
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
@@ -133,4 +136,19 @@ def _attentions(arch: str, quick: bool) -> list[Entry]:
         for cache in ("float16", "int8"):
             rule = decode_attention_rule(1, 8, 4, slots, 128, "float16", cache=cache, arch=arch)
             found.append(Entry(f"decode attention {slots} slots {cache}", rule))
+        for cache in ("float16", "int8", FP8):
+            # Quantised pages have a scale for each channel, as a whole cache has.
+            rule = paged_attention_rule(
+                1,
+                8,
+                4,
+                slots // 64,
+                128,
+                "float16",
+                page=64,
+                cache=cache,
+                by_channel=cache != "float16",
+                arch=arch,
+            )
+            found.append(Entry(f"decode attention {slots} slots {cache}, pages of 64", rule))
     return found
