@@ -34,6 +34,7 @@ PRODUCTS = {
 COPIES = (("cp.async.cg.shared.global", "LDGSTS.E.BYPASS.128"), ("ldmatrix.sync", "LDSM.16.M"))
 WIDE = ("ld.global.nc.L1::no_allocate.v4.u32", "LDG.E.NA.128.CONSTANT")
 WIDEN = ("cvt.rn.f16x2.e4m3x2", "F2FP.F16.E4M3.UNPACK_B")
+EXP2 = ("ex2.approx.ftz.f32", "MUFU.EX2")
 STATE = ("ld.global.v4.f32", "LDG.E.128")
 
 
@@ -46,6 +47,8 @@ def wanted(entry: Entry, arch: str) -> list[tuple[str, str]]:
     """Return the pairs that the main kernel of a rule must have."""
     if main_kernel(entry).family in ("gemm", "gemm_24", "attention"):
         return [next(pair for word, pair in PRODUCTS.items() if word in entry.name), *COPIES]
+    if "prefill" in entry.name:
+        return [COPIES[0], EXP2] if "scan" in entry.name else [STATE]
     if "step" in entry.name:
         return [STATE]
     return [WIDE, WIDEN] if "fp8" in entry.name and arch != "sm_80" else [WIDE]

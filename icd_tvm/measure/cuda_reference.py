@@ -57,12 +57,14 @@ def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:
         How many of the leading rows of a large output are checked, drawn at random.
     """
     rng, last = np.random.default_rng(seed), rule.kernels[-1]
-    made = {kernel.arguments[-1].name for kernel in rule.kernels[:-1]}
+    made = {a.name for k in rule.kernels[:-1] for a in k.arguments[-k.outputs :]}
     arguments = {a.name: a for k in rule.kernels for a in k.arguments[: -k.outputs]}
     inputs = {name: _random(a, rng) for name, a in arguments.items() if name not in made}
     family = last.family
     if family == "mamba_step":
         return _scan(inputs) if "state" in inputs else _conv(inputs)
+    if family == "prefill_scan":
+        return _prefill(inputs) if "state" in inputs else _prefill_conv(inputs)
     out = last.arguments[-1]
     if family == "attention":
         return _attention(inputs, out)
@@ -255,6 +257,49 @@ def _scan(inputs: Arrays) -> Trial:
             "out": Expected(everything, y, _rounded(y, str(inputs["x"].dtype), 64, scale)),
         },
     )
+
+
+def _convolved(inputs: Arrays) -> tuple[Array, Array]:
+    """Return the convolution of a prompt with its SiLU, and the last four inputs."""
+    x = inputs["x"].astype(np.float64)
+    long = np.concatenate([inputs["window"].swapaxes(1, 2).astype(np.float64), x], 1)
+    length = x.shape[1]
+    sums = sum(long[:, i + 1 : i + 1 + length] * inputs["weight"][:, i] for i in range(4))
+    sums = sums + inputs["bias"].astype(np.float64)
+    return np.asarray(sums / (1 + np.exp(-sums))), long[:, -4:].swapaxes(1, 2)
+
+
+def _window(values: Array) -> Expected:
+    return Expected(np.arange(len(values)), values, np.full(values.shape, 1e-30))
+
+
+def _prefill_conv(inputs: Arrays) -> Trial:
+    y, window = _convolved(inputs)
+    allowed = _rounded(y, str(inputs["x"].dtype), 4, 4.0)
+    return Trial(
+        inputs,
+        {"window_out": _window(window), "out": Expected(np.arange(len(y)), y, allowed)},
+    )
+
+
+def _prefill(inputs: Arrays) -> Trial:
+    f = {name: array.astype(np.float64) for name, array in inputs.items()}
+    expected = {}
+    if "window" in inputs:
+        f["x"], window = _convolved(inputs)
+        expected["window_out"] = _window(window)
+    everything, state, y = np.arange(len(f["x"])), f["state"], np.zeros_like(f["x"])
+    step = np.logaddexp(0, f["dt"] + f["dt_bias"])
+    for t in range(y.shape[1]):
+        state = state * np.exp(step[:, t, :, None] * f["a"])
+        state = state + (step * f["x"])[:, t, :, None] * f["b"][:, t, None]
+        y[:, t] = (state @ f["c"][:, t, :, None])[..., 0]
+    y = (y + f["d"] * f["x"]) * f["z"] / (1 + np.exp(-f["z"]))
+    scale = 4 * float(np.abs(state).max())
+    allowed = _rounded(y, str(inputs["x"].dtype), 64, scale)
+    close = 2e-5 * (1 + np.abs(state))
+    expected["state_out"] = Expected(everything, state, close)
+    return Trial(inputs, {**expected, "out": Expected(everything, y, allowed)})
 
 
 def run_rule(

@@ -18,6 +18,7 @@ from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule
 
 ROWS = (128, 1024, 4096, 16384)
@@ -29,7 +30,7 @@ EPILOGUES = {
     "ffn2": Epilogue(bias=True, residual=True),
 }
 PROJECTIONS = {"in_proj": (10240, 2560), "out_proj": (2560, 5120)}
-INNER, STATES = 5120, 16
+INNER, STATES, PROMPT = 5120, 16, 1024
 # Kernels of these differ from others in sizes only.
 _REPEATED = ("qkv", "ffn2 1024", "half of the units", "half of the outputs")
 
@@ -59,6 +60,7 @@ def catalogue(arch: str = "sm_90", *, quick: bool = False) -> list[Entry]:
     found += _attentions(arch, quick)
     found.append(Entry("mamba conv step fp16", conv_step_rule(INNER, "float16")))
     found.append(Entry("mamba scan step fp16", scan_step_rule(INNER, STATES, "float16")))
+    found += _prefills(arch)
     return [e for e in found if not (quick and any(word in e.name for word in _REPEATED))]
 
 
@@ -124,6 +126,18 @@ def _mamba(name: str) -> list[Entry]:
     ]
 
 
+def _prefills(arch: str) -> list[Entry]:
+    name, sizes = f"mamba prefill {PROMPT}", (1, PROMPT, INNER)
+    scan, fused = (
+        prefill_scan_rule(*sizes, STATES, "float16", conv=conv, arch=arch) for conv in (False, True)
+    )
+    return [
+        Entry(f"{name} conv fp16", prefill_conv_rule(*sizes, "float16")),
+        Entry(f"{name} scan fp16", scan),
+        Entry(f"{name} conv and scan fp16", fused),
+    ]
+
+
 def _attentions(arch: str, quick: bool) -> list[Entry]:
     found = [
         Entry(
@@ -136,7 +150,7 @@ def _attentions(arch: str, quick: bool) -> list[Entry]:
         for cache in ("float16", "int8"):
             rule = decode_attention_rule(1, 8, 4, slots, 128, "float16", cache=cache, arch=arch)
             found.append(Entry(f"decode attention {slots} slots {cache}", rule))
-        for cache in ("float16", "int8", FP8):
+        for word, cache in {"fp16": "float16", "int8": "int8", "fp8": FP8}.items():
             # Quantised pages have a scale for each channel, as a whole cache has.
             rule = paged_attention_rule(
                 1,
@@ -150,5 +164,5 @@ def _attentions(arch: str, quick: bool) -> list[Entry]:
                 by_channel=cache != "float16",
                 arch=arch,
             )
-            found.append(Entry(f"decode attention {slots} slots {cache}, pages of 64", rule))
+            found.append(Entry(f"decode attention {slots} slots {word}, pages of 64", rule))
     return found
