@@ -39,10 +39,16 @@ from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Rule
 from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays, unpack_strays
 
+# 254 codes are numbers.
+EVERY_CODE = (
+    gemv_rule(254, 16, FP8, out="float32"),
+    gemm_rule(1, 256, 16, FP8, out="float32", tile=TILES[5]),
+)
+
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    kernels = [kernel for rule in product_rules() for kernel in rule.kernels]
+    kernels = [kernel for rule in (*product_rules(), *EVERY_CODE) for kernel in rule.kernels]
     return Emulated(kernels, tmp_path_factory.mktemp("emulated"))
 
 
@@ -111,6 +117,24 @@ def check_gemv(case: Gemv, emulated: Emulated) -> None:
     for order in ORDERS:
         found = emulated.run(kernel, needs(kernel, given), order)["y"]
         close(found, expected, case.x, case.k, 8 * np.abs(real).max())
+
+
+@needs_compiler
+def test_every_code_of_fp8_is_its_value(emulated: Emulated) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[codes & 0x7F != 0x7F].view(numpy_dtype(FP8))
+    w = np.zeros((16, len(codes)), codes.dtype)
+    w[3] = codes
+    ones = np.ones(len(codes), np.float32)
+    (vector,) = EVERY_CODE[0].kernels
+    given = {"x": np.ones((1, 16), np.float16), "w": pack_vectors(w, FP8), "scales": ones}
+    np.testing.assert_array_equal(emulated.run(vector, given)["y"][0], codes.astype(np.float32))
+    w = np.pad(w, ((0, 0), (0, 2)))
+    (matrix,) = EVERY_CODE[1].kernels
+    given = {"a": np.ones((1, 16), codes.dtype), "w": pack_weight(w, TILES[5].n)}
+    given |= {"row_scale": ones[:1], "column_scale": np.ones(256, np.float32)}
+    found = emulated.run(matrix, given)["c"][0]
+    np.testing.assert_array_equal(found, w[3].astype(np.float32))
 
 
 def _alive(case: Gemv, blocks: np.ndarray) -> np.ndarray:
@@ -204,9 +228,11 @@ def test_strays_and_blocks_are_the_weight(k: int, n: int, least: int, seed: int)
     assert packed.starts[-1] <= len(packed.list)
 
 
-def test_too_many_inputs_for_a_stray() -> None:
+def test_what_a_stray_has_no_bits_for_is_refused() -> None:
     with pytest.raises(ShapeError, match="65537 inputs"):
         pack_strays(np.zeros((65537, 1), np.float16))
+    with pytest.raises(ShapeError, match="expected float16 or bfloat16"):
+        pack_strays(np.zeros((8, 1), np.float32))
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 20), seed=st.integers(0, 2**16))

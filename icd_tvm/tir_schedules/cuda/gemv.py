@@ -173,7 +173,7 @@ def _kernel(
         threads=WARPS * 32,
         shared=4 * WARPS * ROWS,
         flop=2.0 * n * chunks * 16 / width,
-        bytes=n * chunks * 16.0 + 2 * (k + n) + (4.0 * n * k / group if group else 0),
+        bytes=n * chunks * 16.0 + 2 * (k + n) + (64.0 * n * chunks / width / group if group else 0),
         unit="fp32",
         activation=epilogue.activation,
     )

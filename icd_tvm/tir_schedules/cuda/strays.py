@@ -56,9 +56,11 @@ def pack_strays(strays: Array) -> Strays:
     Raises
     ------
     ShapeError
-        If an input has no number of 16 bits.
+        If a value or the number of an input has more than 16 bits.
     """
     k, n = strays.shape
+    if strays.dtype.itemsize != 2:
+        raise ShapeError(f"strays are {strays.dtype}", "expected float16 or bfloat16")
     if k > 1 << 16:
         raise ShapeError(f"{k} inputs of strays have no numbers of 16 bits")
     columns, inputs = np.nonzero(strays.T)
