@@ -19,7 +19,8 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 )
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule, SourceKernel
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule, SourceKernel
+from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays
 
 ORDERS = (1, 2)  # of the threads: last to first, shuffled
 PLAIN = Epilogue()
@@ -41,6 +42,7 @@ class Gemm:
     tile: int = 3
     splits: int = 1
     sparse: bool = False
+    strays: float = 0.0
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(self.m * self.n + self.k)
@@ -54,12 +56,18 @@ class Gemm:
             columns = TILES[self.tile].n
             alive = rng.random((-(-self.k // 16), -(-self.n // columns))) < 0.4
             mask = np.kron(alive, np.ones((16, columns)))[: self.k, : self.n]
-            w = (w * mask).astype(w.dtype)
+            w = (w * mask + w * (rng.random(w.shape) < self.strays)).astype(w.dtype)
         return a, w
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weight in blocks, and its strays."""
+        w = self.arrays()[1]
+        return split_strays(w, TILES[self.tile].n, 200) if self.strays else (w, 0 * w)
 
     def rule(self) -> Rule:
         tile = replace(TILES[self.tile], splits=self.splits)
-        live = live_blocks(self.arrays()[1], tile.n).shape[1] if self.sparse else None
+        blocks, strays = self.parts()
+        live = live_blocks(blocks, tile.n).shape[1] if self.sparse else None
         return gemm_rule(
             self.m,
             self.n,
@@ -68,6 +76,7 @@ class Gemm:
             out=self.out,
             epilogue=self.epilogue,
             live=live,
+            strays=len(pack_strays(strays).list) if self.strays else None,
             tile=tile,
         )
 
@@ -83,10 +92,17 @@ GEMMS = {
     "bf16": Gemm(40, 64, 72, "bfloat16", "bfloat16", Epilogue("silu", residual=True)),
     "int8": Gemm(70, 72, 208, "int8", epilogue=FULL),
     "int8 parts": Gemm(16, 64, 1040, "int8", epilogue=Epilogue(bias=True), tile=5, splits=2),
+    "fp8": Gemm(70, 72, 208, FP8, epilogue=FULL),
+    "fp8 parts": Gemm(16, 64, 528, FP8, "float32", tile=5, splits=2),
+    "fp8 blocks": Gemm(20, 128, 400, FP8, "bfloat16", tile=3, sparse=True),
     "fp16 blocks": Gemm(40, 136, 216, epilogue=FULL, tile=3, sparse=True),
     "fp16 blocks 128": Gemm(40, 256, 512, tile=2, sparse=True),
     "bf16 blocks": Gemm(20, 64, 256, "bfloat16", "bfloat16", tile=4, sparse=True),
     "int8 blocks": Gemm(20, 128, 400, "int8", tile=3, sparse=True),
+    "fp16 strays": Gemm(70, 136, 216, epilogue=FULL, tile=3, sparse=True, strays=0.02),
+    "bf16 strays parts": Gemm(
+        33, 128, 512, "bfloat16", "float32", tile=2, splits=2, sparse=True, strays=0.01
+    ),
     "fp16 blocks parts": Gemm(10, 64, 512, tile=5, splits=2, sparse=True),
 }
 
@@ -109,7 +125,8 @@ class Gemv:
         rng = np.random.default_rng(self.n)
         alive = rng.random((self.groups, -(-self.k // 16))) < 0.5
         alive[0] = False
-        found = np.full((self.groups, int(alive.sum(1).max())), -1, np.int32)
+        most = int(alive.sum(1).max())
+        found = np.full((self.groups, most + most % 2), -1, np.int32)
         for row, mask in zip(found, alive, strict=True):
             row[: mask.sum()] = np.flatnonzero(mask)
         return found
@@ -139,6 +156,11 @@ GEMVS = {
     "fp16 blocks": Gemv(64, 816, "float16", epilogue=FULL, groups=4),
     "bf16 blocks": Gemv(32, 256, "bfloat16", "bfloat16", groups=2),
     "int8 blocks": Gemv(64, 800, "int8", groups=4),
+    "int8 blocks, groups": Gemv(32, 512, "int8", group=32, groups=2),
+    "fp8": Gemv(21, 1040, FP8, epilogue=FULL),
+    "fp8 blocks": Gemv(64, 800, FP8, "bfloat16", groups=4),
+    "int4 blocks": Gemv(64, 800, "int4", epilogue=FULL, groups=4),
+    "int4 blocks, groups": Gemv(32, 1024, "int4", group=128, groups=2),
 }
 # batch, queries, keys, heads, size, dtype, mask
 ATTENTIONS = {
@@ -153,6 +175,7 @@ DECODES = {
     "fp16 alone": (1, 3, 1, 70, 128, "float16", "float16"),
     "bf16": (1, 1, 3, 130, 128, "bfloat16", "bfloat16"),
     "int8": (1, 2, 8, 140, 64, "float16", "int8"),
+    "fp8": (1, 2, 2, 70, 128, "bfloat16", FP8),
 }
 CONVS = {"conv fp16": (150, "float16"), "conv bf16": (8, "bfloat16")}
 SCANS = {

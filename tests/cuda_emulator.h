@@ -152,6 +152,7 @@ typedef unsigned short u16;
 struct F16;
 struct BF16;
 struct S8;
+struct F8;
 struct Chunk;
 
 static inline void sync_block() { emu::barrier(); }
@@ -225,6 +226,13 @@ static inline float element(BF16*, u32 word, int part) {
   return bits_to_float((word >> part * 16 & 0xffff) << 16);
 }
 static inline int element(S8*, u32 word, int part) { return (int8_t)(word >> part * 8); }
+// e4m3 of the OCP 8-bit floating point specification: bias 7, subnormals, one NaN, no infinity.
+static inline float element(F8*, u32 word, int part) {
+  const int bits = word >> part * 8 & 0xff, exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return NAN;
+  const float size = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return bits & 0x80 ? -size : size;
+}
 
 template <class T, class Acc>
 static inline void matrix_multiply(Acc (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, int depth) {
@@ -243,8 +251,32 @@ static inline void matrix_multiply(Acc (&c)[4], const u32 (&a)[4], u32 b0, u32 b
     c[e] += sum;
   }
 }
+struct SparseFragments { u32 a[4], b[4], meta; };
+// A 16 x 16 of kept elements; those of the first 16 of K have their places in lane 0 of four, the
+// others in lane 1 (sparsity selector 0): 2 bits each, row lane / 4 below, the row 8 on above.
+template <class T>
+static inline void mma_sparse(T, float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+  SparseFragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1], b[2], b[3]}, meta};
+  emu::Exchange all(&mine, sizeof mine);
+  const int lane = emu::current % 32;
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    float sum = 0;
+    for (int kept = 0; kept < 16; ++kept) {
+      const int half = kept / 8, within = kept % 8;
+      const u32 places = all.of<SparseFragments>(row % 8 * 4 + half).meta >> row / 8 * 16;
+      const int place = places >> within * 2 & 3, before = places >> (within & 6) * 2 & 3;
+      if (within % 2 && place <= before) emu::stop("mma_sparse: places are not in order");
+      const int k = kept / 2 * 4 + place;
+      u32 wa = all.of<SparseFragments>(row % 8 * 4 + within / 2).a[row / 8 + half * 2];
+      u32 wb = all.of<SparseFragments>(column * 4 + k % 8 / 2).b[k / 8];
+      sum += element((T*)nullptr, wa, within % 2) * element((T*)nullptr, wb, k % 2);
+    }
+    c[e] += sum;
+  }
+}
 template <class T> static inline void mma(T, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  matrix_multiply<T>(c, a, b0, b1, 16);
+  matrix_multiply<T>(c, a, b0, b1, 32 / T::bytes);
 }
 template <class T> static inline void mma(T, int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   matrix_multiply<T>(c, a, b0, b1, 32);

@@ -21,6 +21,7 @@ from cuda_emulation import Emulated, numpy_dtype
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,10 @@ def test_decode_attention_equals_float64(name: str, emulated: Emulated) -> None:
     for key in "kv":
         if cache == "int8":
             given[key] = rng.integers(-127, 128, (*slots, size)).astype(np.int8)
-            given[f"{key}_scale"] = (rng.random(slots) / 64).astype(np.float32)
         else:
             given[key] = rng.standard_normal((*slots, size)).astype(numpy_dtype(cache))
+        if cache in ("int8", FP8):
+            given[f"{key}_scale"] = (rng.random(slots) / 64).astype(np.float32)
     live = rng.integers(1, capacity + 1, (batch, kv_heads)).astype(np.int32)
     live.flat[0], live.flat[-1] = capacity, 1
     given["live"] = live

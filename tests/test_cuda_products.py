@@ -22,6 +22,7 @@ from cuda_emulation import Emulated, numpy_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
@@ -35,12 +36,19 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 )
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors, unpack_int4
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Rule
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Rule
+from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays, unpack_strays
+
+# 254 codes are numbers.
+EVERY_CODE = (
+    gemv_rule(254, 16, FP8, out="float32"),
+    gemm_rule(1, 256, 16, FP8, out="float32", tile=TILES[5]),
+)
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    kernels = [kernel for rule in product_rules() for kernel in rule.kernels]
+    kernels = [kernel for rule in (*product_rules(), *EVERY_CODE) for kernel in rule.kernels]
     return Emulated(kernels, tmp_path_factory.mktemp("emulated"))
 
 
@@ -55,23 +63,27 @@ def check_gemm(case: Gemm, emulated: Emulated) -> None:
     a, w = case.arrays()
     rng = np.random.default_rng(1)
     columns = TILES[case.tile].n
-    blocks = live_blocks(w, columns) if case.sparse else None
-    given = {"a": a, "w": pack_weight(w, columns, blocks), "slabs": blocks}
+    kept, strays = case.parts()
+    blocks = live_blocks(kept, columns) if case.sparse else None
+    given = {"a": a, "w": pack_weight(kept, columns, blocks), "slabs": blocks}
+    given["stray_starts"], given["stray_list"] = pack_strays(strays.astype(np.float16))
+    if case.strays:
+        assert 0 < (strays != 0).sum() < (kept != 0).sum()
+        given["stray_starts"], given["stray_list"] = pack_strays(strays)
     given["bias"] = rng.standard_normal(case.n).astype(np.float32)
     given["residual"] = rng.standard_normal((case.m, case.n)).astype(numpy_dtype(case.out))
     given["row_scale"] = (rng.random(case.m) / 127).astype(np.float32)
     given["column_scale"] = (rng.random(case.n) / 127).astype(np.float32)
     sums = a.astype(float) @ w.astype(float)
     scale = np.abs(a.astype(float)).max() * np.abs(w.astype(float)).max()
-    if case.dtype == "int8":
+    if case.dtype in ("int8", FP8):
         factor = given["row_scale"].astype(float)[:, None] * given["column_scale"].astype(float)
         sums, scale = sums * factor, scale / 127**2
-    assert len(rule.kernels) == (2 if case.splits > 1 else 1)
+    assert len(rule.kernels) == 1 + (case.splits > 1) + (case.strays > 0)
     for order in ORDERS:
-        found = emulated.run(rule.kernels[0], needs(rule.kernels[0], given), order)
-        if case.splits > 1:
-            given["parts"] = found["parts"]
-            found = emulated.run(rule.kernels[1], needs(rule.kernels[1], given), order)
+        for kernel in rule.kernels:
+            found = emulated.run(kernel, needs(kernel, given), order)
+            given |= found
         close(found["c"], finish(sums, case.epilogue, given), case.out, case.k, 8 * scale)
 
 
@@ -97,7 +109,7 @@ def check_gemv(case: Gemv, emulated: Emulated) -> None:
     given["bias"] = rng.standard_normal(case.n).astype(np.float32)
     given["residual"] = rng.standard_normal((1, case.n)).astype(numpy_dtype(case.x))
     real = w.astype(float)
-    if limit is not None:
+    if limit is not None or case.dtype == FP8:
         factor = given["scales"].astype(float)
         real *= np.repeat(factor, case.group, 1).T if case.group else factor
     expected = finish(x.astype(float) @ real, case.epilogue, given)
@@ -107,6 +119,24 @@ def check_gemv(case: Gemv, emulated: Emulated) -> None:
         close(found, expected, case.x, case.k, 8 * np.abs(real).max())
 
 
+@needs_compiler
+def test_every_code_of_fp8_is_its_value(emulated: Emulated) -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[codes & 0x7F != 0x7F].view(numpy_dtype(FP8))
+    w = np.zeros((16, len(codes)), codes.dtype)
+    w[3] = codes
+    ones = np.ones(len(codes), np.float32)
+    (vector,) = EVERY_CODE[0].kernels
+    given = {"x": np.ones((1, 16), np.float16), "w": pack_vectors(w, FP8), "scales": ones}
+    np.testing.assert_array_equal(emulated.run(vector, given)["y"][0], codes.astype(np.float32))
+    w = np.pad(w, ((0, 0), (0, 2)))
+    (matrix,) = EVERY_CODE[1].kernels
+    given = {"a": np.ones((1, 16), codes.dtype), "w": pack_weight(w, TILES[5].n)}
+    given |= {"row_scale": ones[:1], "column_scale": np.ones(256, np.float32)}
+    found = emulated.run(matrix, given)["c"][0]
+    np.testing.assert_array_equal(found, w[3].astype(np.float32))
+
+
 def _alive(case: Gemv, blocks: np.ndarray) -> np.ndarray:
     mask = np.zeros((-(-case.k // 16), case.groups))
     for group, listed in enumerate(blocks):
@@ -114,12 +144,35 @@ def _alive(case: Gemv, blocks: np.ndarray) -> np.ndarray:
     return np.kron(mask, np.ones((16, case.n // case.groups)))[: case.k]
 
 
-# What a kernel may get wrong, and what the emulator makes of it.
+# What a kernel may get wrong, what the emulator makes of it, and of which case.
 MISTAKES = {
-    "a missing wait": ("copy_wait<G::STAGES - 2>();", "", "never waited for"),
-    "a missing barrier": ("  sync_block();\n  int mine", "  int mine", "worst"),
-    "a plain layout": ("(chunk ^ ((row >> 1) & 3))", "chunk", "bank conflicts"),
-    "a wrong fragment": ("lane % 8 + lane / 16 * 8", "lane % 16", "worst"),
+    "a missing wait": ("copy_wait<G::STAGES - 2>();", "", "never waited for", "fp16 one row"),
+    "a missing barrier": ("  sync_block();\n  int mine", "  int mine", "worst", "bf16 vector"),
+    "a plain layout": ("(chunk ^ ((row >> 1) & 3))", "chunk", "bank conflicts", "fp16 one row"),
+    "a wrong fragment": ("lane % 8 + lane / 16 * 8", "lane % 16", "worst", "fp16 one row"),
+    "strays of other rows": ("from + i * 16 + half * 8", "from + i * 16", "worst", "fp16 strays"),
+    "strays of other inputs": ("some.w[s] & 0xffff", "some.w[s] & 0xff", "worst", "many inputs"),
+    "a second half turned": (
+        "tile[(row + 1) * G::ROW",
+        "tile[row * G::ROW",
+        "worst",
+        "fp16 strays",
+    ),
+    "a block for two": ("live[at / PIECES]", "live[at / 4 * 2]", "worst", "int4 blocks"),
+    "a scale for two": ("SLAB < PER ? SLAB", "SLAB < PER ? PER", "worst", "int4 blocks, groups"),
+    "halves of fp8 swapped": (
+        "return i % 2 ? two.y : two.x",
+        "return two.x",
+        "worst",
+        "fp8 vector",
+    ),
+}
+PLANTED: dict[str, Gemm | Gemv] = {
+    **{name: GEMMS[name] for name in ("fp16 one row", "fp16 strays")},
+    **{name: GEMVS[name] for name in ("int4 blocks", "int4 blocks, groups")},
+    "bf16 vector": GEMVS["bf16"],
+    "fp8 vector": Gemv(8, 64, FP8),
+    "many inputs": Gemm(8, 64, 512, tile=5, sparse=True, strays=0.02),
 }
 
 
@@ -128,18 +181,16 @@ MISTAKES = {
 def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, wrong, noticed = MISTAKES[mistake]
-    original = source_kernel.source_of
+    right, wrong, noticed, name = MISTAKES[mistake]
+    original, case = source_kernel.source_of, PLANTED[name]
     monkeypatch.setattr(
         source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
     )
-    assert any(right in original(family) for family in ("gemm", "gemv"))
-    case, check = (
-        (GEMVS["bf16"], check_gemv) if "barrier" in mistake else (GEMMS["fp16 one row"], check_gemm)
-    )
-    broken = Emulated(case.rule().kernels, tmp_path)
+    kernels = case.rule().kernels
+    assert any(right in original(kernel.family) for kernel in kernels)
+    broken = Emulated(kernels, tmp_path)
     with pytest.raises(AssertionError, match=noticed):
-        check(case, broken)
+        check_gemm(case, broken) if isinstance(case, Gemm) else check_gemv(case, broken)
 
 
 @given(
@@ -158,6 +209,30 @@ def test_packing_is_undone(k: int, n: int, columns: int, dtype: str, seed: int) 
     packed = pack_weight(weight, columns, blocks)
     np.testing.assert_array_equal(unpack_weight(packed, k, n, blocks), weight)
     assert packed.shape[1] * packed.shape[3] == 16 * blocks.shape[1]
+
+
+@given(
+    k=st.integers(1, 90), n=st.integers(1, 150), least=st.integers(1, 40), seed=st.integers(0, 99)
+)
+def test_strays_and_blocks_are_the_weight(k: int, n: int, least: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((k, n)).astype(np.float16)
+    weight[rng.random((k, n)) < 0.97] = 0
+    kept, strays = split_strays(weight, 64, least)
+    np.testing.assert_array_equal(kept + strays, weight)
+    assert not (kept * strays).any()
+    by_block = np.add.reduceat(np.add.reduceat(kept != 0, range(0, k, 16), 0), range(0, n, 64), 1)
+    assert ((by_block == 0) | (by_block >= least)).all()
+    packed = pack_strays(strays)
+    np.testing.assert_array_equal(unpack_strays(packed, k, strays.dtype), strays)
+    assert packed.starts[-1] <= len(packed.list)
+
+
+def test_what_a_stray_has_no_bits_for_is_refused() -> None:
+    with pytest.raises(ShapeError, match="65537 inputs"):
+        pack_strays(np.zeros((65537, 1), np.float16))
+    with pytest.raises(ShapeError, match="expected float16 or bfloat16"):
+        pack_strays(np.zeros((8, 1), np.float32))
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 20), seed=st.integers(0, 2**16))
@@ -184,8 +259,13 @@ def test_chosen_tile_is_whole(m: int, n: int, k: int) -> None:
         (gemv_rule(8, 100, "float16"), "16 bytes"),
         (gemv_rule(8, 96, "int4", group=24), "16 bytes"),
         (gemv_rule(8, 64, "float16", x="bfloat16"), "cast one"),
-        (gemv_rule(8, 64, "int4", live=(2, 2)), "live blocks"),
+        (gemm_rule(8, 64, 64, FP8, arch="sm_80"), "sm_89"),
+        (gemm_rule(8, 64, 64, "int8", live=4, strays=1), "strays of 64 inputs of int8"),
+        (gemv_rule(8, 64, "int4", live=(2, 3)), "16 bytes"),
+        (gemv_rule(8, 64, "int4", group=8, live=(2, 2)), "groups of 8"),
+        (gemv_rule(8, 64, "float16", group=8), "groups of 8"),
         (gemv_rule(8, 72, "float16", live=(2, 2)), "multiple of 16"),
+        (gemv_rule(6, 64, "float16", live=(2, 2)), "multiple of 4"),
         (gemv_rule(8, 64, "float8"), "no kernel for float8"),
         (attention_rule(1, 8, 8, 1, 48, "float16"), "heads of 48"),
         (attention_rule(1, 8, 8, 1, 64, "float32"), "float32"),

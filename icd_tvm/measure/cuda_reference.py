@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.gemm import SLAB, unpack_weight
+from icd_tvm.tir_schedules.cuda.gemm_24 import TwoFour, unpack_two_four
 from icd_tvm.tir_schedules.cuda.gemv import unpack_int4
 from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule, numpy_dtype
 
@@ -56,19 +57,21 @@ def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:
         How many of the leading rows of a large output are checked, drawn at random.
     """
     rng, last = np.random.default_rng(seed), rule.kernels[-1]
-    made = {kernel.arguments[-1].name for kernel in rule.kernels[:-1]}
+    made = {a.name for k in rule.kernels[:-1] for a in k.arguments[-k.outputs :]}
     arguments = {a.name: a for k in rule.kernels for a in k.arguments[: -k.outputs]}
     inputs = {name: _random(a, rng) for name, a in arguments.items() if name not in made}
     family = last.family
     if family == "mamba_step":
         return _scan(inputs) if "state" in inputs else _conv(inputs)
+    if family == "prefill_scan":
+        return _prefill(inputs) if "state" in inputs else _prefill_conv(inputs)
     out = last.arguments[-1]
     if family == "attention":
         return _attention(inputs, out)
     if family == "decode_attention":
         return _decode(inputs, out)
     chosen = np.sort(rng.permutation(out.shape[0])[:rows])
-    return (_gemm if family == "gemm" else _gemv)(inputs, out, chosen, last.activation)
+    return (_gemv if family == "gemv" else _gemm)(inputs, out, chosen, last.activation)
 
 
 def _random(argument: Argument, rng: Random) -> Array:
@@ -79,6 +82,13 @@ def _random(argument: Argument, rng: Random) -> Array:
         return np.stack(
             [np.sort(rng.permutation(2 * shape[1])[: shape[1]]) for _ in range(shape[0])]
         ).astype(np.int32)
+    if name == "meta":
+        # Two places of four, in order.
+        nibbles = rng.choice(np.array([4, 8, 9, 12, 13, 14], np.uint32), (*shape, 8))
+        return (nibbles << np.arange(8, dtype=np.uint32) * 4).sum(-1, dtype=np.uint32)
+    if name == "pages":
+        # No two heads share a page.
+        return rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.int32)
     if name == "live":
         return np.full(shape, -1, np.int32)  # set by _decode, which knows the capacity
     if name == "mask":
@@ -118,23 +128,42 @@ def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
     if slabs is not None:
         # A matrix of random blocks: those beyond K read nothing.
         inputs["slabs"] = slabs = np.where(slabs < -(-k // SLAB), slabs, -1).astype(np.int32)
-    w = unpack_weight(packed, k, n, slabs).astype(np.float64)
+    if "meta" in inputs:
+        w = unpack_two_four(TwoFour(packed, inputs["meta"]), k, n).astype(np.float64)
+    else:
+        w = unpack_weight(packed, k, n, slabs).astype(np.float64)
+    if "stray_list" in inputs:
+        w = w + _strays(inputs, k, n, a.dtype)
     sums, scale = a[rows].astype(np.float64) @ w, 4.0 * float(np.abs(w).max())
     if "row_scale" in inputs:
         factor = inputs["row_scale"][rows].astype(np.float64)[:, None] * inputs["column_scale"]
-        sums, scale = sums * factor, 127 * 127 / 64**2
+        sums, scale = sums * factor, (127 * 127 if a.dtype == np.int8 else scale) / 64**2
     y = _finish(sums, inputs, rows, activation)
     return Trial(inputs, {"c": Expected(rows, y, _rounded(y, out.dtype, k, scale))})
 
 
+def _strays(inputs: Arrays, k: int, n: int, dtype: np.dtype[Any]) -> Array:
+    """Spread random strays over the columns; return them as float64[k, n], doubled ones summed."""
+    rng, shape = np.random.default_rng(n), inputs["stray_list"].shape
+    starts = np.linspace(0, shape[0], n + 1).astype(np.int32)
+    at, values = rng.integers(0, k, shape), rng.standard_normal(shape).astype(dtype)
+    words = at.astype(np.uint32) | values.view(np.uint16).astype(np.uint32) << 16
+    inputs["stray_starts"], inputs["stray_list"] = starts, words
+    full = np.zeros((k, n))
+    columns = np.repeat(np.arange(n), np.diff(starts))
+    np.add.at(full, (at, columns[:, None]), values.astype(np.float64))
+    return full
+
+
 def _gemv(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
     x, w = inputs["x"][0].astype(np.float64), inputs["w"]
+    w = (unpack_int4(w) if w.dtype == np.uint8 else w).astype(np.float64)
     blocks = inputs.get("blocks")
     if blocks is not None:
         inputs["blocks"] = blocks = np.where(blocks * SLAB < len(x), blocks, -1).astype(np.int32)
-        real = _spread(w.astype(np.float64), blocks, len(x))
+        real = _spread(w, blocks, len(x))
     else:
-        real = (unpack_int4(w) if w.dtype == np.uint8 else w).astype(np.float64)[:, : len(x)]
+        real = w[:, : len(x)]
     if "scales" in inputs:
         scales = inputs["scales"].astype(np.float64).reshape(len(real), -1)
         real = real * np.repeat(scales, real.shape[1] // scales.shape[1], 1)
@@ -174,13 +203,23 @@ def _attention(inputs: Arrays, out: Argument) -> Trial:
     return Trial(inputs, {"out": Expected(rows, y, allowed)})
 
 
+def _cache(inputs: Arrays, name: str) -> Array:
+    """Return keys or values as float64[batch, heads, capacity, size]."""
+    codes, scale = inputs[name].astype(np.float64), inputs.get(f"{name}_scale")
+    if scale is not None:
+        # By slot; a page may have a scale for each channel instead.
+        by_slot = scale.shape == codes.shape[:-1]
+        codes *= scale[..., None] if by_slot else scale[:, None]
+    if "pages" not in inputs:
+        return codes
+    own = codes[inputs["pages"]]
+    return own.reshape(*own.shape[:2], -1, own.shape[-1])
+
+
 def _decode(inputs: Arrays, out: Argument) -> Trial:
-    capacity, heads = inputs["k"].shape[2], inputs["live"].size
+    k, v = (_cache(inputs, name) for name in "kv")
+    capacity, heads = k.shape[2], inputs["live"].size
     inputs["live"] = np.linspace(1, capacity, heads).astype(np.int32).reshape(inputs["live"].shape)
-    k, v = (
-        inputs[name].astype(np.float64) * inputs.get(f"{name}_scale", np.ones(1))[..., None]
-        for name in "kv"
-    )
     scores = np.einsum("bhgd,bhtd->bhgt", inputs["q"].astype(np.float64), k) / k.shape[-1] ** 0.5
     dead = np.arange(capacity) >= inputs["live"][..., None]
     weights = _softmax(np.where(dead[:, :, None], -np.inf, scores))
@@ -218,6 +257,49 @@ def _scan(inputs: Arrays) -> Trial:
             "out": Expected(everything, y, _rounded(y, str(inputs["x"].dtype), 64, scale)),
         },
     )
+
+
+def _convolved(inputs: Arrays) -> tuple[Array, Array]:
+    """Return the convolution of a prompt with its SiLU, and the last four inputs."""
+    x = inputs["x"].astype(np.float64)
+    long = np.concatenate([inputs["window"].swapaxes(1, 2).astype(np.float64), x], 1)
+    length = x.shape[1]
+    sums = sum(long[:, i + 1 : i + 1 + length] * inputs["weight"][:, i] for i in range(4))
+    sums = sums + inputs["bias"].astype(np.float64)
+    return np.asarray(sums / (1 + np.exp(-sums))), long[:, -4:].swapaxes(1, 2)
+
+
+def _window(values: Array) -> Expected:
+    return Expected(np.arange(len(values)), values, np.full(values.shape, 1e-30))
+
+
+def _prefill_conv(inputs: Arrays) -> Trial:
+    y, window = _convolved(inputs)
+    allowed = _rounded(y, str(inputs["x"].dtype), 4, 4.0)
+    return Trial(
+        inputs,
+        {"window_out": _window(window), "out": Expected(np.arange(len(y)), y, allowed)},
+    )
+
+
+def _prefill(inputs: Arrays) -> Trial:
+    f = {name: array.astype(np.float64) for name, array in inputs.items()}
+    expected = {}
+    if "window" in inputs:
+        f["x"], window = _convolved(inputs)
+        expected["window_out"] = _window(window)
+    everything, state, y = np.arange(len(f["x"])), f["state"], np.zeros_like(f["x"])
+    step = np.logaddexp(0, f["dt"] + f["dt_bias"])
+    for t in range(y.shape[1]):
+        state = state * np.exp(step[:, t, :, None] * f["a"])
+        state = state + (step * f["x"])[:, t, :, None] * f["b"][:, t, None]
+        y[:, t] = (state @ f["c"][:, t, :, None])[..., 0]
+    y = (y + f["d"] * f["x"]) * f["z"] / (1 + np.exp(-f["z"]))
+    scale = 4 * float(np.abs(state).max())
+    allowed = _rounded(y, str(inputs["x"].dtype), 64, scale)
+    close = 2e-5 * (1 + np.abs(state))
+    expected["state_out"] = Expected(everything, state, close)
+    return Trial(inputs, {**expected, "out": Expected(everything, y, allowed)})
 
 
 def run_rule(

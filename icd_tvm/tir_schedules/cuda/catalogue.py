@@ -10,11 +10,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
-from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
+from icd_tvm.tir_schedules.cuda.decode_attention import (
+    decode_attention_rule,
+    paged_attention_rule,
+)
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
+from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule
+from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule
 
 ROWS = (128, 1024, 4096, 16384)
 LAYERS = {"qkv": (2304, 768), "out": (768, 768), "ffn1": (3072, 768), "ffn2": (768, 3072)}
@@ -25,7 +30,7 @@ EPILOGUES = {
     "ffn2": Epilogue(bias=True, residual=True),
 }
 PROJECTIONS = {"in_proj": (10240, 2560), "out_proj": (2560, 5120)}
-INNER, STATES = 5120, 16
+INNER, STATES, PROMPT = 5120, 16, 1024
 # Kernels of these differ from others in sizes only.
 _REPEATED = ("qkv", "ffn2 1024", "half of the units", "half of the outputs")
 
@@ -55,6 +60,7 @@ def catalogue(arch: str = "sm_90", *, quick: bool = False) -> list[Entry]:
     found += _attentions(arch, quick)
     found.append(Entry("mamba conv step fp16", conv_step_rule(INNER, "float16")))
     found.append(Entry("mamba scan step fp16", scan_step_rule(INNER, STATES, "float16")))
+    found += _prefills(arch)
     return [e for e in found if not (quick and any(word in e.name for word in _REPEATED))]
 
 
@@ -69,13 +75,21 @@ def _bert(m: int, arch: str) -> list[Entry]:
     gelu, dense = EPILOGUES["ffn1"], f"bert ffn1 {m} rows fp16"
     half = gemm_rule(m, n // 2, k, "float16", epilogue=gelu, arch=arch)
     vectors = gemm_rule(m, n, k, "float16", epilogue=gelu, arch=arch, live=k // 32)
+    # One in 200 elements outside of the blocks, in fours by column.
+    strayed = gemm_rule(
+        m, n, k, "float16", epilogue=gelu, arch=arch, live=k // 32, strays=n * -(-k // 200 // 4)
+    )
     bf16 = gemm_rule(m, n, k, "bfloat16", out="bfloat16", epilogue=gelu, arch=arch)
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the units", half, dense))
     found.append(Entry(f"bert ffn1 {m} rows fp16, half of the blocks", vectors, dense))
+    found.append(Entry(f"bert ffn1 {m} rows fp16, half of the blocks, strays", strayed, dense))
+    kept = gemm_24_rule(m, n, k, "float16", epilogue=gelu, arch=arch)
+    found.append(Entry(f"bert ffn1 {m} rows fp16, 2:4", kept, dense))
     found.append(Entry(f"bert ffn1 {m} rows bf16", bf16))
-    found.append(
-        Entry(f"bert ffn1 {m} rows int8", gemm_rule(m, n, k, "int8", epilogue=gelu, arch=arch))
-    )
+    for word, dtype in {"int8": "int8", "fp8": FP8}.items():
+        rule = gemm_rule(m, n, k, dtype, epilogue=gelu, arch=arch)
+        if dtype != FP8 or arch != "sm_80":
+            found.append(Entry(f"bert ffn1 {m} rows {word}", rule))
     return found
 
 
@@ -95,12 +109,32 @@ def _mamba(name: str) -> list[Entry]:
         Entry(f"{label} bf16", gemv_rule(n, k, "bfloat16", x="bfloat16")),
         Entry(f"{label} int8", gemv_rule(n, k, "int8")),
         Entry(f"{label} int4 g128", gemv_rule(n, k, "int4", group=128)),
-        Entry(
-            f"{label} fp16, half of the blocks",
-            gemv_rule(n, k, "float16", live=live),
-            f"{label} fp16",
+        Entry(f"{label} fp8", gemv_rule(n, k, FP8)),
+        *(
+            Entry(
+                f"{label} {word}, half of the blocks",
+                gemv_rule(n, k, dtype, group=group, live=live),
+                f"{label} {word}",
+            )
+            for word, dtype, group in (
+                ("fp16", "float16", 0),
+                ("fp8", FP8, 0),
+                ("int4 g128", "int4", 128),
+            )
         ),
         Entry(f"{label} fp16, half of the outputs", gemv_rule(n // 2, k, "float16")),
+    ]
+
+
+def _prefills(arch: str) -> list[Entry]:
+    name, sizes = f"mamba prefill {PROMPT}", (1, PROMPT, INNER)
+    scan, fused = (
+        prefill_scan_rule(*sizes, STATES, "float16", conv=conv, arch=arch) for conv in (False, True)
+    )
+    return [
+        Entry(f"{name} conv fp16", prefill_conv_rule(*sizes, "float16")),
+        Entry(f"{name} scan fp16", scan),
+        Entry(f"{name} conv and scan fp16", fused),
     ]
 
 
@@ -116,4 +150,19 @@ def _attentions(arch: str, quick: bool) -> list[Entry]:
         for cache in ("float16", "int8"):
             rule = decode_attention_rule(1, 8, 4, slots, 128, "float16", cache=cache, arch=arch)
             found.append(Entry(f"decode attention {slots} slots {cache}", rule))
+        for word, cache in {"fp16": "float16", "int8": "int8", "fp8": FP8}.items():
+            # Quantised pages have a scale for each channel, as a whole cache has.
+            rule = paged_attention_rule(
+                1,
+                8,
+                4,
+                slots // 64,
+                128,
+                "float16",
+                page=64,
+                cache=cache,
+                by_channel=cache != "float16",
+                arch=arch,
+            )
+            found.append(Entry(f"decode attention {slots} slots {word}, pages of 64", rule))
     return found

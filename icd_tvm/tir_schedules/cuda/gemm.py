@@ -1,9 +1,9 @@
-"""Matmul on tensor cores: fp16, bf16 and int8, dense or with dead blocks of the weight.
+"""Matmul on tensor cores: fp16, bf16, fp8 and int8, dense or with dead blocks of the weight.
 
 A column block of W (64 or 128 outputs) lies in memory as the kernel reads it: tiles of 64 bytes of
-K (32 fp16 or 64 int8) for each of its columns. Where the columns of a block share their zeros, only
-live blocks of 16 rows of W are kept, with their list; units that were removed leave a smaller dense
-matmul.
+K (32 fp16, 64 int8 or fp8) for each of its columns. Where the columns of a block share their zeros,
+only live blocks of 16 rows of W are kept, with their list; units that were removed leave a smaller
+dense matmul.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.archs import SMS
 from icd_tvm.tir_schedules.cuda.source_kernel import (
+    FP8,
     WIDTHS,
     Argument,
     Epilogue,
@@ -24,6 +25,7 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     or_null,
     refused,
 )
+from icd_tvm.tir_schedules.cuda.turn import turn_kernel
 
 Array = npt.NDArray[np.generic]
 ROW = 64  # bytes of K in a tile
@@ -31,6 +33,7 @@ SLAB = 16  # rows of W in a block that is live or dead
 STAGES = 4
 LAUNCH = 500  # rows of 64 bytes that a multiprocessor reads from DRAM in 1 us
 PLAIN = Epilogue()
+_SCALED = (FP8, "int8")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,16 @@ TILES = (
 )
 
 
-def choose_tile(m: int, n: int, k_tiles: int, arch: str, columns: int | None = None) -> GemmTile:
+def choose_tile(
+    m: int,
+    n: int,
+    k_tiles: int,
+    arch: str,
+    columns: int | None = None,
+    *,
+    tiles: tuple[GemmTile, ...] = TILES,
+    parts: bool = True,
+) -> GemmTile:
     """Return the tile of least modelled time, with parts of K where too few blocks fill the device.
 
     Parameters
@@ -73,13 +85,14 @@ def choose_tile(m: int, n: int, k_tiles: int, arch: str, columns: int | None = N
         A key of `SMS`.
     columns : int, optional
         Columns that a block must have: those of a group with one list of live blocks.
+    tiles : tuple of GemmTile
+        To choose from.
+    parts : bool
+        Whether K may be parted.
     """
-    fits = [
-        option
-        for tile in TILES
-        if columns in (None, tile.n)
-        for option in (tile, _split(tile, m, n, k_tiles, SMS[arch]))
-    ]
+    fits = [tile for tile in tiles if columns in (None, tile.n)]
+    if parts:
+        fits += [_split(tile, m, n, k_tiles, SMS[arch]) for tile in fits]
     return min(fits, key=lambda tile: _cost(tile, m, n, k_tiles, SMS[arch]))
 
 
@@ -139,7 +152,7 @@ def pack_weight(
     Parameters
     ----------
     weight : [K, N]
-        float16, bfloat16 or int8.
+        float16, bfloat16, float8_e4m3fn or int8.
     columns : int
         Of a block.
     blocks : int32[column blocks, live], optional
@@ -185,6 +198,7 @@ def gemm_rule(
     epilogue: Epilogue = PLAIN,
     arch: str = "sm_90",
     live: int | None = None,
+    strays: int | None = None,
     tile: GemmTile | None = None,
 ) -> Rule:
     """Return the kernels of ``act(A[m, k] W[k, n] + bias) + residual``.
@@ -194,8 +208,9 @@ def gemm_rule(
     m, n, k : int
         Sizes.
     dtype : str
-        Of A and W: ``float16``, ``bfloat16`` or ``int8``; sums are float32 or int32. int8 takes
-        ``row_scale`` float32[m] and ``column_scale`` float32[n].
+        Of A and W: ``float16``, ``bfloat16``, ``float8_e4m3fn`` (not on sm_80) or ``int8``; sums
+        are float32 or int32. fp8 and int8 take ``row_scale`` float32[m] and ``column_scale``
+        float32[n].
     out : str
         Of C and the residual: ``float16``, ``bfloat16`` or ``float32``.
     epilogue : Epilogue
@@ -203,26 +218,35 @@ def gemm_rule(
         Whose number of multiprocessors decides the tile.
     live : int, optional
         Blocks of 16 rows of W in each list of `live_blocks`; None for a dense weight.
+    strays : int, optional
+        Fours of elements of W outside its live blocks (`pack_strays`), fp16 and bf16 only.
     tile : GemmTile, optional
         Instead of the chosen one.
 
     Returns
     -------
     Rule
-        One kernel; with parts of K a second one that sums them. Arguments by name: ``a``, ``w``
-        (`pack_weight`), ``slabs`` (`live_blocks`), ``bias``, ``residual``, scales, ``c``.
+        One kernel; with parts of K one more that sums them, with strays one before that turns A.
+        Arguments by name: ``a``, ``w`` (`pack_weight`), ``slabs`` (`live_blocks`), ``stray_starts``
+        and ``stray_list`` (`pack_strays`), ``bias``, ``residual``, scales, ``c``.
     """
-    if dtype not in ("float16", "bfloat16", "int8"):
+    if dtype not in ("float16", "bfloat16", *_SCALED):
         return refused(f"no tensor core product of {dtype} here; use float16, bfloat16 or int8")
+    if dtype == FP8 and arch == "sm_80":
+        return refused("products of fp8 begin with sm_89; use int8 or float16 on sm_80")
     width = int(WIDTHS[dtype])
     if k * width % 16 or n % 8:
         return refused(f"rows of {k} {dtype} or {n} columns are not whole pieces of 16 bytes")
     k_tiles = -(-k * width // ROW) if live is None else live * SLAB * width // ROW
     if live is not None and (live * SLAB * width % ROW or not live):
         return refused(f"{live} live blocks are no whole tiles of {ROW} bytes")
+    if strays is not None and (dtype in _SCALED or k > 1 << 16):
+        return refused(f"strays of {k} inputs of {dtype}: make them float16, at most 65536 inputs")
     tile = tile or choose_tile(m, n, k_tiles, arch)
-    work = _Work(m, n, k, k_tiles, dtype, out, epilogue, live, tile)
-    return Rule((work.main(),) if tile.splits == 1 else (work.main(), work.reduce()))
+    work = _Work(m, n, k, k_tiles, dtype, out, epilogue, live, strays, tile)
+    before = () if strays is None else (turn_kernel(m, k, work.turned, dtype),)
+    after = () if tile.splits == 1 else (work.reduce(),)
+    return Rule((*before, work.main(), *after))
 
 
 @dataclass(frozen=True)
@@ -235,7 +259,13 @@ class _Work:
     out: str
     epilogue: Epilogue
     live: int | None
+    strays: int | None
     tile: GemmTile
+
+    @property
+    def turned(self) -> int:
+        """Rows of A in its turned copy: whole blocks, so that no row is asked for."""
+        return -(-self.m // self.tile.m) * self.tile.m
 
     @property
     def _config(self) -> str:
@@ -243,7 +273,8 @@ class _Work:
         sizes = f"{tile.m}, {tile.n}, {tile.warp_m}, {tile.warp_n}, {STAGES}"
         return (
             f"icd::GemmConfig<{operand(self.dtype)}, {operand(self.out)}, {sizes}, "
-            f"{self.epilogue.flags}, {slab}, {tile.splits}>"
+            f"{self.epilogue.flags}, {slab}, {tile.splits}"
+            f"{'' if self.strays is None else ', true'}>"
         )
 
     @property
@@ -254,14 +285,14 @@ class _Work:
             found.append(Argument("bias", (self.n,), "float32"))
         if self.epilogue.residual:
             found.append(Argument("residual", (self.m, self.n), self.out))
-        if self.dtype == "int8":
+        if self.dtype in _SCALED:
             found.append(Argument("row_scale", (self.m,), "float32"))
             found.append(Argument("column_scale", (self.n,), "float32"))
         return tuple(found)
 
     @property
     def _finish(self) -> str:
-        scaled, float32 = self.dtype == "int8", "float"
+        scaled, float32 = self.dtype in _SCALED, "float"
         return ", ".join(
             (
                 or_null("bias", self.epilogue.bias),
@@ -275,6 +306,14 @@ class _Work:
     def _parts(self) -> Argument:
         return Argument("parts", (self.tile.splits, self.m, self.n), "float32")
 
+    @property
+    def _stray_arguments(self) -> tuple[Argument, ...]:
+        return (
+            Argument("stray_starts", (self.n + 1,), "int32"),
+            Argument("stray_list", (max(1, self.strays or 0), 4), "uint32"),
+            Argument("turned", (self.k, self.turned), self.dtype),
+        )
+
     def main(self) -> SourceKernel:
         tile, groups = self.tile, -(-self.n // self.tile.n)
         width, split = WIDTHS[self.dtype], self.tile.splits > 1
@@ -285,6 +324,11 @@ class _Work:
         ]
         if self.live is not None:
             arguments.append(Argument("slabs", (groups, self.live), "int32"))
+        last = "shared"
+        if self.strays is not None:
+            arguments += self._stray_arguments
+            given = f"stray_list, turned, {self.turned}"
+            last = f"shared, icd::Strays{{(const int*)stray_starts, {given}}}"
         if not split:
             arguments += self._extra
         out = self._parts if split else Argument("c", (self.m, self.n), self.out)
@@ -297,13 +341,16 @@ class _Work:
             family="gemm",
             config=self._config,
             call=f"icd::gemm<G>({out.name}, a, w, {slabs}, {finish}, {self.m}, {self.n}, {self.k}, "
-            f"{self.k_tiles}, shared)",
+            f"{self.k_tiles}, {last})",
             arguments=tuple(arguments),
             grid=(groups, -(-self.m // tile.m), tile.splits),
             threads=tile.threads,
             shared=STAGES * (tile.m + tile.n) * ROW,
-            flop=2.0 * self.m * self.n * min(self.k, kept),
-            bytes=width * (self.m * self.k + self.n * kept) + written * self.m * self.n,
+            flop=2.0 * self.m * (self.n * min(self.k, kept) + 4 * (self.strays or 0)),
+            bytes=width * (self.m * self.k + self.n * kept)
+            + written * self.m * self.n
+            + 16.0 * (self.strays or 0),
+            # mma.sync of fp8 becomes products of fp16 on sm_90.
             unit="int8" if self.dtype == "int8" else "fp16",
             activation="none" if split else self.epilogue.activation,
         )

@@ -1,4 +1,4 @@
-"""Matrix times vector: fp16, bf16, int8 and int4 weights, dense or with dead blocks.
+"""Matrix times vector: fp16, bf16, fp8, int8 and int4 weights, dense or with dead blocks.
 
 Every output's weights lie together and are read once, 16 bytes a thread and 512 a warp. int4 is
 packed two to a byte, element i of a 32-bit word in its nibble i, in two's complement.
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.source_kernel import (
+    FP8,
     WIDTHS,
     Argument,
     Epilogue,
@@ -24,6 +25,7 @@ Array = npt.NDArray[np.generic]
 ROWS, WARPS = 4, 4
 SLAB = 16  # elements of x in a block that is live or dead
 PLAIN = Epilogue()
+_SCALED = (FP8, "int8", "int4")
 
 
 def pack_vectors(
@@ -36,7 +38,8 @@ def pack_vectors(
     weight : [K, N]
         In the stored dtype; int4 as int8 in -8..7.
     dtype : str
-        ``float16``, ``bfloat16``, ``int8`` or ``int4`` (which gives uint8 [N, bytes]).
+        ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``int8`` or ``int4`` (which gives uint8 [N,
+        bytes]).
     blocks : int32[groups, live], optional
         Live blocks of 16 rows of W for each group of N / groups columns, -1 where padded.
     """
@@ -87,15 +90,15 @@ def gemv_rule(
     n, k : int
         Outputs and inputs.
     dtype : str
-        Of W: ``float16``, ``bfloat16``, ``int8`` or ``int4``.
+        Of W: ``float16``, ``bfloat16``, ``float8_e4m3fn``, ``int8`` or ``int4``.
     x : str
         Of x: ``float16`` or ``bfloat16``.
     out : str, optional
         Of y and the residual: that of x, or ``float32``.
     epilogue : Epilogue
     group : int
-        Elements of K that share a scale in ``scales`` float32[n, k / group]; 0: float32[n] where W
-        holds integers.
+        Elements of K that share a scale in ``scales`` float32[n, k / group], where W holds
+        integers; 0: float32[n] where it holds integers or fp8.
     live : (groups, blocks), optional
         Shape of the lists of live blocks, as `pack_vectors` takes them; None: dense.
 
@@ -104,17 +107,19 @@ def gemv_rule(
     Rule
         Arguments by name: ``x``, ``w``, ``blocks``, ``scales``, ``bias``, ``residual``, ``y``.
     """
-    if dtype not in ("float16", "bfloat16", "int8", "int4") or x not in ("float16", "bfloat16"):
+    if dtype not in ("float16", "bfloat16", *_SCALED) or x not in ("float16", "bfloat16"):
         return refused(f"no kernel for {dtype} times {x}")
     if out not in (None, x, "float32"):
         return refused(f"no kernel for {x} that writes {out}")
     per_chunk = int(16 / WIDTHS[dtype])
     if dtype in ("float16", "bfloat16") and dtype != x:
         return refused(f"{dtype} weights times {x}: cast one of them")
-    if live is not None and (dtype == "int4" or n % (live[0] * ROWS) or group or k % SLAB):
+    if group and (dtype not in ("int8", "int4") or (live is not None and group % SLAB)):
+        return refused(f"scales of groups of {group} {dtype} with live blocks: {live is not None}")
+    if live is not None and (n % (live[0] * ROWS) or k % SLAB):
         return refused(
-            f"live blocks need groups of a multiple of {ROWS} rows, inputs of a multiple of "
-            f"{SLAB}, and neither int4 nor scales of groups"
+            f"live blocks need groups of a multiple of {ROWS} rows and inputs of a multiple of "
+            f"{SLAB}"
         )
     length = k if live is None else live[1] * SLAB
     if length % per_chunk or k % 8 or (group and (group % per_chunk or k % group)):
@@ -133,15 +138,14 @@ def _kernel(
     live: tuple[int, int] | None,
 ) -> SourceKernel:
     dtype, x, out = types
-    integers, width = dtype in ("int8", "int4"), WIDTHS[dtype]
+    scaled, width = dtype in _SCALED, WIDTHS[dtype]
     # Warps share a row where it is long enough for all.
     split = min(WARPS, max(1, 1 << (max(1, chunks // 32).bit_length() - 1)))
-    block = 0 if live is None else int(SLAB * width // 16)
     stored = ("uint8", chunks * 16) if dtype == "int4" else (dtype, int(chunks * 16 / width))
     arguments = [Argument("x", (1, k), x), Argument("w", (n, stored[1]), stored[0])]
     if live is not None:
         arguments.append(Argument("blocks", live, "int32"))
-    if integers:
+    if scaled:
         arguments.append(Argument("scales", (n, k // group) if group else (n,), "float32"))
     if epilogue.bias:
         arguments.append(Argument("bias", (n,), "float32"))
@@ -153,23 +157,23 @@ def _kernel(
         (
             "y, x, w",
             or_null("blocks", live is not None),
-            or_null("scales", integers, "float"),
+            or_null("scales", scaled, "float"),
             or_null("bias", epilogue.bias),
             or_null("residual", epilogue.residual),
-            f"{n}, {chunks}, {n // live[0] if live else n}, shared",
+            f"{n}, {chunks}, {n // live[0] if live else n}, {k // group if group else 1}, shared",
         )
     )
     return SourceKernel(
         family="gemv",
         config=f"icd::GemvConfig<{operand(dtype)}, {operand(x)}, {operand(out)}, {ROWS}, {WARPS}, "
-        f"{split}, {epilogue.flags}, {block}, {group}>",
+        f"{split}, {epilogue.flags}, {SLAB if live else 0}, {group}>",
         call=f"icd::gemv<G>({call})",
         arguments=tuple(arguments),
         grid=(-(-n // rows), 1, 1),
         threads=WARPS * 32,
         shared=4 * WARPS * ROWS,
         flop=2.0 * n * chunks * 16 / width,
-        bytes=n * chunks * 16.0 + 2 * (k + n) + (4.0 * n * k / group if group else 0),
+        bytes=n * chunks * 16.0 + 2 * (k + n) + (64.0 * n * chunks / width / group if group else 0),
         unit="fp32",
         activation=epilogue.activation,
     )

@@ -19,13 +19,21 @@ import numpy as np
 SOURCES = Path(__file__).with_name("src")
 ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2, "silu": 3}
 # numpy and TVM dtype -> the operand type of the sources, and its bytes.
-TYPES = {"float16": "F16", "bfloat16": "BF16", "int8": "S8", "int4": "S4", "float32": "F32"}
-WIDTHS = {"float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5, "float32": 4.0}
+FP8 = "float8_e4m3fn"
+TYPES = {
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "S8",
+    "int4": "S4",
+    FP8: "F8",
+    "float32": "F32",
+}
+WIDTHS = {"float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5, FP8: 1.0, "float32": 4.0}
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the numpy dtype of an argument."""
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+    return np.dtype(getattr(ml_dtypes, name) if name in ("bfloat16", FP8) else name)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class SourceKernel:
 
     def source(self) -> str:
         """Return everything the device function needs, once for each text that holds it."""
-        return f"{source_of('common')}\n{source_of(self.family)}\n{self.body()}"
+        return "\n".join((source_of("common"), *map(source_of, _files(self.family)), self.body()))
 
     def cuda(self) -> str:
         """Return a ``__global__`` function of the kernel's name; needs `source` before it."""
@@ -195,6 +203,11 @@ def _bool(value: bool) -> str:
     return "true" if value else "false"
 
 
+def _files(family: str) -> tuple[str, ...]:
+    """Return the files of a family, what they need first; `common` is in all."""
+    return ("gemm", family) if family == "gemm_24" else (family,)
+
+
 @cache
 def source_of(family: str) -> str:
     """Return the text of a file in ``src``."""
@@ -203,7 +216,7 @@ def source_of(family: str) -> str:
 
 def whole_text(kernels: list[SourceKernel], *, wrap: bool = True) -> str:
     """Return one text with all kernels; ``wrap`` adds their ``__global__`` functions."""
-    families = dict.fromkeys(kernel.family for kernel in kernels)
+    families = dict.fromkeys(name for kernel in kernels for name in _files(kernel.family))
     parts = [source_of("common"), *(source_of(family) for family in families)]
     for kernel in {kernel.name: kernel for kernel in kernels}.values():
         parts += [kernel.body(), kernel.cuda() if wrap else ""]

@@ -20,6 +20,7 @@ struct F16 { typedef float Acc; static const int bytes = 2; };
 struct BF16 { typedef float Acc; static const int bytes = 2; };
 struct S8 { typedef int Acc; static const int bytes = 1; };
 struct S4 { typedef float Acc; static const int bytes = 0; };
+struct F8 { typedef float Acc; static const int bytes = 1; };  // e4m3: no infinities, 0x7f is NaN
 struct F32 { typedef float Acc; static const int bytes = 4; };
 
 struct alignas(16) Chunk { u32 w[4]; };
@@ -78,6 +79,30 @@ ICD_DEVICE void mma(S8, int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// A with two of every four elements of a row: 16 x 16 kept ones, and `meta` of the lanes whose number
+// is even or odd by halves of K: for 8 kept elements of row lane / 4, and of the row 8 below, 2 bits
+// each that say which of the four it is, in ascending order ("Sparse matrix storage" of the PTX ISA).
+ICD_DEVICE void mma_sparse(F16, float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                 "r"(b[3]), "r"(meta));
+}
+ICD_DEVICE void mma_sparse(BF16, float (&c)[4], const u32 (&a)[4], const u32 (&b)[4], u32 meta) {
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0x0;\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]),
+                 "r"(b[3]), "r"(meta));
+}
+// sm_89 and later. On sm_90 ptxas makes fp16 products of it: fp8 tensor cores there want wgmma.
+ICD_DEVICE void mma(F8, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 ICD_DEVICE float half_to_float(u16 bits) { return __half2float(__ushort_as_half(bits)); }
 ICD_DEVICE u16 float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 ICD_DEVICE u16 float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
@@ -86,6 +111,19 @@ ICD_DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 
 ICD_DEVICE float widen(F16, u16 bits) { return half_to_float(bits); }
 ICD_DEVICE float widen(BF16, u16 bits) { return bits_to_float((u32)bits << 16); }
+// Two e4m3, the low byte first. Every one is an fp16 too.
+ICD_DEVICE float2 widen_fp8(u16 two) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  u32 both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;\n" : "=r"(both) : "h"(two));
+  return make_float2(half_to_float((u16)(both & 0xffff)), half_to_float((u16)(both >> 16)));
+#else
+  // Sign, exponent and mantissa where fp16 has them are 2^-8 of the value; NaN becomes 480.
+  u16 low = (u16)((two & 0x80) << 8 | (two & 0x7f) << 7);
+  u16 high = (u16)((two & 0x8000) | (two & 0x7f00) >> 1);
+  return make_float2(half_to_float(low) * 256.0f, half_to_float(high) * 256.0f);
+#endif
+}
 ICD_DEVICE u16 narrow(F16, float x) { return float_to_half(x); }
 ICD_DEVICE u16 narrow(BF16, float x) { return float_to_bf16(x); }
 template <class T> ICD_DEVICE u32 narrow2(T t, float low, float high) {

@@ -5,11 +5,15 @@
 
 namespace icd {
 
-// T: of q and out; KV: of the cache, F16, BF16 or S8 with a scale for each slot and head.
-template <class T_, class KV_, int D_, int SHARED_HEADS_, int WARPS_> struct DecodeConfig {
+// T: of q and out; KV: of the cache, F16, BF16, or S8 or F8 with scales. PAGE: slots of a page, 0: the
+// slots of a head lie together. BY_CHANNEL: a scale for each channel of a page instead of each slot.
+template <class T_, class KV_, int D_, int SHARED_HEADS_, int WARPS_, int PAGE_ = 0,
+          bool BY_CHANNEL_ = false>
+struct DecodeConfig {
   typedef T_ T;
   typedef KV_ KV;
-  static const int D = D_, HEADS = SHARED_HEADS_, WARPS = WARPS_;
+  static const int D = D_, HEADS = SHARED_HEADS_, WARPS = WARPS_, PAGE = PAGE_;
+  static const bool BY_CHANNEL = BY_CHANNEL_;
   // A thread holds the PER elements of 16 bytes; LANES threads hold a slot.
   static const int PER = 16 / KV::bytes, LANES = D / PER, SLOTS = 32 / LANES;
   static const int RECORD = D + 2;
@@ -24,6 +28,26 @@ template <class G> ICD_DEVICE void cache_widen(BF16 t, const Chunk& c, float (&o
 template <class G> ICD_DEVICE void cache_widen(S8, const Chunk& c, float (&out)[G::PER]) {
 #pragma unroll
   for (int i = 0; i < G::PER; ++i) out[i] = (float)(signed char)(c.w[i / 4] >> (i % 4 * 8));
+}
+
+template <class G> ICD_DEVICE void cache_widen(F8, const Chunk& c, float (&out)[G::PER]) {
+#pragma unroll
+  for (int i = 0; i < G::PER; i += 2) {
+    float2 two = widen_fp8((u16)(c.w[i / 4] >> (i / 2 % 2 * 16)));
+    out[i] = two.x;
+    out[i + 1] = two.y;
+  }
+}
+template <class G>
+ICD_DEVICE void scale_channels(float (&x)[G::PER], const float* scales, long page, int at_lane) {
+#pragma unroll
+  for (int i = 0; i < G::PER; i += 4) {
+    float4 four = ((const float4*)scales)[(page * G::D + at_lane * G::PER + i) / 4];
+    x[i] *= four.x;
+    x[i + 1] *= four.y;
+    x[i + 2] *= four.z;
+    x[i + 3] *= four.w;
+  }
 }
 
 // Bring two running softmax sums together.
@@ -41,12 +65,15 @@ ICD_DEVICE void merge_sums(float& top, float& sum, float (&out)[G::PER], int mas
 
 // Grid: x part of the slots, y key-value head, z batch. q: [batch, kv heads, HEADS, D]. k, v: [batch,
 // kv heads, capacity, D], of which the first live[batch, kv head] slots count. k_scale, v_scale:
-// float32[batch, kv heads, capacity] for S8. parts: float32[batch, kv heads, parts, HEADS, D + 2] of
+// float32[batch, kv heads, capacity]. With pages: k, v: [pages of the pool, PAGE, D], each page of one
+// head; `pages`: int32[batch, kv heads, capacity], where its slots are, in order; scales: float32[pages
+// of the pool, PAGE or, by channel, D]. parts: float32[batch, kv heads, parts, HEADS, D + 2] of
 // weighted sums, maximum and sum.
 template <class G>
 ICD_DEVICE void decode_attention(void* parts, const void* q, const void* k, const void* v,
                                  const float* k_scale, const float* v_scale, const int* live,
-                                 int capacity, float scale, void* shared) {
+                                 int capacity, float scale, void* shared,
+                                 const int* pages = nullptr) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int at_lane = lane % G::LANES, slot = lane / G::LANES;
   const int kv_heads = gridDim.y;
@@ -72,13 +99,27 @@ ICD_DEVICE void decode_attention(void* parts, const void* q, const void* k, cons
   for (int base = first + warp * G::SLOTS; base < last; base += G::WARPS * G::SLOTS) {
     int row = base + slot;
     bool valid = row < last;
-    long at = head * capacity + (valid ? row : first);
+    long at = valid ? row : first, page = 0;
+    if (G::PAGE) {
+      const int size = G::PAGE ? G::PAGE : 1;
+      page = pages[head * capacity + at / size];
+      at = page * size + at % size;
+    } else {
+      at += head * capacity;
+    }
     float key[G::PER], value[G::PER];
     Chunk raw_key = load_stream((const u8*)k + (at * G::LANES + at_lane) * 16);
     Chunk raw_value = load_stream((const u8*)v + (at * G::LANES + at_lane) * 16);
     cache_widen<G>(typename G::KV(), raw_key, key);
     cache_widen<G>(typename G::KV(), raw_value, value);
-    float by_key = k_scale ? k_scale[at] : 1.0f, by_value = v_scale ? v_scale[at] : 1.0f;
+    float by_key = 1.0f, by_value = 1.0f;
+    if (G::BY_CHANNEL) {
+      scale_channels<G>(key, k_scale, page, at_lane);
+      scale_channels<G>(value, v_scale, page, at_lane);
+    } else if (k_scale) {
+      by_key = k_scale[at];
+      by_value = v_scale[at];
+    }
 #pragma unroll
     for (int h = 0; h < G::HEADS; ++h) {
       float score = 0;

@@ -5,14 +5,15 @@
 
 namespace icd {
 
-// What the kernel is compiled for. Rows of a tile hold 64 bytes of K: 32 fp16 or 64 int8.
+// What the kernel is compiled for. Rows of a tile hold 64 bytes of K: 32 fp16 or 64 int8
+// or fp8.
 template <class T_, class OUT_, int BM_, int BN_, int WM_, int WN_, int STAGES_, int ACT_, bool BIAS_,
-          bool RESIDUAL_, int SLAB_, int SPLITS_>
+          bool RESIDUAL_, int SLAB_, int SPLITS_, bool STRAYS_ = false>
 struct GemmConfig {
   typedef T_ T;
   typedef OUT_ Out;
   static const int BM = BM_, BN = BN_, WM = WM_, WN = WN_, STAGES = STAGES_, ACT = ACT_;
-  static const bool BIAS = BIAS_, RESIDUAL = RESIDUAL_;
+  static const bool BIAS = BIAS_, RESIDUAL = RESIDUAL_, STRAYS = STRAYS_;
   // Chunks of 16 bytes in a live block of W; 0: dense.
   static const int SLAB = SLAB_, SPLITS = SPLITS_;
   static const int CHUNKS = 4, ROW = 64;
@@ -77,6 +78,43 @@ ICD_DEVICE void gemm_stage(typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4], 
   }
 }
 
+// Elements of W outside its live blocks, by column: `starts` int32[N + 1] counts fours in `list`, whose
+// words hold an input in the low half and a value in the high half. `turned`: A as [K, stride], so
+// that a warp reads neighbouring rows of one input together.
+struct Strays {
+  const int* starts;
+  const void* list;
+  const void* turned;
+  int stride;
+};
+
+// `row` and `column`: of the thread's first element of C.
+template <class G>
+ICD_DEVICE void add_strays(float (&acc)[G::WM / 16][G::WN / 8][4], const Strays& strays, int row,
+                           int column, int n) {
+#pragma unroll
+  for (int j = 0; j < G::WN / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      int at = column + j * 8 + e;
+      if (at >= n) continue;
+      for (int four = strays.starts[at]; four < strays.starts[at + 1]; ++four) {
+        Chunk some = load_chunk((const u8*)strays.list + (long)four * 16);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          float value = widen(typename G::T(), (u16)(some.w[s] >> 16));
+          long from = (long)(some.w[s] & 0xffff) * strays.stride + row;
+#pragma unroll
+          for (int i = 0; i < G::WM / 16; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              acc[i][j][half * 2 + e] +=
+                  value * load_one(typename G::T(), strays.turned, from + i * 16 + half * 8);
+        }
+      }
+    }
+}
+
 // What an epilogue reads for two neighbouring columns, once for all rows.
 template <class G> struct GemmColumns {
   float2 bias, scale;
@@ -87,7 +125,7 @@ template <class G> struct GemmColumns {
     bias = G::BIAS && bias_ ? load_two(F32(), bias_, column) : make_float2(0, 0);
     scale = scaled ? load_two(F32(), column_scale, column) : make_float2(1, 1);
   }
-  // int8 products are scaled by row of A and column of W.
+  // int8 and fp8 products are scaled by row of A and column of W.
   ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
                          int row, long at) const {
     if (scaled) {
@@ -110,7 +148,7 @@ template <class G> struct GemmColumns {
 template <class G>
 ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, const void* bias,
                      const void* residual, const float* row_scale, const float* column_scale,
-                     int m, int n, int k, int tiles, void* shared) {
+                     int m, int n, int k, int tiles, void* shared, Strays strays = Strays()) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int wm = warp / (G::BN / G::WN) * G::WM, wn = warp % (G::BN / G::WN) * G::WN;
   const int per_part = (tiles + G::SPLITS - 1) / G::SPLITS, first = blockIdx.z * per_part;
@@ -146,6 +184,10 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
     if (ahead < last) tile.load(stages + (ahead - first) % G::STAGES * G::STAGE, ahead, thread);
     copy_commit();
     gemm_stage<G>(acc, stages + (t - first) % G::STAGES * G::STAGE, wm, wn, lane);
+  }
+  if constexpr (G::STRAYS) {
+    const int row = tile.m0 + wm + lane / 4, column = blockIdx.x * G::BN + wn + lane % 4 * 2;
+    if (blockIdx.z == 0) add_strays<G>(acc, strays, row, column, n);
   }
 
 #pragma unroll

@@ -1,0 +1,58 @@
+"""The suite's reference on kernels executed on the CPU: right ones pass, spoilt ones do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cuda_cases import FULL, needs_compiler
+from cuda_emulation import Emulated
+
+from icd_tvm.measure.cuda_reference import make_trial, run_rule
+from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule, paged_attention_rule
+from icd_tvm.tir_schedules.cuda.gemm import TILES, gemm_rule
+from icd_tvm.tir_schedules.cuda.gemm_24 import TILES_24, gemm_24_rule
+from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
+from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8
+
+PARTS = replace(TILES[5], splits=2)
+RULES = {
+    "fp8": gemm_rule(20, 64, 96, FP8, epilogue=FULL, tile=TILES[4]),
+    "strays": gemm_rule(20, 64, 96, "float16", live=4, strays=70, tile=TILES[4]),
+    "strays, bf16, parts": gemm_rule(
+        9, 64, 512, "bfloat16", out="float32", live=16, strays=40, tile=PARTS
+    ),
+    "2:4": gemm_24_rule(20, 72, 200, "float16", epilogue=FULL, tile=TILES_24[2]),
+    "fp8 vector": gemv_rule(16, 128, FP8, epilogue=FULL),
+    "fp8 vector, blocks": gemv_rule(64, 256, FP8, live=(4, 8)),
+    "int4 vector, blocks": gemv_rule(64, 256, "int4", group=64, live=(4, 8)),
+    "fp8 cache": decode_attention_rule(1, 2, 2, 70, 64, "float16", cache=FP8),
+    "pages": paged_attention_rule(1, 2, 2, 5, 64, "float16"),
+    "int8 pages": paged_attention_rule(1, 2, 2, 5, 64, "float16", cache="int8"),
+    "fp8 pages by channel": paged_attention_rule(
+        1, 2, 2, 5, 64, "float16", page=32, cache=FP8, by_channel=True
+    ),
+    "prefill conv": prefill_conv_rule(2, 40, 24, "float16"),
+    "prefill scan": prefill_scan_rule(2, 40, 24, 16, "float16", chunk=16),
+    "prefill scan with conv": prefill_scan_rule(1, 40, 24, 16, "bfloat16", conv=True, chunk=64),
+}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    kernels = [kernel for rule in RULES.values() for kernel in rule.kernels]
+    return Emulated(kernels, tmp_path_factory.mktemp("emulated"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", RULES)
+def test_reference_tells_right_from_wrong(name: str, emulated: Emulated) -> None:
+    trial = make_trial(RULES[name])
+    found = run_rule(RULES[name], trial.inputs, emulated.run)
+    assert 0 < trial.check(found) <= 1
+    for output, expected in trial.expected.items():
+        spoilt = found[output].copy()
+        spoilt[expected.rows[-1]].flat[-1] += np.asarray(1, spoilt.dtype)
+        assert trial.check({**found, output: spoilt}) > 1
