@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from icd_tvm._tvm import dlight, relax, tvm
+from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.plain_names import PlainNames
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels
 
@@ -29,7 +30,7 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     return tvm.transform.Sequential(
         [
             rx.FoldConstant(),
-            *([] if precision is None else [SelectCudaKernels(arch, precision)]),
+            *_kernels(arch, precision),
             rx.DeadCodeElimination(),
             # Else a kernel of its own transposes the weight in every call.
             rx.FuseTransposeMatmul(),
@@ -48,6 +49,10 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
         ],
         name="icd.cuda",
     )
+
+
+def _kernels(arch: str, precision: str | None) -> list[Any]:
+    return [] if precision is None else [MergeSharedInput(), SelectCudaKernels(arch, precision)]
 
 
 def lower_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:

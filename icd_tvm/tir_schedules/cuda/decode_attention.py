@@ -40,7 +40,7 @@ def decode_attention_rule(
     dtype : str
         ``float16`` or ``bfloat16``, of q and out.
     cache : str, optional
-        Dtype of the cache: ``dtype``, or ``int8`` with ``k_scale`` and ``v_scale``
+        Dtype of the cache: ``dtype``, ``float32``, or ``int8`` with ``k_scale`` and ``v_scale``
         float32[batch, kv_heads, capacity].
     arch : str
         Whose number of multiprocessors decides the parts.
@@ -51,7 +51,7 @@ def decode_attention_rule(
         Two kernels. Arguments by name: ``q``, ``k``, ``v``, scales, ``live``, ``parts``; ``out``.
     """
     cache = cache or dtype
-    if dtype not in ("float16", "bfloat16") or cache not in (dtype, "int8"):
+    if dtype not in ("float16", "bfloat16") or cache not in (dtype, "float32", "int8"):
         return refused(f"no kernel for {dtype} queries and a cache of {cache}")
     if size not in (64, 128):
         return refused(f"heads of {size} are not made; 64 and 128 are")

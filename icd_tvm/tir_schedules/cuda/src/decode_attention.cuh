@@ -5,7 +5,7 @@
 
 namespace icd {
 
-// T: of q and out; KV: of the cache, F16, BF16 or S8 with a scale for each slot and head.
+// T: of q and out; KV: of the cache, F16, BF16, F32 or S8 with a scale for each slot and head.
 template <class T_, class KV_, int D_, int SHARED_HEADS_, int WARPS_> struct DecodeConfig {
   typedef T_ T;
   typedef KV_ KV;
@@ -20,6 +20,10 @@ template <class G> ICD_DEVICE void cache_widen(F16 t, const Chunk& c, float (&ou
 }
 template <class G> ICD_DEVICE void cache_widen(BF16 t, const Chunk& c, float (&out)[G::PER]) {
   widen8(t, c, out);
+}
+template <class G> ICD_DEVICE void cache_widen(F32, const Chunk& c, float (&out)[G::PER]) {
+#pragma unroll
+  for (int i = 0; i < G::PER; ++i) out[i] = bits_to_float(c.w[i]);
 }
 template <class G> ICD_DEVICE void cache_widen(S8, const Chunk& c, float (&out)[G::PER]) {
 #pragma unroll
