@@ -38,9 +38,7 @@ def plan_attention(
         return str(refusal)
 
 
-def _planned(
-    flow: Dataflow, match: AttentionMatch, shared: SharedValues, dtype: str
-) -> Planned:
+def _planned(flow: Dataflow, match: AttentionMatch, shared: SharedValues, dtype: str) -> Planned:
     shape = match.shape
     scale = shape.head_dim**-0.5
     require(isclose(shape.scale, scale, rel_tol=1e-5), f"its scale is {shape.scale}, not {scale}")
@@ -64,9 +62,7 @@ def _planned(
     return Planned(match.result, found, rule, "attention", f"{dtype}, {reason}")
 
 
-def _rule(
-    sizes: tuple[int, int, int, int, int, str], mask: bool, merged: bool, *_: Any
-) -> Rule:
+def _rule(sizes: tuple[int, int, int, int, int, str], mask: bool, merged: bool, *_: Any) -> Rule:
     return attention_rule(*sizes, mask=mask, merged=merged)
 
 
@@ -86,4 +82,3 @@ def _merged(flow: Dataflow, match: AttentionMatch) -> Mapping[str, Any]:
     if len(roots) == 3 and all(root.same_as(roots[0]) for root in roots):
         return {"qkv": roots[0]}
     return {"q": match.query, "k": match.key, "v": match.value}
-

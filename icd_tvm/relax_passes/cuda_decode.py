@@ -51,7 +51,7 @@ def plan_decode(
     except Refused as refusal:
         return [], str(refusal)
     try:
-        return [_append(flow, match, appends, dtype), *found], ""
+        return [_append(flow, match, appends, shared, dtype), *found], ""
     except Refused as refusal:
         return found, f"its append is not fused: {refusal}"
 
@@ -64,7 +64,14 @@ def _attention(
     require(isclose(size.scale, scale, rel_tol=1e-5), f"its scale is {size.scale}, not {scale}")
     cache = str(match.key.ty.dtype)
     rule = decode_attention_rule(
-        size.batch, size.kv_heads, size.share, size.slots, size.head_dim, dtype, cache=cache, arch=arch
+        size.batch,
+        size.kv_heads,
+        size.share,
+        size.slots,
+        size.head_dim,
+        dtype,
+        cache=cache,
+        arch=arch,
     )
     require(rule.kernels, rule.reason)
     query = view_of(flow, match.query)
@@ -83,7 +90,11 @@ def _attention(
 
 
 def _append(
-    flow: Dataflow, match: DecodeMatch, appends: Mapping[Any, CacheAppend], dtype: str
+    flow: Dataflow,
+    match: DecodeMatch,
+    appends: Mapping[Any, CacheAppend],
+    shared: SharedValues,
+    dtype: str,
 ) -> Planned:
     keys = need(appends.get(match.key), "its keys are no state that is written in place")
     values = need(appends.get(match.value), "its values are no state that is written in place")
@@ -94,7 +105,10 @@ def _append(
     require(same, "queries and keys are rotated differently")
     size = match.shape
     require(size.batch == 1, f"it has {size.batch} sequences, not 1")
-    require(static_shape(cos) in ((1, 1, size.head_dim), (1, size.head_dim)), "an angle for a head is missing")
+    require(
+        static_shape(cos) in ((1, 1, size.head_dim), (1, size.head_dim)),
+        "an angle for a head is missing",
+    )
     rule = append_rule(
         size.kv_heads * size.share,
         size.kv_heads,
@@ -102,12 +116,12 @@ def _append(
         size.head_dim,
         dtype,
         cache=str(keys.past.ty.dtype),
-        length=str(keys.length.ty.dtype),
+        length="int32",
     )
     require(rule.kernels, rule.reason)
     rows = {"q": view_of(flow, query), "k": view_of(flow, key), "v": view_of(flow, values.row)}
     found = {name: Operand(view.root, offset=view.offset) for name, view in rows.items()}
-    kept = {"cos": cos, "sin": sin, "length": keys.length}
+    kept = {"cos": cos, "sin": sin, "length": shared.slot(keys.length)}
     kept |= {"keys": keys.past, "values": values.past}
     found |= {name: Operand(value, "kept") for name, value in kept.items()}
     return Planned(

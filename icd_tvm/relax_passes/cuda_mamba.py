@@ -33,7 +33,7 @@ def plan_conv(flow: Dataflow, var: Any, dtype: str) -> Planned | str | None:
     Planned, str or None
         The reason where there is no kernel; None where ``var`` is no sum over a moved window.
     """
-    total = flow.call(var, "relax.sum")
+    total = flow.bound(var, "relax.sum")
     product = None if total is None else flow.call(total.args[0], "relax.multiply")
     if product is None:
         return None
@@ -47,9 +47,7 @@ def plan_conv(flow: Dataflow, var: Any, dtype: str) -> Planned | str | None:
         return str(refusal)
 
 
-def _conv(
-    flow: Dataflow, var: Any, window: Any, joined: Any, weight: Any, dtype: str
-) -> Planned:
+def _conv(flow: Dataflow, var: Any, window: Any, joined: Any, weight: Any, dtype: str) -> Planned:
     shape = static_shape(window) or ()
     require(len(shape) == 3 and shape[0] == 1, f"its window has shape {shape}, not batch 1")
     _, channels, taps = shape
@@ -63,7 +61,7 @@ def _conv(
     require(static_shape(kept) == (1, channels, taps - 1), "it is moved by more than one token")
     require(int(moved.args[2].fields[0].value) == 1, "it does not drop the oldest token")
     biased = flow.only_user(var)
-    added = None if biased is None else flow.call(biased, "relax.add")
+    added = flow.bound(biased, "relax.add")
     require(added is not None, "no bias follows it")
     _, bias = operands(added)
     fits = constant_array(bias) is not None and static_shape(bias) == (channels,)
@@ -105,7 +103,7 @@ def plan_scan(flow: Dataflow, var: Any, dtype: str) -> Planned | str | None:
     Planned, str or None
         The reason where there is no kernel; None where ``var`` is no such product.
     """
-    product = flow.call(var, "relax.matmul")
+    product = flow.bound(var, "relax.matmul")
     added = None if product is None else flow.call(product.args[0], "relax.add")
     if product is None or added is None:
         return None
@@ -173,9 +171,7 @@ def _scan(
     )
 
 
-def _scan_rule(
-    channels: int, states: int, dtype: str, types: Mapping[str, str], _: str
-) -> Rule:
+def _scan_rule(channels: int, states: int, dtype: str, types: Mapping[str, str], _: str) -> Rule:
     return scan_step_rule(channels, states, dtype, shared=types["b"])
 
 
@@ -225,20 +221,20 @@ def _tail(flow: Dataflow, var: Any, x: Any, channels: int) -> tuple[Any, View, A
         flat = user
     require(static_shape(flat) == (1, channels), "its output is no row of channels")
     total = need(flow.only_user(flat), "its output is read more than once")
-    added = need(flow.call(total, "relax.add"), "no skip connection follows it")
+    added = need(flow.bound(total, "relax.add"), "no skip connection follows it")
     skip = next(arg for arg in added.args if not arg.same_as(flat))
     times = need(flow.call(skip, "relax.multiply"), "the skip connection has no D")
     one, d = operands(times)
     is_d = constant_array(d) is not None and static_shape(d) == (channels,)
     require(is_d and one.same_as(x), "the skip connection is not D x")
     result = need(flow.only_user(total), "the sum is read more than once")
-    gated = need(flow.call(result, "relax.multiply"), "no gate follows it")
+    gated = need(flow.bound(result, "relax.multiply"), "no gate follows it")
     gate = next(arg for arg in gated.args if not arg.same_as(total))
     return result, _gate(flow, gate), d
 
 
 def _reshaped(flow: Dataflow, var: Any) -> bool:
-    return any(flow.call(var, f"relax.{op}") is not None for op in ("squeeze", "reshape"))
+    return any(flow.bound(var, f"relax.{op}") is not None for op in ("squeeze", "reshape"))
 
 
 def _gate(flow: Dataflow, gate: Any) -> View:

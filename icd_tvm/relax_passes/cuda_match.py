@@ -82,7 +82,7 @@ def _blocks(
     """Find attentions and Mamba steps: what products must leave to them."""
     shared = SharedValues(flow)
     for var in list(flow.values):
-        softmax = flow.call(var, "relax.nn.softmax")
+        softmax = flow.bound(var, "relax.nn.softmax")
         if softmax is not None and (static_shape(softmax) or ())[-2:-1] == (1,):
             plans, reason = plan_decode(flow, var, appends, shared, dtype, arch)
             for plan in plans:

@@ -43,7 +43,7 @@ def plan_norm(flow: Dataflow, var: Any, wanted: set[Any]) -> Planned | str | Non
     Planned, str or None
         The reason where there is no kernel; None where ``var`` is no norm.
     """
-    layer = flow.call(var, "relax.nn.layer_norm")
+    layer = flow.bound(var, "relax.nn.layer_norm")
     if layer is not None:
         norm: _Norm | str | None = _layer_norm(layer)
     else:
@@ -110,7 +110,7 @@ def _layer_norm(call: Any) -> _Norm | str:
 
 def _rms_norm(flow: Dataflow, var: Any) -> _Norm | None:
     """Return ``x / sqrt(mean(x^2) + eps) * gamma`` with its parts, or None."""
-    scaled = flow.call(var, "relax.multiply")
+    scaled = flow.bound(var, "relax.multiply")
     if scaled is None:
         return None
     unit, gamma = operands(scaled)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import GenericConst, const_name, named_const, relax
 from icd_tvm.relax_passes.cuda_plan import Operand, Planned
-from icd_tvm.relax_passes.cuda_views import view_of
+from icd_tvm.relax_passes.cuda_views import View, view_of
 from icd_tvm.relax_passes.elementwise_function import function_after
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
@@ -94,12 +94,15 @@ def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) 
     return ProductKernels(make, constants if blocks is None else {**constants, "blocks": blocks})
 
 
+PLAIN = Epilogue()
+
+
 @dataclass(frozen=True)
 class _Chain:
     """A product and what was found behind it so far."""
 
     result: Any
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = PLAIN
     bias: Any = None
     residual: Any = None
     left: str = ""
@@ -131,19 +134,21 @@ def plan_product(
     kernels = product_kernels(rows, weight, dtype, arch)
     if kernels.reason:
         return kernels.reason
-    chain = _with_residual(flow, _with_activation(flow, _with_bias(flow, var, wanted), wanted), wanted)
-    return _planned(flow, matmul, chain, kernels, dtype)
+    chain = _with_activation(flow, _with_bias(flow, var, wanted), wanted)
+    chain = _with_residual(flow, chain, wanted)
+    source = view_of(flow, matmul.args[0], wanted)
+    return _planned(matmul, chain, kernels, source, dtype)
 
 
 def _planned(
-    flow: Dataflow, matmul: Any, chain: _Chain, kernels: ProductKernels, dtype: str
+    matmul: Any, chain: _Chain, kernels: ProductKernels, source: View, dtype: str
 ) -> Planned:
     shape = static_shape(matmul.args[0]) or ()
     vector = int(np.prod(shape[:-1])) == 1
-    view = view_of(flow, matmul.args[0])
     # A kernel for matrices reads whole rows.
-    source = view if vector or view.offset == 0 and _size(view.root) == int(np.prod(shape)) else None
-    x = Operand(matmul.args[0]) if source is None else Operand(source.root, offset=source.offset)
+    if not vector and (source.offset or _size(source.root) != int(np.prod(shape))):
+        source = View(matmul.args[0])
+    x = Operand(source.root, offset=source.offset)
     label = const_name(matmul.args[1])
     found = {
         name: Operand(named_const(array, label if name == "w" else f"{label}.blocks"), "kept")
@@ -191,7 +196,7 @@ def _with_bias(flow: Dataflow, var: Any, wanted: set[Any]) -> _Chain:
     users = flow.users.get(var, [])
     if len(users) != 1:
         return replace(chain, left=f"nothing more: the product is read {len(users)} times")
-    added = flow.call(users[0], "relax.add") if users[0] is not None else None
+    added = flow.bound(users[0], "relax.add")
     if added is None:
         return chain
     _, bias = operands(added)
@@ -200,9 +205,7 @@ def _with_bias(flow: Dataflow, var: Any, wanted: set[Any]) -> _Chain:
     fits = array is not None and array.dtype == np.float32 and array.shape == (columns,)
     if not fits or static_shape(users[0]) != static_shape(var):
         return chain
-    return replace(
-        chain, result=users[0], bias=flow.resolve(bias), epilogue=Epilogue(bias=True)
-    )
+    return replace(chain, result=users[0], bias=flow.resolve(bias), epilogue=Epilogue(bias=True))
 
 
 def _with_activation(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
@@ -220,7 +223,7 @@ def _with_residual(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
     if len(users) != 1:
         return replace(chain, left=f"no residual: the result is read {len(users)} times")
     user = users[0]
-    added = flow.call(user, "relax.add") if user is not None else None
+    added = flow.bound(user, "relax.add")
     if added is None:
         return chain
     other = next((arg for arg in added.args if not arg.same_as(chain.result)), None)

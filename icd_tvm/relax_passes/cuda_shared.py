@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import relax
+from icd_tvm._tvm import named_const, relax
 from icd_tvm.relax_passes.attention_match import need, require
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
@@ -34,6 +34,11 @@ class SharedValues:
             return mask
         return self._once(("mask", mask), relax.op.broadcast_to(mask, (batch, *shape[1:])))
 
+    def slot(self, length: Any) -> Any:
+        """Return int32[1] of a length: an input may lie elsewhere in every call, this does not."""
+        flat = relax.op.astype(relax.op.reshape(length, (1,)), "int32")
+        return self._once(("slot", length), flat)
+
     def live_slots(self, mask: Any, shape: tuple[int, int], slots: int) -> Any:
         """Return int32[shape], how many slots of a cache a mask leaves, from the first.
 
@@ -53,8 +58,8 @@ class SharedValues:
         if mask is None:
             return self._once(("all", shape, slots), relax.const(np.full(shape, slots, np.int32)))
         length = _length(self._flow, mask, slots)
-        one = relax.const(np.asarray(1, str(length.ty.dtype)))
-        most = relax.const(np.asarray(slots, str(length.ty.dtype)))
+        dtype = str(length.ty.dtype)
+        one, most = (named_const(np.asarray(n, dtype), "") for n in (1, slots))
         flat = relax.op.reshape(length, (1,))
         count = relax.op.minimum(relax.op.add(flat, one), most)
         wide = relax.op.broadcast_to(relax.op.astype(count, "int32"), shape)

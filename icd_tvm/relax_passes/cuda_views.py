@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,14 +21,15 @@ class View(NamedTuple):
     offset: int = 0
 
 
-def view_of(flow: Dataflow, expr: Any) -> View:
+def view_of(flow: Dataflow, expr: Any, made: Collection[Any] = ()) -> View:
     """Return where the memory of a tensor lies, as far as it is one run of another's.
 
     Followed are other names, reshapes, transpositions that move axes of size 1 only, and slices
-    and splits of one step along the first axis that has more than one element.
+    and splits of one step along the first axis that has more than one element. ``made`` are
+    variables that a kernel makes: what they were made of is no more.
     """
     offset = 0
-    while True:
+    while expr not in made:
         value = flow.values.get(expr) if isinstance(expr, relax.Var) else None
         if isinstance(value, relax.Var):
             expr = value
@@ -36,6 +38,7 @@ def view_of(flow: Dataflow, expr: Any) -> View:
         if found is None or (offset + found.offset) % _ALIGNED:
             return View(expr, offset)
         expr, offset = found.root, offset + found.offset
+    return View(expr, offset)
 
 
 def _step(flow: Dataflow, value: Any) -> View | None:

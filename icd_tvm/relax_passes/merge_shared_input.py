@@ -128,7 +128,7 @@ def _attended(flow: Dataflow) -> dict[Any, Any]:
     """Return the inputs of encoder attentions -> the result of theirs, where each has three."""
     found: dict[Any, Any] = {}
     for var in flow.values:
-        if flow.call(var, "relax.nn.softmax") is None:
+        if flow.bound(var, "relax.nn.softmax") is None:
             continue
         try:
             match = match_attention(flow, var, None)
@@ -143,7 +143,7 @@ def _attended(flow: Dataflow) -> dict[Any, Any]:
 def _with_bias(flow: Dataflow, var: Any, call: Any, weight: npt.NDArray[Any]) -> _Product:
     label = const_name(call.args[1])
     user = flow.only_user(var)
-    added = None if user is None else flow.call(user, "relax.add")
+    added = flow.bound(user, "relax.add")
     if added is not None:
         _, bias = operands(added)
         array = constant_array(bias, dims=1)

@@ -141,7 +141,8 @@ class _Emitter(PyExprMutator):
 
     def _type(self, one: Operand, out: str) -> str:
         if one.reads == "kept":
-            return str(one.value.ty.dtype) if one.value.ty is not None else ""
+            tensor = isinstance(one.value, relax.Var | GenericConst)
+            return str(one.value.ty.dtype) if tensor else ""
         if one.reads == "either":
             return self._owner.dtype if one.value in self._narrow else "float32"
         return {"narrow": self._owner.dtype, "tied": out, "float32": "float32"}[one.reads]

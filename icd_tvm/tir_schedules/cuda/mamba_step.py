@@ -51,17 +51,15 @@ def conv_step_rule(channels: int, dtype: str, *, taps: int = TAPS) -> Rule:
     )
 
 
-def scan_step_rule(
-    channels: int, states: int, dtype: str, *, shared: str = "float32"
-) -> Rule:
+def scan_step_rule(channels: int, states: int, dtype: str, *, shared: str = "float32") -> Rule:
     """Return the kernel of the scan: softplus, discretisation, update, read, skip and gate.
 
     Parameters
     ----------
     channels, states : int
         ``state`` and ``a`` (-exp(A_log)) are float32[channels, states]; ``b`` and ``c``
-        ``shared`` [states]; ``d`` and ``dt_bias`` float32[channels]; ``x``, ``z``, ``dt`` and ``out``
-        ``dtype`` [channels].
+        ``shared`` [states]; ``d`` and ``dt_bias`` float32[channels]; ``x``, ``z``, ``dt`` and
+        ``out`` ``dtype`` [channels].
     dtype : str
         ``float16`` or ``bfloat16``.
     shared : str
