@@ -62,7 +62,9 @@ def test_every_kernel_of_the_library_is_one_of_the_module(tmp_path: Path) -> Non
 def cuda_run(folder: Path, monkeypatch: pytest.MonkeyPatch, **measure: Any) -> Any:
     """Run with a compiler that writes the arm's hidden units where code would be."""
 
-    def compiled(mod: Any, arch: str, path: Path, precision: str | None = None) -> list[Any]:
+    def compiled(
+        mod: Any, arch: str, path: Path, precision: str | None = None, *, graph: bool
+    ) -> list[Any]:
         path.write_text("half" if f"{F // 2}), dtype" in str(mod) else "whole")
         return []
 

@@ -13,6 +13,7 @@ from cuda_cases import needs_compiler
 from cuda_modules import EmulatedModule, States, launches, selected
 
 from icd_tvm._tvm import apply_pass
+from icd_tvm.adapters.kv_spec import parse_kv
 from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.decoder import (
     DecoderConfig,
@@ -27,9 +28,11 @@ from icd_tvm.models.mamba import (
     mamba_states,
     random_mamba_weights,
 )
+from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
 from icd_tvm.relax_passes.cuda_graph import captured, for_graph
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
+from icd_tvm.relax_passes.select_cuda_kernels import read_cuda_kernels
 from icd_tvm.tir_schedules.target import cuda_target
 
 BATCH, SEQ, SLOTS = 2, 8, 32
@@ -136,3 +139,25 @@ def test_a_step_is_one_graph(lowered: Any) -> None:
         assert count.inside + count.outside == len(launches(mod))
     if name != "bert":
         assert captured(modules[1], TARGET).graphs > 1, "states that move cut the graph"
+
+
+@pytest.mark.parametrize(
+    ("spec", "appends", "cache"),
+    [("drop=0.5,block=4", "append", "float32"), ("dtype=int8", "append_row", "int8")],
+)
+def test_compressed_caches_are_read_as_they_lie(
+    spec: str, appends: str, cache: str, tmp_path: Path
+) -> None:
+    model, states = decoder(1)
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    mod = import_onnx(str(tmp_path / "model.onnx")).mod
+    mod = apply_pass(AttachLayoutTags(opaque_states=states), mod)
+    mod = apply_pass(ApplyKVCompress(parse_kv(spec)), mod)
+    low = lower_cuda(mod, TARGET, "float16")
+    kernels = launches(low)
+    assert appends in kernels
+    assert "decode_attention" in kernels
+    assert not any("where" in name for name in kernels), kernels
+    choices = read_cuda_kernels(low).values()
+    (attention,) = (one for one in choices if one.kind == "decode_attention")
+    assert f"share a {cache} cache" in attention.reason

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cuda_cases import EPS, ORDERS, close, needs_compiler
 from cuda_emulation import Emulated, numpy_dtype
 
+from icd_tvm.measure.cuda_inspect import inspect_kernels
 from icd_tvm.tir_schedules.cuda.append import append_rule
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
@@ -204,3 +207,12 @@ def test_decode_attention_reads_a_float32_cache(emulated: Emulated) -> None:
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = weights / weights.sum(-1, keepdims=True) @ v
         assert np.abs(found[0, head] - expected).max() <= 2 * EPS["float16"] * np.abs(v).max()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
+def test_kernels_compile_without_spills(tmp_path: Path) -> None:
+    kernels = [kernel(case.rule()) for case in NORMS.values()] + [PLACED, INSIDE, SCAN]
+    kernels += [kernel(append_rule(*sizes, cache=cache)) for *sizes, cache in APPENDS.values()]
+    for one in inspect_kernels([*kernels, *DECODE.kernels], "sm_90", tmp_path).values():
+        assert (one.spilled, one.stack) == (0, 0)
+        assert one.registers <= 128

@@ -17,7 +17,10 @@ from icd_tvm.relax_passes.cuda_views import view_of
 from icd_tvm.relax_passes.elementwise_function import function_after
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.relax_graph import Dataflow
-from icd_tvm.relax_passes.select_cuda_kernels import CudaChoice
+from icd_tvm.relax_passes.select_cuda_kernels import CUDA_KERNELS_ATTR, CudaChoice
+from icd_tvm.tir_schedules.cuda.gemm import gemm_rule, pack_weight
+from icd_tvm.tir_schedules.cuda.placed import placed
+from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue
 
 op = relax.op
 ROWS, K, N = 4, 32, 64
@@ -36,7 +39,7 @@ def module(body: Callable[[Emit, Any, Any], Any], rows: int = ROWS, width: int =
     """Return ``main(x, r)`` with what ``body`` makes of them."""
     x = relax.Var("x", relax.TensorType((1, rows, K), "float32"))
     r = relax.Var("r", relax.TensorType((1, rows, width), "float32"))
-    builder = relax.BlockBuilder()
+    builder = builder or relax.BlockBuilder()
     with builder.function("main", [x, r]):
         with builder.dataflow():
             out = builder.emit_output(body(builder.emit, x, r))
@@ -102,6 +105,30 @@ def test_epilogue_is_what_follows(activation: Callable[..., Any], fused: tuple[s
     assert choice == CudaChoice("gemm", 0, "float16, dense", fused)
     left = [name for name in operators(after) if name not in ("astype", "call_tir")]
     assert left == ([] if "residual" in fused else ["nn.gelu_tanh", "add"])
+
+
+def test_module_is_the_expected_one() -> None:
+    before = module(lambda emit, x, r: op.add(gelu(emit, product(emit, x)), r))
+    copy = tvm.ir.load_json(tvm.ir.save_json(before))
+    after, _ = selected(before)
+    tvm.ir.assert_structural_equal(before, copy)
+    epilogue = Epilogue("gelu", bias=True, residual=True)
+    (kernel,) = gemm_rule(ROWS, N, K, "float16", out="float32", epilogue=epilogue).kernels
+    rows = {"a": (1, ROWS, K), "residual": (1, ROWS, N), "c": (1, ROWS, N)}
+    packed = pack_weight(array(K, N).astype(np.float16), kernel.arguments[1].shape[2])
+
+    def body(emit: Emit, x: Any, r: Any) -> Any:
+        place = builder.add_func(placed(kernel, rows, {}).primfunc(), "gemm")
+        narrow = emit(op.astype(x, "float16"))
+        args = [narrow, named_const(packed, "w"), named_const(array(N), "b"), r]
+        return relax.call_tir(place, relax.Tuple(args), relax.TensorType((1, ROWS, N), "float32"))
+
+    builder = relax.BlockBuilder()
+    expected = module(body, builder=builder).with_attr(
+        CUDA_KERNELS_ATTR, str(after.attrs[CUDA_KERNELS_ATTR])
+    )
+    plain = relax.transform.CanonicalizeBindings()
+    tvm.ir.assert_structural_equal(plain(after), plain(expected))
 
 
 def test_bend_of_a_function_keeps_it_apart() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from icd_tvm._tvm import relax
+from icd_tvm._tvm import GenericConst, const_name, relax
 from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.axis_rules.trace import state_places
 from icd_tvm.relax_passes.cache_append import CacheAppend, find_appends
@@ -32,22 +32,20 @@ class Found:
         By the name of the operator.
     refusals : dict of str to str
         Name of each operator that stays with TVM -> the reason.
-    owned : set of relax.Var
-        New states that may be written where the old ones lie.
+    owned : dict of relax.Var to relax.Var
+        New states that may be written where the old ones lie -> the old ones.
     """
 
     plans: dict[str, Planned] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
-    owned: set[Any] = field(default_factory=set)
+    owned: dict[Any, Any] = field(default_factory=dict)
 
-    def note(self, var: Any, found: Planned | str | None) -> bool:
-        """Keep a plan or a reason; tell whether it was a plan."""
+    def note(self, var: Any, found: Planned | str | None, label: str = "") -> None:
+        """Keep a plan or a reason, under the name of the variable or another."""
         if isinstance(found, Planned):
-            self.plans[str(var.name)] = found
-            return True
-        if found is not None:
-            self.refusals[str(var.name)] = found
-        return False
+            self.plans[label or str(var.name)] = found
+        elif found is not None:
+            self.refusals[label or str(var.name)] = found
 
 
 def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
@@ -64,12 +62,14 @@ def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
     """
     flow, found = Dataflow(func), Found()
     appends = _appends(func, states)
-    found.owned = {append.result for append in appends.values()} | _moved(flow, func, states)
+    found.owned = _moved(flow, func, states)
+    found.owned |= {append.result: append.past for append in appends.values()}
     _blocks(flow, found, appends, dtype, arch)
     wanted = {var for plan in found.plans.values() for var in plan.read() | set(plan.results)}
     for var in list(flow.values):
         plan = plan_product(flow, var, wanted, dtype, arch)
-        if found.note(var, plan) and isinstance(plan, Planned):
+        found.note(var, plan, _merged_weights(flow, var))
+        if isinstance(plan, Planned):
             wanted |= plan.read() | set(plan.results)
     for var in list(flow.values):
         found.note(var, plan_norm(flow, var, wanted))
@@ -97,6 +97,14 @@ def _blocks(
             found.note(var, plan_scan(flow, var, dtype))
 
 
+def _merged_weights(flow: Dataflow, var: Any) -> str:
+    """Return the names of the weights of a merged product, which has no name of its own."""
+    matmul = flow.bound(var, "relax.matmul")
+    constant = None if matmul is None else matmul.args[1]
+    label = const_name(constant) if isinstance(constant, GenericConst) else ""
+    return label if "+" in label else ""
+
+
 def _appends(func: Any, states: States) -> dict[Any, CacheAppend]:
     """Return the appends to caches that may be written in place, by what they make."""
     try:
@@ -107,21 +115,20 @@ def _appends(func: Any, states: States) -> dict[Any, CacheAppend]:
     return {append.result: append for append in found.values()}
 
 
-def _moved(flow: Dataflow, func: Any, states: States) -> set[Any]:
-    """Return the new states of a Mamba step that nothing else than their kernel reads."""
+def _moved(flow: Dataflow, func: Any, states: States) -> dict[Any, Any]:
+    """Return the new states whose old ones have one reader, with those."""
     params = {str(param.name): param for param in func.params}
     try:
         places = state_places(func, states)
     except TransformError:
-        return set()
+        return {}
     returned = flow.resolve(func.body.body)
     outputs = list(returned.fields) if isinstance(returned, relax.Tuple) else [returned]
-    found = set()
+    found = {}
     for name, place in places:
-        # The old state has one reader, so it is that of the new one.
         if flow.single_use(params[name]) and place < len(outputs):
             value = outputs[place]
             while isinstance(flow.values.get(value), relax.Var):
                 value = flow.values[value]
-            found.add(value)
+            found[value] = params[name]
     return found

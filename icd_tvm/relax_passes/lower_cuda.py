@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from icd_tvm._tvm import dlight, relax, tvm
+from icd_tvm.relax_passes.append_in_place import AppendInPlace
 from icd_tvm.relax_passes.cuda_graph import for_graph, graph_config
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.plain_names import PlainNames
@@ -32,6 +33,8 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
         [
             rx.FoldConstant(),
             *_kernels(arch, precision),
+            # Caches whose append is not part of a kernel.
+            AppendInPlace(gpu=True),
             rx.DeadCodeElimination(),
             # Else a kernel of its own transposes the weight in every call.
             rx.FuseTransposeMatmul(),

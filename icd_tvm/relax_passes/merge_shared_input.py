@@ -83,10 +83,8 @@ class _Merger(PyExprMutator):
         source = self.visit_expr(self._flow.values[group[0].matmul].args[0])
         weight = np.concatenate([one.weight for one in group], axis=1)
         label = "+".join(one.weight_name for one in group)
-        name = f"{group[0].result.name}_merged"
-        wide = self.builder_.emit(
-            relax.op.matmul(source, named_const(weight, label)), name_hint=f"{name}_MatMul"
-        )
+        # No operator of the model makes it: its kernel is known by its weights.
+        wide = self.builder_.emit(relax.op.matmul(source, named_const(weight, label)))
         if any(one.bias is not None for one in group):
             parts = [
                 np.zeros(one.weight.shape[1], np.float32) if one.bias is None else one.bias
@@ -94,7 +92,7 @@ class _Merger(PyExprMutator):
             ]
             label = "+".join(one.bias_name for one in group if one.bias is not None)
             bias = named_const(np.concatenate(parts), label)
-            wide = self.builder_.emit(relax.op.add(wide, bias), name_hint=name)
+            wide = self.builder_.emit(relax.op.add(wide, bias))
         axis, begin = len(static_shape(wide) or ()) - 1, 0
         for one in group:
             end = begin + one.weight.shape[1]

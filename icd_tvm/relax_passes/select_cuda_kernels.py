@@ -108,11 +108,12 @@ class _Emitter(PyExprMutator):
     """
 
     def __init__(
-        self, mod: Any, plans: list[Planned], owned: set[Any], owner: SelectCudaKernels
+        self, mod: Any, plans: list[Planned], owned: dict[Any, Any], owner: SelectCudaKernels
     ) -> None:
         super().__init__(mod)
         self._owner, self._owned = owner, owned
-        self._waiting = [(plan, set(plan.results)) for plan in plans]
+        waiting = [(plan, set(plan.results)) for plan in plans]
+        self._waiting = {var: one for one in waiting for var in one[1]}
         self._narrow_results = narrow_values(plans)
         self._narrow: dict[Any, Any] = {}
         self._shared: dict[Any, Any] = {}
@@ -120,11 +121,11 @@ class _Emitter(PyExprMutator):
     def visit_var_binding_(self, binding: Any) -> None:
         """Keep the binding, or emit the kernels that it completes."""
         super().visit_var_binding_(binding)
-        for plan, missing in self._waiting:
-            if binding.var in missing:
-                missing.discard(binding.var)
-                if not missing:
-                    self._emit(plan)
+        if binding.var in self._waiting:
+            plan, missing = self._waiting[binding.var]
+            missing.discard(binding.var)
+            if not missing:
+                self._emit(plan)
 
     def _emit(self, plan: Planned) -> None:
         dtype = self._owner.dtype
@@ -172,7 +173,7 @@ class _Emitter(PyExprMutator):
         out: str,
     ) -> None:
         """Call the last kernel and let its results stand for the variables."""
-        inside = dict(plan.in_place) if set(plan.states.values()) <= self._owned else {}
+        inside = dict(plan.in_place) if self._is_owned(plan) else {}
         states = {inside.get(name, name): var for name, var in plan.states.items()}
         kernel = in_place(kernel, inside)
         shape = relax.ShapeExpr(static_shape(plan.result) or ())
@@ -185,6 +186,15 @@ class _Emitter(PyExprMutator):
         for var, new in zip(states.values(), made[:-1], strict=True):
             self._replace(var, new)
         self._result(plan.result, made[-1], out)
+
+    def _is_owned(self, plan: Planned) -> bool:
+        """Tell whether each state that is read is that which the new one replaces."""
+        return all(
+            out in plan.in_place
+            and var in self._owned
+            and self._owned[var].same_as(plan.operands[plan.in_place[out]].value)
+            for out, var in plan.states.items()
+        )
 
     def _result(self, var: Any, value: Any, out: str) -> None:
         if out == "float32":
