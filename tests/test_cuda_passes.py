@@ -35,7 +35,12 @@ def scalar(value: float) -> Any:
     return relax.const(np.float32(value))
 
 
-def module(body: Callable[[Emit, Any, Any], Any], rows: int = ROWS, width: int = N) -> tvm.IRModule:
+def module(
+    body: Callable[[Emit, Any, Any], Any],
+    rows: int = ROWS,
+    width: int = N,
+    builder: relax.BlockBuilder | None = None,
+) -> tvm.IRModule:
     """Return ``main(x, r)`` with what ``body`` makes of them."""
     x = relax.Var("x", relax.TensorType((1, rows, K), "float32"))
     r = relax.Var("r", relax.TensorType((1, rows, width), "float32"))
