@@ -12,9 +12,10 @@ from cuda_modules import selected
 from tvm import relax
 
 from icd_tvm._tvm import apply_pass, named_const
-from icd_tvm.relax_passes.cuda_graph import InputsFirst, graph_config
+from icd_tvm.relax_passes.cuda_graph import graph_config
 from icd_tvm.relax_passes.cuda_views import view_of
 from icd_tvm.relax_passes.elementwise_function import function_after
+from icd_tvm.relax_passes.inputs_first import InputsFirst
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.relax_graph import Dataflow
 from icd_tvm.relax_passes.select_cuda_kernels import CUDA_KERNELS_ATTR, CudaChoice
