@@ -108,6 +108,25 @@ def test_model_of_our_kernels_equals_onnx_runtime(name: str, dtype: str, tmp_pat
         feeds |= {old: expected[outputs.index(new)] for old, new in states}
 
 
+@needs_compiler
+def test_states_that_are_not_declared_are_not_overwritten(tmp_path: Path) -> None:
+    model, states = mamba()
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    mod, chosen = selected(import_onnx(str(tmp_path / "model.onnx")).mod)
+    assert "call_tir_inplace" not in str(mod["main"])
+    session, emulated = reference(model), EmulatedModule(mod, chosen, tmp_path)
+    feeds = feeds_of(session, 1)
+    for found, right in zip(emulated(feeds), session.run(None, feeds), strict=True):
+        assert np.abs(found - right).max() <= 0.01 * np.abs(right).max()
+    onnx.save(decoder()[0], str(tmp_path / "decoder.onnx"))
+    _, chosen = selected(import_onnx(str(tmp_path / "decoder.onnx")).mod)
+    kinds = {choice.kind for choice in chosen.choices.values()}
+    assert "append" not in kinds
+    assert "decode_attention" in kinds
+    [reason] = [one.reason for one in chosen.choices.values() if "its append" in one.reason]
+    assert "no state that is written in place" in reason
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the name of a model and its lowered modules of one and two layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +11,34 @@ import pytest
 import tvm
 from cuda_modules import selected
 from tvm import relax
+from tvm.script import tirx as T
 
 from icd_tvm._tvm import apply_pass, named_const
+from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG
+from icd_tvm.relax_passes.attention_match import Refused
 from icd_tvm.relax_passes.cuda_graph import graph_config
+from icd_tvm.relax_passes.cuda_shared import SharedValues
 from icd_tvm.relax_passes.cuda_views import view_of
 from icd_tvm.relax_passes.elementwise_function import function_after
 from icd_tvm.relax_passes.inputs_first import InputsFirst
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.relax_graph import Dataflow
 from icd_tvm.relax_passes.select_cuda_kernels import CUDA_KERNELS_ATTR, CudaChoice
+from icd_tvm.relax_passes.static_states import StaticStates
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule, pack_weight
 from icd_tvm.tir_schedules.cuda.placed import placed
 from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue
 
 op = relax.op
+
+
+@T.prim_func(private=True, s_tir=True)
+def DOUBLED(A: T.Buffer((4,), "float32")) -> None:  # type: ignore[valid-type]
+    for i in range(4):
+        with T.sblock("double"):
+            A[i] = A[i] * T.float32(2)
+
+
 ROWS, K, N = 4, 32, 64
 Emit = Callable[..., Any]
 
@@ -327,3 +342,76 @@ def test_shapes_that_are_not_known_leave_the_graph_out() -> None:
     known = module(lambda emit, x, r: op.exp(r))
     assert graph_config(known, wanted=True) == {"relax.backend.use_cuda_graph": True}
     assert graph_config(known, wanted=False) == {"relax.backend.use_cuda_graph": False}
+
+
+def mask_of(kind: str) -> tuple[Dataflow, Any]:
+    """Return the mask of empty slots of a cache of eight, or one that is none."""
+    length = relax.Var("length", relax.TensorType((2 if kind == "lengths" else 1,), "int64"))
+    numbers = np.arange(8)[::-1] if kind == "reversed" else np.arange(8)
+    builder = relax.BlockBuilder()
+    with builder.function("main", [length]):
+        with builder.dataflow():
+            emit = builder.emit
+            one = emit(op.sum(length, keepdims=True)) if kind == "lengths" else length
+            slots = named_const(numbers, "slots")
+            after = emit((op.less if kind == "before" else op.greater)(slots, one))
+            low = scalar(-1.0 if kind == "weak" else -1e9)
+            mask = emit(op.where(after, low, scalar(0.0)), "mask")
+            if kind == "other":
+                mask = emit(op.negative(mask), "mask")
+            out = builder.emit_output(mask)
+        builder.emit_func_output(out)
+    flow = Dataflow(builder.get()["main"])
+    return flow, [var for var in flow.values if var.name == "mask"][-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("reversed", "not numbered"),
+        ("before", "after a length"),
+        ("weak", "other values"),
+        ("other", "not made by a where"),
+    ],
+)
+def test_mask_that_is_no_length_is_refused(kind: str, reason: str) -> None:
+    flow, mask = mask_of(kind)
+    with pytest.raises(Refused, match=reason):
+        SharedValues(flow).live_slots(mask, (1, 2), 8)
+
+
+def test_layers_share_what_is_made_of_the_length() -> None:
+    flow, mask = mask_of("")
+    shared = SharedValues(flow)
+    first = shared.live_slots(mask, (1, 2), 8)
+    assert first.same_as(shared.live_slots(mask, (1, 2), 8))
+    assert not first.same_as(shared.live_slots(mask, (1, 3), 8))
+    with pytest.raises(Refused, match="slots of its mask"):
+        shared.live_slots(mask, (1, 2), 9)
+    assert shared.live_slots(None, (1, 2), 8).value.numpy().tolist() == [[8, 8]]
+
+
+def test_states_stay_where_they_are_only_if_written_in_place_at_the_end() -> None:
+    def declared(names: list[str], states: list[tuple[str, str]]) -> list[str]:
+        params = {n: relax.Var(n, relax.TensorType((4,), "float32")) for n in names}
+        builder = relax.BlockBuilder()
+        with builder.function("main", list(params.values())):
+            with builder.dataflow():
+                place = builder.add_func(DOUBLED, "doubled")
+                new = builder.emit(
+                    op.call_tir_inplace(place, relax.Tuple([params["s"]]), 0, params["s"].ty)
+                )
+                out = builder.emit_output(relax.Tuple([new, builder.emit(op.exp(params["x"]))]))
+            builder.emit_func_output(out)
+        mod = builder.get().with_attr(LAYOUT_TAG, json.dumps({"opaque_states": states}))
+        found = StaticStates()
+        after = apply_pass(found, mod)
+        if found.declared:
+            assert int(after["main"].attrs["num_input"]) == len(names) - len(found.declared)
+        return found.declared
+
+    assert declared(["x", "s"], [("s", "new")]) == ["s"]
+    assert declared(["s", "x"], [("s", "new")]) == []
+    assert declared(["x", "s"], []) == []
+    # Only read: it may lie elsewhere in the next call.
+    assert declared(["s", "x"], [("s", "new"), ("x", "y")]) == []

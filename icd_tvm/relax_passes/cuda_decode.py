@@ -99,41 +99,39 @@ def _append(
     keys = need(appends.get(match.key), "its keys are no state that is written in place")
     values = need(appends.get(match.value), "its values are no state that is written in place")
     require(keys.length.same_as(values.length), "keys and values have lengths of their own")
-    query, cos, sin = _rotation(flow, match.query)
-    key, key_cos, key_sin = _rotation(flow, keys.row)
-    same = cos.same_as(key_cos) and sin.same_as(key_sin)
-    require(same, "queries and keys are rotated differently")
-    size = match.shape
+    size, cache = match.shape, str(keys.past.ty.dtype)
     require(size.batch == 1, f"it has {size.batch} sequences, not 1")
-    require(
-        static_shape(cos) in ((1, 1, size.head_dim), (1, size.head_dim)),
-        "an angle for a head is missing",
-    )
-    rule = append_rule(
-        size.kv_heads * size.share,
-        size.kv_heads,
-        size.slots,
-        size.head_dim,
-        dtype,
-        cache=str(keys.past.ty.dtype),
-        length="int32",
-    )
+    heads = size.kv_heads * size.share
+    sizes = (heads, size.kv_heads, size.slots, size.head_dim, dtype)
+    rule = append_rule(*sizes, cache=cache, length="int32")
     require(rule.kernels, rule.reason)
-    rows = {"q": view_of(flow, query), "k": view_of(flow, key), "v": view_of(flow, values.row)}
-    found = {name: Operand(view.root, offset=view.offset) for name, view in rows.items()}
-    kept = {"cos": cos, "sin": sin, "length": shared.slot(keys.length)}
-    kept |= {"keys": keys.past, "values": values.past}
-    found |= {name: Operand(value, "kept") for name, value in kept.items()}
+    kept = {"length": shared.slot(keys.length), "keys": keys.past, "values": values.past}
+    found = _rotated(flow, match, keys, values)
     return Planned(
         result=match.query,
-        operands=found,
+        operands=found | {name: Operand(value, "kept") for name, value in kept.items()},
         rule=lambda *_: rule,
         kind="append",
-        reason=f"{dtype} rows into {keys.past.ty.dtype} caches",
+        reason=f"{dtype} rows into {cache} caches",
         fused=("rotary positions",),
         states={"keys": keys.result, "values": values.result},
         in_place={"keys": "keys", "values": "values"},
     )
+
+
+def _rotated(
+    flow: Dataflow, match: DecodeMatch, keys: CacheAppend, values: CacheAppend
+) -> dict[str, Operand]:
+    """Return the rows before they are rotated, and the angles."""
+    query, cos, sin = _rotation(flow, match.query)
+    key, key_cos, key_sin = _rotation(flow, keys.row)
+    same = cos.same_as(key_cos) and sin.same_as(key_sin)
+    require(same, "queries and keys are rotated differently")
+    size = match.shape.head_dim
+    require(static_shape(cos) in ((1, 1, size), (1, size)), "an angle for a head is missing")
+    rows = {"q": view_of(flow, query), "k": view_of(flow, key), "v": view_of(flow, values.row)}
+    found = {name: Operand(view.root, offset=view.offset) for name, view in rows.items()}
+    return found | {"cos": Operand(cos, "kept"), "sin": Operand(sin, "kept")}
 
 
 def _rotation(flow: Dataflow, var: Any) -> tuple[Any, Any, Any]:

@@ -53,32 +53,16 @@ def _conv(flow: Dataflow, var: Any, window: Any, joined: Any, weight: Any, dtype
     _, channels, taps = shape
     require(static_shape(weight) in ((channels, taps), shape), "a weight for each tap is missing")
     require(static_shape(var) == (1, channels), "it is not summed over the window alone")
-    kept, new = flow.resolve(joined.args[0]).fields
-    moved = flow.call(kept, "relax.strided_slice")
-    require(moved is not None, "its window is not moved by a slice")
-    state = moved.args[0]
-    require(static_shape(state) == shape, "the state is no window of its own")
-    require(static_shape(kept) == (1, channels, taps - 1), "it is moved by more than one token")
-    require(int(moved.args[2].fields[0].value) == 1, "it does not drop the oldest token")
-    biased = flow.only_user(var)
-    added = flow.bound(biased, "relax.add")
-    require(added is not None, "no bias follows it")
-    _, bias = operands(added)
-    fits = constant_array(bias) is not None and static_shape(bias) == (channels,)
-    require(fits, "its bias is no constant for each channel")
-    found = need(function_after(flow, biased, ("silu",)), "no SiLU follows it")
+    state, new = _moved_window(flow, joined, shape)
+    bias, result = _biased_silu(flow, var, channels)
     made = conv_step_rule(channels, dtype, taps=taps)
     require(made.kernels, made.reason)
     source = view_of(flow, new)
-    values = {
-        "x": Operand(source.root, offset=source.offset),
-        "window": Operand(state, "kept"),
-        "weight": Operand(weight, "kept"),
-        "bias": Operand(bias, "kept"),
-    }
+    values = {"x": Operand(source.root, offset=source.offset)}
+    kept = {"window": state, "weight": weight, "bias": bias}
     return Planned(
-        result=found[1],
-        operands=values,
+        result=result,
+        operands=values | {name: Operand(value, "kept") for name, value in kept.items()},
         rule=lambda *_: made,
         kind="conv_step",
         reason=f"{dtype}, {TAPS} taps",
@@ -86,6 +70,27 @@ def _conv(flow: Dataflow, var: Any, window: Any, joined: Any, weight: Any, dtype
         states={"window_out": window},
         in_place={"window_out": "window"},
     )
+
+
+def _moved_window(flow: Dataflow, joined: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return (state, new input) of a window that drops its oldest token for a new one."""
+    kept, new = flow.resolve(joined.args[0]).fields
+    moved = need(flow.call(kept, "relax.strided_slice"), "its window is not moved by a slice")
+    state = moved.args[0]
+    require(static_shape(state) == shape, "the state is no window of its own")
+    require(static_shape(kept) == (*shape[:2], shape[2] - 1), "it is moved by more than one token")
+    require(int(moved.args[2].fields[0].value) == 1, "it does not drop the oldest token")
+    return state, new
+
+
+def _biased_silu(flow: Dataflow, var: Any, channels: int) -> tuple[Any, Any]:
+    """Return (bias, result) of what follows the sum over a window."""
+    biased = flow.only_user(var)
+    added = need(flow.bound(biased, "relax.add"), "no bias follows it")
+    _, bias = operands(added)
+    fits = constant_array(bias) is not None and static_shape(bias) == (channels,)
+    require(fits, "its bias is no constant for each channel")
+    return bias, need(function_after(flow, biased, ("silu",)), "no SiLU follows it")[1]
 
 
 def plan_scan(flow: Dataflow, var: Any, dtype: str) -> Planned | str | None:
@@ -154,14 +159,12 @@ def _scan(
     made = partial(_scan_rule, channels, states, dtype)
     refusal = made({"b": dtype}, dtype).reason
     require(not refusal, refusal)
-    x_view = view_of(flow, x)
-    reads = {"x": x_view, "z": z, "dt": dt, "b": b, "c": c}
+    reads = {"x": view_of(flow, x), "z": z, "dt": dt, "b": b, "c": c}
     found = {name: Operand(view.root, offset=view.offset) for name, view in reads.items()}
     kept = {"state": state, "a": rates, "d": d, "dt_bias": dt_bias}
-    found |= {name: Operand(value, "kept") for name, value in kept.items()}
     return Planned(
         result=out,
-        operands=found,
+        operands=found | {name: Operand(value, "kept") for name, value in kept.items()},
         rule=made,
         kind="scan_step",
         reason=f"{dtype}, {states} states",

@@ -148,13 +148,8 @@ def _planned(
     # A kernel for matrices reads whole rows.
     if not vector and (source.offset or _size(source.root) != int(np.prod(shape))):
         source = View(matmul.args[0])
-    x = Operand(source.root, offset=source.offset)
-    label = const_name(matmul.args[1])
-    found = {
-        name: Operand(named_const(array, label if name == "w" else f"{label}.blocks"), "kept")
-        for name, array in kernels.constants.items()
-    }
-    found["x" if vector else "a"] = x
+    found = _constants(matmul, kernels)
+    found["x" if vector else "a"] = Operand(source.root, offset=source.offset)
     if chain.bias is not None:
         found["bias"] = Operand(chain.bias, "kept")
     if chain.residual is not None:
@@ -171,6 +166,15 @@ def _planned(
         flexible=True,
         live=0 if lists is None else int(lists.shape[1]),
     )
+
+
+def _constants(matmul: Any, kernels: ProductKernels) -> dict[str, Operand]:
+    label = const_name(matmul.args[1])
+    names = {name: label if name == "w" else f"{label}.blocks" for name in kernels.constants}
+    return {
+        name: Operand(named_const(array, names[name]), "kept")
+        for name, array in kernels.constants.items()
+    }
 
 
 def _rule(
