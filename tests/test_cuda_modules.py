@@ -110,7 +110,7 @@ def test_model_of_our_kernels_equals_onnx_runtime(name: str, dtype: str, tmp_pat
 
 @needs_compiler
 def test_states_that_are_not_declared_are_not_overwritten(tmp_path: Path) -> None:
-    model, states = mamba()
+    model, _ = mamba()
     onnx.save(model, str(tmp_path / "model.onnx"))
     mod, chosen = selected(import_onnx(str(tmp_path / "model.onnx")).mod)
     assert "call_tir_inplace" not in str(mod["main"])

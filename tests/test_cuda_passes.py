@@ -11,7 +11,6 @@ import pytest
 import tvm
 from cuda_modules import selected
 from tvm import relax
-from tvm.script import tirx as T
 
 from icd_tvm._tvm import apply_pass, named_const
 from icd_tvm.relax_passes.attach_layout_tags import LAYOUT_TAG
@@ -25,20 +24,12 @@ from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.relax_graph import Dataflow
 from icd_tvm.relax_passes.select_cuda_kernels import CUDA_KERNELS_ATTR, CudaChoice
 from icd_tvm.relax_passes.static_states import StaticStates
+from icd_tvm.tir_schedules.cpu.append_row import append_row
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule, pack_weight
 from icd_tvm.tir_schedules.cuda.placed import placed
 from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue
 
 op = relax.op
-
-
-@T.prim_func(private=True, s_tir=True)
-def DOUBLED(A: T.Buffer((4,), "float32")) -> None:  # type: ignore[valid-type]
-    for i in range(4):
-        with T.sblock("double"):
-            A[i] = A[i] * T.float32(2)
-
-
 ROWS, K, N = 4, 32, 64
 Emit = Callable[..., Any]
 
@@ -393,15 +384,17 @@ def test_layers_share_what_is_made_of_the_length() -> None:
 
 def test_states_stay_where_they_are_only_if_written_in_place_at_the_end() -> None:
     def declared(names: list[str], states: list[tuple[str, str]]) -> list[str]:
-        params = {n: relax.Var(n, relax.TensorType((4,), "float32")) for n in names}
+        shapes = {"s": (1, 1, 4, 4), "x": (1, 1, 1, 4)}
+        params = {n: relax.Var(n, relax.TensorType(shapes[n], "float32")) for n in names}
+        state, row = params["s"], params["x"]
         builder = relax.BlockBuilder()
         with builder.function("main", list(params.values())):
             with builder.dataflow():
-                place = builder.add_func(DOUBLED, "doubled")
-                new = builder.emit(
-                    op.call_tir_inplace(place, relax.Tuple([params["s"]]), 0, params["s"].ty)
-                )
-                out = builder.emit_output(relax.Tuple([new, builder.emit(op.exp(params["x"]))]))
+                func = append_row(shapes["s"], "float32", (1,), "int64", gpu=True)
+                place = builder.add_func(func, "append_row")
+                args = relax.Tuple([state, row, named_const(np.array([2]), "slot")])
+                new = builder.emit(op.call_tir_inplace(place, args, 0, state.ty))
+                out = builder.emit_output(relax.Tuple([new, builder.emit(op.exp(row))]))
             builder.emit_func_output(out)
         mod = builder.get().with_attr(LAYOUT_TAG, json.dumps({"opaque_states": states}))
         found = StaticStates()
