@@ -67,10 +67,10 @@ def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
     _blocks(flow, found, appends, dtype, arch)
     wanted = {var for plan in found.plans.values() for var in plan.read() | set(plan.results)}
     for var in list(flow.values):
-        plan = plan_product(flow, var, wanted, dtype, arch)
-        found.note(var, plan, _merged_weights(flow, var))
-        if isinstance(plan, Planned):
-            wanted |= plan.read() | set(plan.results)
+        product = plan_product(flow, var, wanted, dtype, arch)
+        found.note(var, product, _merged_weights(flow, var))
+        if isinstance(product, Planned):
+            wanted |= product.read() | set(product.results)
     for var in list(flow.values):
         found.note(var, plan_norm(flow, var, wanted))
     return found
@@ -90,8 +90,8 @@ def _blocks(
             if reason:
                 found.refusals[str(var.name)] = reason
         elif softmax is not None:
-            plan = plan_attention(flow, var, shared, dtype)
-            found.note(plan.result if isinstance(plan, Planned) else var, plan)
+            one = plan_attention(flow, var, shared, dtype)
+            found.note(one.result if isinstance(one, Planned) else var, one)
         else:
             found.note(var, plan_conv(flow, var, dtype))
             found.note(var, plan_scan(flow, var, dtype))

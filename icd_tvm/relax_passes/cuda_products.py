@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -126,11 +127,11 @@ def plan_product(
     Planned, str or None
         The reason where there is no kernel; None where ``var`` is no such matmul.
     """
-    matmul = flow.values.get(var)
-    weight = None if matmul is None else constant_weight(matmul)
+    matmul: Any = flow.values.get(var)
+    weight = constant_weight(matmul)
     if weight is None:
         return None
-    rows = int(np.prod((static_shape(matmul.args[0]) or ())[:-1]))
+    rows = prod((static_shape(matmul.args[0]) or ())[:-1])
     kernels = product_kernels(rows, weight, dtype, arch)
     if kernels.reason:
         return kernels.reason
@@ -144,9 +145,9 @@ def _planned(
     matmul: Any, chain: _Chain, kernels: ProductKernels, source: View, dtype: str
 ) -> Planned:
     shape = static_shape(matmul.args[0]) or ()
-    vector = int(np.prod(shape[:-1])) == 1
+    vector = prod(shape[:-1]) == 1
     # A kernel for matrices reads whole rows.
-    if not vector and (source.offset or _size(source.root) != int(np.prod(shape))):
+    if not vector and (source.offset or _size(source.root) != prod(shape)):
         source = View(matmul.args[0])
     found = _constants(matmul, kernels)
     found["x" if vector else "a"] = Operand(source.root, offset=source.offset)
@@ -184,7 +185,7 @@ def _rule(
 
 
 def _size(expr: Any) -> int:
-    return int(np.prod(static_shape(expr) or (0,)))
+    return prod(static_shape(expr) or (0,))
 
 
 def _fused(epilogue: Epilogue) -> tuple[str, ...]:

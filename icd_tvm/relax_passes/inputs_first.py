@@ -30,7 +30,8 @@ class InputsFirst:
 def _inputs_first(block: Any, params: set[Any]) -> Any:
     if not isinstance(block, relax.DataflowBlock):
         return block
-    first, rest = [], []
+    first: list[Any] = []
+    rest: list[Any] = []
     for binding in block.bindings:
         read = set(relax.analysis.free_vars(binding.value))
         pure = not is_call(binding.value, "relax.call_tir_inplace")
