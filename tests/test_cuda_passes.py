@@ -349,11 +349,11 @@ def mask_of(kind: str) -> tuple[Dataflow, Any]:
             low = scalar(-1.0 if kind == "weak" else -1e9)
             mask = emit(op.where(after, low, scalar(0.0)), "mask")
             if kind == "other":
-                mask = emit(op.negative(mask), "mask")
+                mask = emit(op.negative(mask), "negated")
             out = builder.emit_output(mask)
         builder.emit_func_output(out)
     flow = Dataflow(builder.get()["main"])
-    return flow, [var for var in flow.values if var.name == "mask"][-1]
+    return flow, [var for var in flow.values if var.name in ("mask", "negated")][-1]
 
 
 @pytest.mark.parametrize(
