@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,23 @@ def test_states_that_are_not_declared_are_not_overwritten(tmp_path: Path) -> Non
     assert "decode_attention" in kinds
     [reason] = [one.reason for one in chosen.choices.values() if "its append" in one.reason]
     assert "no state that is written in place" in reason
+
+
+@needs_compiler
+def test_a_part_that_is_read_elsewhere_is_noticed(tmp_path: Path) -> None:
+    model, states = mamba()
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    mod, chosen = selected(import_onnx(str(tmp_path / "model.onnx")).mod, "float16", states)
+    wrong = {
+        name: replace(kernel, call=re.sub(r"\+ \d+\)", "+ 0)", kernel.call))
+        for name, kernel in chosen.kernels.items()
+    }
+    assert wrong != chosen.kernels
+    chosen.kernels = wrong
+    session, emulated = reference(model), EmulatedModule(mod, chosen, tmp_path)
+    feeds = feeds_of(session, 0)
+    found, right = emulated(feeds)[0], session.run(None, feeds)[0]
+    assert np.abs(found - right).max() > 0.01 * np.abs(right).max()
 
 
 @pytest.fixture(scope="module", params=MODELS)
