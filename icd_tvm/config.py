@@ -331,6 +331,10 @@ class Config(Section):
         description="host, x86-64-v3, x86-64-v4, cuda:sm_80 or cuda:sm_90; with :float16 or "
         ":bfloat16 behind it, products on tensor cores",
     )
+    cuda_graph: bool = Field(
+        default=True,
+        description="a CUDA library captures its step as a graph, where all shapes are known",
+    )
     threads: int | None = Field(default=None, ge=1, le=4096, description="null: every core")
     seed: int = Field(
         default=0, ge=0, le=2**31, description="of the inputs, the solver and the arms"

@@ -62,7 +62,9 @@ def test_every_kernel_of_the_library_is_one_of_the_module(tmp_path: Path) -> Non
 def cuda_run(folder: Path, monkeypatch: pytest.MonkeyPatch, **measure: Any) -> Any:
     """Run with a compiler that writes the arm's hidden units where code would be."""
 
-    def compiled(mod: Any, arch: str, path: Path, precision: str | None = None) -> list[Any]:
+    def compiled(
+        mod: Any, arch: str, path: Path, precision: str | None = None, *, graph: bool
+    ) -> list[Any]:
         path.write_text("half" if f"{F // 2}), dtype" in str(mod) else "whole")
         return []
 
@@ -123,14 +125,14 @@ def test_without_ncu_no_second_arm_is_compiled(
 def test_an_arm_that_does_not_compile_leaves_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any, **__: Any) -> Any:
         raise IcdError("the CUDA compiler failed: why")
 
     mod = object()
     other = SimpleNamespace(mod=SimpleNamespace(same_as=lambda _: False))
     arms = {"linear": other, "iterative": SimpleNamespace(mod=mod)}
     result = SimpleNamespace(arms=arms, verdict=SimpleNamespace(arm="linear"))
-    config = SimpleNamespace(target="cuda:sm_90")
+    config = SimpleNamespace(target="cuda:sm_90", cuda_graph=True)
     job: Any = SimpleNamespace(
         result=result, library=tmp_path / "a.so", cuda="sm_90", config=config
     )

@@ -26,6 +26,7 @@ from icd_tvm.relax_passes.plain_names import PlainNames, plain_name
 from icd_tvm.runtime.bundle import write_bundle
 from icd_tvm.runtime.cross_compile import NOT_MEASURED, check_machine_code, cross_compile
 from icd_tvm.runtime.fatbin import CodeEntry, fatbin_entries, machine_code
+from icd_tvm.runtime.loaded import LoadedModel
 from icd_tvm.runtime.progress import Progress
 from icd_tvm.tir_schedules.target import cuda_arch, cuda_target
 
@@ -191,3 +192,18 @@ def test_bundle_loads_with_the_small_runtime_and_asks_for_a_gpu(
 def test_loading_a_run_without_a_gpu_says_so(finished: Path) -> None:
     with pytest.raises(icd_tvm.errors.ModelFileError, match="needs an NVIDIA"):
         icd_tvm.load(finished)({"x": np.zeros((4, 64), "float32")})
+
+
+def test_inputs_of_a_gpu_keep_their_address() -> None:
+    model = LoadedModel.__new__(LoadedModel)
+    # Not the CPU that a library for a CPU runs on, yet one that every machine has.
+    model._device, model._held = tvm.cpu(1), {}
+    first = model._placed("state", np.zeros(4, np.float32))
+    second = model._placed("state", np.ones(4, np.float32))
+    assert second.data_ptr() == first.data_ptr()
+    np.testing.assert_array_equal(first.numpy(), np.ones(4))
+    assert model._placed("other", np.ones(4, np.float32)).data_ptr() != first.data_ptr()
+    assert model._placed("state", np.ones(5, np.float32)).shape == (5,)
+    model._device = tvm.cpu()
+    fresh = [model._placed("state", np.zeros(4, np.float32)) for _ in range(2)]
+    assert fresh[0].data_ptr() != fresh[1].data_ptr()

@@ -15,12 +15,14 @@ from tvm import relax
 from icd_tvm._tvm import apply_pass, const_name, named_const
 from icd_tvm.cli import main
 from icd_tvm.measure.cuda_reference import run_rule
+from icd_tvm.relax_passes.cuda_products import product_kernels
 from icd_tvm.relax_passes.select_cuda_kernels import (
     CudaChoice,
     SelectCudaKernels,
     read_cuda_kernels,
 )
 from icd_tvm.tir_schedules.cuda.gemm import unpack_weight
+from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the path")
 M, K, N = 8, 192, 128
@@ -86,7 +88,7 @@ def test_matmul_and_bias_become_one_kernel(dtype: str) -> None:
     assert names[0] == "relax.astype"
     assert set(names[1:]) == {"relax.call_tir"}
     (choice,) = read_cuda_kernels(after).values()
-    assert choice == CudaChoice("gemm", 0, f"{dtype}, dense")
+    assert choice == CudaChoice("gemm", 0, f"{dtype}, dense", ("bias",))
     found = constants(after)
     assert set(found) == {"w", "b"}
     expected = weight().astype(found["w"].dtype)
@@ -94,9 +96,13 @@ def test_matmul_and_bias_become_one_kernel(dtype: str) -> None:
 
 
 def test_product_that_is_used_twice_keeps_its_bias_apart() -> None:
-    names = operators(lowered(module(weight(), twice=True)))
+    after = lowered(module(weight(), twice=True))
+    names = operators(after)
     assert names[-1] == "relax.add"
     assert "relax.matmul" not in names
+    (choice,) = read_cuda_kernels(after).values()
+    assert choice.fused == ()
+    assert "read 2 times" in choice.reason
 
 
 @pytest.mark.parametrize(("lead", "kind"), [((2, 4), "gemm"), ((1, 1), "gemv")])
@@ -126,12 +132,12 @@ def test_what_does_not_fit_stays_with_a_reason(w: np.ndarray, reason: str) -> No
 @needs_compiler
 @pytest.mark.parametrize("dead", [False, True])
 def test_chosen_kernels_compute_the_product(dead: bool, tmp_path: Path) -> None:
-    chosen = SelectCudaKernels("sm_90", "float16")
     w = half_dead() if dead else weight()
     rng = np.random.default_rng(2)
     cases = []
     for m in (1, M):
-        rule, packed = chosen.choose(m, w, True)
+        kernels = product_kernels(m, w, "float16", "sm_90")
+        rule, packed = kernels.make(Epilogue(bias=True), "float32"), kernels.constants
         x = rng.standard_normal((m, K)).astype(np.float16)
         given = {**packed, "bias": weight(1, N, 1)[0], "a" if m > 1 else "x": x}
         cases.append((rule, given, x))

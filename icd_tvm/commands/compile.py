@@ -22,6 +22,7 @@ HELP = {
     "--opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
     "target": "host, x86-64-v3, x86-64-v4, or cuda with --arch (compiled, not timed)",
+    "cuda_graph": "with --target cuda: capture the step as a CUDA graph (default: yes)",
     "precision": "with --target cuda: float16 or bfloat16 products on tensor cores (default: "
     "float32 by TVM's own schedules)",
     "arch": "CUDA architecture: sm_80 (A100) or sm_90 (H100, H200)",
@@ -62,6 +63,12 @@ def parser() -> Parser:
     add("--target", default="host", help=HELP["target"])
     add("--arch", help=HELP["arch"])
     add("--precision", choices=("float16", "bfloat16"), help=HELP["precision"])
+    add(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=HELP["cuda_graph"],
+    )
     add("--threads", type=int, help=HELP["threads"])
     add("--repeats", type=int, default=200, help=HELP["repeats"])
     add("--time-budget", type=float, default=30.0, help=HELP["time_budget"])
@@ -105,6 +112,7 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         agreement_floor=arguments.agreement_floor,
         rpc=arguments.rpc,
         rpc_key=arguments.rpc_key,
+        cuda_graph=arguments.cuda_graph,
         opaque_states=tuple(parse_state(text) for text in arguments.opaque_state),
     )
 

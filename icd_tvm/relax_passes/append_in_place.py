@@ -26,6 +26,8 @@ class AppendInPlace:
     opaque_states : sequence of (str, str), optional
         (input, output) names; those of the module's layout tag if omitted. Without any the
         module stays as it is.
+    gpu : bool
+        Write the row with a thread for each channel.
 
     Attributes
     ----------
@@ -36,7 +38,10 @@ class AppendInPlace:
 
     """
 
-    def __init__(self, opaque_states: Sequence[tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self, opaque_states: Sequence[tuple[str, str]] | None = None, *, gpu: bool = False
+    ) -> None:
+        self.gpu = gpu
         self.opaque_states = None if opaque_states is None else tuple(opaque_states)
         self.appended: list[str] = []
         self.refusals: dict[str, str] = {}
@@ -56,7 +61,7 @@ class AppendInPlace:
             self.refusals = {name: error.message for name, _ in states}
             return mod
         self.appended = list(found)
-        rewriter = _Rewriter(mod, list(found.values()), Dataflow(func))
+        rewriter = _Rewriter(mod, list(found.values()), Dataflow(func), self.gpu)
         new = rewriter.visit_expr(func)
         mod = rewriter.builder_.get()
         mod["main"] = new
@@ -67,8 +72,9 @@ class AppendInPlace:
 class _Rewriter(PyExprMutator):
     """Replaces each append by a call that has the old cache as its result."""
 
-    def __init__(self, mod: Any, found: list[CacheAppend], flow: Dataflow) -> None:
+    def __init__(self, mod: Any, found: list[CacheAppend], flow: Dataflow, gpu: bool) -> None:
         super().__init__(mod)
+        self._gpu = gpu
         self._found = {flow.values[append.result]: append for append in found}
 
     def visit_call_(self, call: Any) -> Any:
@@ -80,6 +86,6 @@ class _Rewriter(PyExprMutator):
         assert shape is not None
         assert length is not None
         dtypes = (str(append.past.ty.dtype), str(append.length.ty.dtype))
-        func = append_row(shape, dtypes[0], length, dtypes[1])
+        func = append_row(shape, dtypes[0], length, dtypes[1], gpu=self._gpu)
         place = self.builder_.add_func(func, "append_row")
         return relax.op.call_tir_inplace(place, args, 0, call.ty)

@@ -86,14 +86,16 @@ class FuseAttention:
         """Return a clone of ``mod`` with every supported attention replaced."""
         mod, self.fused, self.refusals = replace_attentions(
             mod,
-            partial(_match, target=self.target),
+            partial(match_attention, target=self.target),
             lambda mod, found, flow: _Rewriter(mod, found, self.target, flow),
         )
         return mod
 
 
-def _match(flow: Dataflow, probabilities: Any, target: Any) -> AttentionMatch:
+def match_attention(flow: Dataflow, probabilities: Any, target: Any) -> AttentionMatch:
     """Return the attention around the softmax bound to ``probabilities``.
+
+    Without a CPU target operands that are quantised are refused.
 
     Raises
     ------
@@ -168,6 +170,7 @@ def _codes(found: tuple[Codes | None, ...], target: Any, keys: int) -> tuple[Cod
     codes = tuple(code for code in found if code is not None)
     if not codes:
         return ()
+    require(target is not None, "its operands are quantised")
     require(len(codes) == len(found), "only some operands of its products are quantised")
     types = tuple(code.dtype for code in codes)
     require(types == _CODE_TYPES, f"its operands are {types}, not {_CODE_TYPES}")

@@ -68,13 +68,22 @@ class FuseDecodeAttention:
         """Return a clone of ``mod`` with every supported attention replaced."""
         mod, self.fused, self.refusals = replace_attentions(
             mod,
-            lambda flow, var: _match(flow, var, self.target),
+            lambda flow, var: match_decode(flow, var, self.target),
             lambda mod, found, flow: _Rewriter(mod, found, self.target, flow),
         )
         return mod
 
 
-def _match(flow: Dataflow, probabilities: Any, target: Any) -> DecodeMatch:
+def match_decode(flow: Dataflow, probabilities: Any, target: Any) -> DecodeMatch:
+    """Return the attention of one query around the softmax bound to ``probabilities``.
+
+    Without a CPU target any number of channels will do.
+
+    Raises
+    ------
+    Refused
+        With the reason, if the surroundings are not a supported attention.
+    """
     softmax, shape = match_softmax(flow, probabilities)
     batch, heads, queries, slots = shape
     require(queries == 1, f"it has {queries} queries, not 1")
@@ -93,7 +102,8 @@ def _match(flow: Dataflow, probabilities: Any, target: Any) -> DecodeMatch:
     cache = static_shape(key) or ()
     fits = len(cache) == 4 and heads % cache[1] == 0 and cache == (batch, cache[1], slots, dim)
     require(fits and static_shape(value) == cache, "keys and values have different shapes")
-    require(decode_lanes(dim, target) is not None, f"no vector divides {dim} channels")
+    vectors = target is None or decode_lanes(dim, target) is not None
+    require(vectors, f"no vector divides {dim} channels")
     factor = scale * query_scale * key_scale
     require(isfinite(factor), "its scale is not finite")
     _check_mask(mask, slots)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from icd_tvm._tvm import dlight, relax, tvm
+from icd_tvm.relax_passes.append_in_place import AppendInPlace
+from icd_tvm.relax_passes.cuda_graph import for_graph, graph_config
+from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.plain_names import PlainNames
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels
 
@@ -29,7 +32,9 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     return tvm.transform.Sequential(
         [
             rx.FoldConstant(),
-            *([] if precision is None else [SelectCudaKernels(arch, precision)]),
+            *_kernels(arch, precision),
+            # Caches whose append is not part of a kernel.
+            AppendInPlace(gpu=True),
             rx.DeadCodeElimination(),
             # Else a kernel of its own transposes the weight in every call.
             rx.FuseTransposeMatmul(),
@@ -50,13 +55,17 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     )
 
 
+def _kernels(arch: str, precision: str | None) -> list[Any]:
+    return [] if precision is None else [MergeSharedInput(), SelectCudaKernels(arch, precision)]
+
+
 def lower_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
     """Return the calls of scheduled kernels that `build_cuda` compiles; arguments as there."""
     with target:
         return cuda_pipeline(str(target.attrs["arch"]), precision)(mod)
 
 
-def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
+def build_cuda(mod: Any, target: Any, precision: str | None = None, *, graph: bool = True) -> Any:
     """Lower and compile a module for a CUDA device.
 
     Parameters
@@ -67,6 +76,9 @@ def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
         From `icd_tvm.tir_schedules.target.cuda_target`.
     precision : str, optional
         As for `cuda_pipeline`.
+    graph : bool
+        Capture the kernels of a step as a CUDA graph, at its first call; left out where a shape is
+        not known. States that are written in place must then be the same tensors in every call.
 
     Returns
     -------
@@ -74,5 +86,8 @@ def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
         For ``VirtualMachine(executable, tvm.cuda())``.
     """
     lowered = lower_cuda(mod, target, precision)
-    with target:
+    config = graph_config(lowered, graph)
+    if graph:
+        lowered = for_graph(lowered)
+    with target, tvm.transform.PassContext(config=config):
         return tvm.compile(lowered, target, relax_pipeline=relax.get_default_pipeline(target))

@@ -32,6 +32,11 @@ class Dataflow:
         value = self.resolve(expr)
         return value if is_call(value, op) else None
 
+    def bound(self, var: Any, op: str) -> Any:
+        """Return the call of ``op`` that ``var`` itself is bound to, not another name of it."""
+        value = self.values.get(var)
+        return value if is_call(value, op) else None
+
     def resolve(self, expr: Any) -> Any:
         """Follow variables to the expression they are bound to."""
         while isinstance(expr, Var) and expr in self.values:

@@ -1,64 +1,55 @@
-"""SelectCudaKernels: matmuls with constant weights become kernels for tensor cores."""
+"""SelectCudaKernels: products, attention, norms and Mamba steps become kernels of ours."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from icd_tvm._tvm import GenericConst, PyExprMutator, mutator, relax, tvm
+from icd_tvm.relax_passes.attach_layout_tags import opaque_states
+from icd_tvm.relax_passes.cuda_match import find_kernels
+from icd_tvm.relax_passes.cuda_plan import Operand, Planned, narrow_values
+from icd_tvm.relax_passes.relax_graph import rewrite_functions, static_shape
+from icd_tvm.tir_schedules.cuda.placed import in_place, placed
+from icd_tvm.tir_schedules.cuda.source_kernel import Argument, SourceKernel
 
-from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
-from icd_tvm.relax_passes.relax_graph import (
-    Dataflow,
-    call_func,
-    constant_array,
-    constant_weight,
-    is_call,
-    operands,
-    rewrite_functions,
-    static_shape,
-)
-from icd_tvm.tir_schedules.cuda.gemm import (
-    ROW,
-    SLAB,
-    choose_tile,
-    gemm_rule,
-    live_blocks,
-    pack_weight,
-)
-from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
-from icd_tvm.tir_schedules.cuda.source_kernel import (
-    Epilogue,
-    Rule,
-    SourceKernel,
-    numpy_dtype,
-    refused,
-)
-
-Array = npt.NDArray[Any]
 CUDA_KERNELS_ATTR = "icd.cuda_kernels"
-# Columns of a group with one list of live blocks; blocks pay from this share on.
-COLUMNS, PAYS = 64, 0.8
 
 
 @dataclass(frozen=True)
 class CudaChoice:
-    """The kernel of one matmul: its family or ``tvm``, live blocks in a list or 0, and why."""
+    """The kernel of one operator, or ``tvm``.
+
+    Attributes
+    ----------
+    kind : str
+        Family.
+    live : int
+        Live blocks in a list; 0 where all are.
+    reason : str
+        Why this one, and what was not fused.
+    fused : tuple of str
+        What else it computes.
+    """
 
     kind: str
     live: int
     reason: str
+    fused: tuple[str, ...] = ()
 
 
 @tvm.transform.module_pass(opt_level=0, name="SelectCudaKernels")
 class SelectCudaKernels:
-    """Replace ``relax.matmul(x, W)``, and a bias after it, by a kernel of `tir_schedules.cuda`.
+    """Replace what a kernel of `tir_schedules.cuda` computes by calls of it.
 
-    Operands are rounded to ``dtype``, sums and results stay float32. Packed constants keep the
-    name of the weight, lists of live blocks are named after it with ``.blocks`` appended. What does
-    not fit stays for TVM. The choices travel with the module as JSON (`read_cuda_kernels`).
+    Products with a constant weight take a bias, GELU, ReLU or SiLU and a residual along; encoder
+    and decoding attention, layer and RMS norms, and the two halves of a Mamba step are kernels of
+    their own. Values between two of them have the type ``dtype`` where one of them asks for it; all
+    sums are float32. Opaque states are written in place. Packed constants keep the name of the
+    weight, lists of live blocks are named after it with ``.blocks`` appended. What does not fit
+    stays for TVM. The choices travel with the module as JSON (`read_cuda_kernels`).
 
     Parameters
     ----------
@@ -70,152 +61,177 @@ class SelectCudaKernels:
     Attributes
     ----------
     choices : dict of str to CudaChoice
-        Name of each matmul with a constant weight -> kernel, live blocks in a list, and why.
+        Name of each operator that could be one -> its kernel, and why.
+    kernels : dict of str to SourceKernel
+        Name of each function that was added -> what it was made from.
     """
 
     def __init__(self, arch: str, dtype: str = "float16") -> None:
         self.arch = arch
         self.dtype = dtype
         self.choices: dict[str, CudaChoice] = {}
+        self.kernels: dict[str, SourceKernel] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
-        """Return a clone of ``mod`` with the matmuls replaced."""
-        self.choices = {}
-        mod = rewrite_functions(mod, lambda new, func: _Selector(new, Dataflow(func), self))
+        """Return a clone of ``mod`` with the kernels called."""
+        self.choices, self.kernels = {}, {}
+        states = opaque_states(mod)
+        mod = rewrite_functions(mod, lambda new, func: self._rewriter(new, func, states))
         choices = {node: asdict(choice) for node, choice in self.choices.items()}
+        mod = relax.transform.DeadCodeElimination()(mod)
         return mod.with_attr(CUDA_KERNELS_ATTR, json.dumps(choices))
 
-    def choose(self, m: int, weight: Array, bias: bool) -> tuple[Rule, dict[str, Array]]:
-        """Return kernels for ``X[m, K] @ weight`` and the constants that they read."""
-        with np.errstate(over="ignore"):
-            rounded = weight.astype(numpy_dtype(self.dtype))
-        if not np.isfinite(rounded.astype(np.float32)).all():
-            return refused(f"weights beyond the range of {self.dtype}"), {}
-        blocks = live_blocks(rounded, COLUMNS)
-        pays = blocks.shape[1] * SLAB <= PAYS * len(weight) and not weight.shape[1] % COLUMNS
-        kept = blocks if pays else None
-        make = self._vector if m == 1 else self._matrix
-        return make(m, rounded, Epilogue(bias=bias), kept)
-
-    def _matrix(
-        self, m: int, weight: Array, epilogue: Epilogue, blocks: Array | None
-    ) -> tuple[Rule, dict[str, Array]]:
-        k, n = weight.shape
-        live = tile = None
-        if blocks is not None:
-            live = blocks.shape[1]
-            tile = choose_tile(m, n, live * SLAB * 2 // ROW, self.arch, columns=COLUMNS)
-        rule = gemm_rule(
-            m,
-            n,
-            k,
-            self.dtype,
-            out="float32",
-            epilogue=epilogue,
-            arch=self.arch,
-            live=live,
-            tile=tile,
-        )
-        if not rule.kernels:
-            return rule, {}
-        columns = rule.kernels[0].arguments[1].shape[2]
-        constants = {"w": pack_weight(weight, columns, blocks)}
-        return rule, constants if blocks is None else {**constants, "slabs": blocks}
-
-    def _vector(
-        self, m: int, weight: Array, epilogue: Epilogue, blocks: Array | None
-    ) -> tuple[Rule, dict[str, Array]]:
-        k, n = weight.shape
-        live = None if blocks is None else (blocks.shape[0], blocks.shape[1])
-        rule = gemv_rule(
-            n, k, self.dtype, x=self.dtype, out="float32", epilogue=epilogue, live=live
-        )
-        if not rule.kernels:
-            return rule, {}
-        constants = {"w": pack_vectors(weight, self.dtype, blocks)}
-        return rule, constants if blocks is None else {**constants, "blocks": blocks}
+    def _rewriter(self, mod: Any, func: Any, states: Any) -> Any:
+        found = find_kernels(func, states, self.dtype, self.arch)
+        for name, plan in found.plans.items():
+            self.choices[name] = CudaChoice(plan.kind, plan.live, plan.reason, plan.fused)
+        for name, reason in found.refusals.items():
+            self.choices[name] = CudaChoice("tvm", 0, reason)
+        return _Emitter(mod, list(found.plans.values()), found.owned, self)
 
 
 def read_cuda_kernels(mod: Any) -> dict[str, CudaChoice]:
     """Return the choices that `SelectCudaKernels` left in a module; none if it did not run."""
     text = (mod.attrs or {}).get(CUDA_KERNELS_ATTR, "{}")
-    return {node: CudaChoice(**fields) for node, fields in json.loads(str(text)).items()}
+    return {
+        node: CudaChoice(**{**fields, "fused": tuple(fields["fused"])})
+        for node, fields in json.loads(str(text)).items()
+    }
 
 
 @mutator
-class _Selector(PyExprMutator):
-    def __init__(self, mod: Any, flow: Dataflow, owner: SelectCudaKernels) -> None:
+class _Emitter(PyExprMutator):
+    """Emits kernels where the last of their results stood; what nothing reads any more goes later.
+
+    Every value exists as float32, perhaps through a cast; ``_narrow`` has those that also exist in
+    the narrow type.
+    """
+
+    def __init__(
+        self, mod: Any, plans: list[Planned], owned: dict[Any, Any], owner: SelectCudaKernels
+    ) -> None:
         super().__init__(mod)
-        self._flow, self._owner = flow, owner
-        self._names = {value: str(var.name) for var, value in flow.values.items()}
+        self._owner, self._owned = owner, owned
+        waiting = [(plan, set(plan.results)) for plan in plans]
+        self._waiting = {var: one for one in waiting for var in one[1]}
+        self._narrow_results = narrow_values(plans)
+        self._narrow: dict[Any, Any] = {}
+        self._shared: dict[Any, Any] = {}
 
-    def visit_call_(self, call: Any) -> Any:
-        matmul, bias = self._biased(call)
-        weight = constant_weight(matmul)
-        if weight is None:
-            return super().visit_call_(call)
-        shape = static_shape(matmul.args[0]) or ()
-        rule, constants = self._owner.choose(int(np.prod(shape[:-1])), weight, bias is not None)
-        self._note(matmul, rule, constants)
-        if not rule.kernels:
-            return super().visit_call_(call)
-        known = self._named(matmul, constants, bias)
-        cast = relax.op.astype(self.visit_expr(matmul.args[0]), self._owner.dtype)
-        known["a"] = known["x"] = self.builder_.emit(cast)
-        return self._kernels(rule, known, shape, call.ty)
+    def visit_var_binding_(self, binding: Any) -> None:
+        """Keep the binding, or emit the kernels that it completes."""
+        super().visit_var_binding_(binding)
+        if binding.var in self._waiting:
+            plan, missing = self._waiting[binding.var]
+            missing.discard(binding.var)
+            if not missing:
+                self._emit(plan)
 
-    def _biased(self, call: Any) -> tuple[Any, Any]:
-        """Return the matmul that a call is or adds to, and the constant bias or None."""
-        if not is_call(call, "relax.add"):
-            return call, None
-        value, bias = operands(call)
-        matmul = self._flow.call(value, "relax.matmul")
-        array = constant_array(bias, dims=1)
-        if matmul is None or array is None or not self._flow.single_use(value):
-            return call, None
-        columns = (static_shape(matmul) or (0,))[-1]
-        fits = array.dtype == np.float32 and array.shape == (columns,)
-        return (
-            (matmul, bias) if fits and static_shape(call) == static_shape(matmul) else (call, None)
-        )
-
-    def _note(self, matmul: Any, rule: Rule, constants: dict[str, Array]) -> None:
-        lists = constants.get("slabs", constants.get("blocks"))
-        kind = rule.kernels[0].family if rule.kernels else "tvm"
-        count = 0 if lists is None else lists.shape[1]
-        reason = (
-            rule.reason or f"{self._owner.dtype}, {'dense' if lists is None else 'live blocks'}"
-        )
-        name = self._names.get(matmul, "matmul")
-        self._owner.choices[name] = CudaChoice(kind, count, reason)
-
-    def _named(self, matmul: Any, constants: dict[str, Array], bias: Any) -> dict[str, Any]:
-        label = const_name(matmul.args[1])
-        found = {
-            name: named_const(array, label if name == "w" else f"{label}.blocks")
-            for name, array in constants.items()
-        }
-        return found if bias is None else {**found, "bias": bias}
-
-    def _kernels(self, rule: Rule, known: dict[str, Any], shape: tuple[int, ...], like: Any) -> Any:
-        # Kernels see memory only: the leading axes are those of the model.
-        shapes = {"a": shape, "x": shape}
-        *before, last = rule.kernels
+    def _emit(self, plan: Planned) -> None:
+        dtype = self._owner.dtype
+        out = dtype if plan.result in self._narrow_results else "float32"
+        types = {name: self._type(one, out) for name, one in plan.operands.items()}
+        known = {name: self._read(one, types[name]) for name, one in plan.operands.items()}
+        offsets = {name: one.offset for name, one in plan.operands.items()}
+        *before, last = plan.rule(types, out).kernels
         for kernel in before:
-            out = kernel.arguments[-1]
-            kind = relax.TensorType(out.shape, out.dtype)
-            known[out.name] = self.builder_.emit(self._call(kernel, known, shapes, kind))
-        shapes[last.arguments[-1].name] = tuple(int(size) for size in like.shape)
-        return self._call(last, known, shapes, like)
+            part = kernel.arguments[-1]
+            kind = relax.TensorType(part.shape, part.dtype)
+            known[part.name] = self.builder_.emit(self._call(kernel, known, offsets, [kind]))
+        self._finish(plan, last, known, offsets, out)
+
+    def _type(self, one: Operand, out: str) -> str:
+        if one.reads == "kept":
+            tensor = isinstance(one.value, relax.Var | GenericConst)
+            return str(one.value.ty.dtype) if tensor else ""
+        if one.reads == "either":
+            return self._owner.dtype if one.value in self._narrow else "float32"
+        return {"narrow": self._owner.dtype, "tied": out, "float32": "float32"}[one.reads]
+
+    def _read(self, one: Operand, dtype: str) -> Any:
+        """Return the tensor in the type that is read."""
+        if not isinstance(one.value, relax.Var | GenericConst):
+            return self._once((one.value, ""), lambda: self.visit_expr(one.value))
+        value = self.visit_expr(one.value)
+        if dtype != self._owner.dtype or one.reads == "kept":
+            return value
+        if one.value in self._narrow:
+            return self._narrow[one.value]
+        return self._once((one.value, dtype), lambda: relax.op.astype(value, dtype))
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._shared:
+            self._shared[key] = self.builder_.emit(make())
+        return self._shared[key]
+
+    def _finish(
+        self,
+        plan: Planned,
+        kernel: SourceKernel,
+        known: Mapping[str, Any],
+        offsets: Mapping[str, int],
+        out: str,
+    ) -> None:
+        """Call the last kernel and let its results stand for the variables."""
+        inside = dict(plan.in_place) if self._is_owned(plan) else {}
+        states = {inside.get(name, name): var for name, var in plan.states.items()}
+        kernel = in_place(kernel, inside)
+        shape = relax.ShapeExpr(static_shape(plan.result) or ())
+        kinds = [var.ty for var in states.values()] + [relax.TensorType(shape, out)]
+        call = self._call(kernel, known, offsets, kinds, list(states) if inside else None)
+        value = self.builder_.emit(call, name_hint=str(plan.result.name))
+        made = [value]
+        if states:
+            made = [self.builder_.emit(relax.TupleGetItem(value, i)) for i in range(len(kinds))]
+        for var, new in zip(states.values(), made[:-1], strict=True):
+            self._replace(var, new)
+        self._result(plan.result, made[-1], out)
+
+    def _is_owned(self, plan: Planned) -> bool:
+        """Tell whether each state that is read is that which the new one replaces."""
+        return all(
+            out in plan.in_place
+            and var in self._owned
+            and self._owned[var].same_as(plan.operands[plan.in_place[out]].value)
+            for out, var in plan.states.items()
+        )
+
+    def _result(self, var: Any, value: Any, out: str) -> None:
+        if out == "float32":
+            return self._replace(var, value)
+        self._narrow[var] = value
+        return self._replace(var, self.builder_.emit(relax.op.astype(value, "float32")))
+
+    def _replace(self, var: Any, value: Any) -> None:
+        """Let ``value`` be what ``var`` was, outside the block too if ``var`` was seen there."""
+        if not isinstance(var, relax.DataflowVar):
+            value = self.builder_.emit_output(value, name_hint=str(var.name))
+        self.set_var_remap(var, value)
 
     def _call(
         self,
         kernel: SourceKernel,
-        known: dict[str, Any],
-        shapes: dict[str, tuple[int, ...]],
-        kind: Any,
+        known: Mapping[str, Any],
+        offsets: Mapping[str, int],
+        kinds: list[Any],
+        states: list[str] | None = None,
     ) -> Any:
-        arguments = tuple(replace(a, shape=shapes.get(a.name, a.shape)) for a in kernel.arguments)
-        func = replace(kernel, arguments=arguments).primfunc()
-        args = [known[a.name] for a in arguments[:-1]]
-        return call_func(self.builder_, func, kernel.family, args, kind)
+        fresh = kernel.arguments[len(kernel.arguments) - len(kinds) + len(states or []) :]
+        read = [a for a in kernel.arguments if a not in fresh]
+        shapes = {a.name: static_shape(known[a.name]) or a.shape for a in read}
+        shapes |= _shapes(fresh, kinds[len(states or []) :])
+        kernel = placed(kernel, shapes, offsets)
+        place = self.builder_.add_func(kernel.primfunc(), kernel.family)
+        self._owner.kernels[str(place.name_hint)] = kernel
+        args = relax.Tuple([known[a.name] for a in read])
+        if states is None:
+            return relax.call_tir(place, args, kinds if len(kinds) > 1 else kinds[0])
+        names = [a.name for a in read]
+        indices = [names.index(name) for name in states] + [-1] * len(fresh)
+        return relax.op.call_tir_inplace(place, args, indices, kinds)
+
+
+def _shapes(arguments: tuple[Argument, ...], kinds: list[Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of outputs as the model has them."""
+    pairs = zip(arguments, kinds, strict=True)
+    return {a.name: tuple(int(size) for size in kind.shape) for a, kind in pairs}

@@ -57,6 +57,7 @@ class LoadedModel:
                 library_module = tvm.runtime.load_module(str(library))
                 self._machine = VirtualMachine(library_module, self._device)
             self._main = self._machine["main"]
+            self._held: dict[str, Any] = {}
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ModelFileError(
@@ -121,7 +122,18 @@ class LoadedModel:
                 f"input {info.name!r} has dtype {array.dtype}, not {info.dtype}",
                 f"convert it: .astype({info.dtype!r})",
             )
-        return tvm.runtime.tensor(np.asarray(array, order="C"), self._device)
+        return self._placed(info.name, np.asarray(array, order="C"))
+
+    def _placed(self, name: str, array: npt.NDArray[Any]) -> Any:
+        """Return the input on the device; a CUDA graph wants it at the same address every time."""
+        if self._device == tvm.cpu():
+            return tvm.runtime.tensor(array, self._device)
+        held = self._held.get(name)
+        if held is None or tuple(held.shape) != array.shape or str(held.dtype) != str(array.dtype):
+            self._held[name] = tvm.runtime.tensor(array, self._device)
+        else:
+            held.copyfrom(array)
+        return self._held[name]
 
     def _named_inputs(self) -> tuple[TensorInfo, ...]:
         ask = self._machine.module

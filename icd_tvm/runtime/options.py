@@ -32,6 +32,8 @@ class CompileOptions:
     target : str
         ``host``, a portable x86-64 level (``x86-64-v3``, ``x86-64-v4``), or a CUDA device
         (``cuda:sm_80``, ``cuda:sm_90``), for which the library is compiled and nothing is timed.
+    cuda_graph : bool
+        Whether a library for a CUDA device captures its step as a graph.
     threads : int or None
         Worker threads; None uses every core.
     repeats : int
@@ -84,6 +86,7 @@ class CompileOptions:
     rpc: str | None = None
     rpc_key: str | None = None
     seq: int | None = None
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -122,6 +125,7 @@ class CompileOptions:
                     "agreement_floor": self.agreement_floor,
                 },
                 "target": self.target,
+                "cuda_graph": self.cuda_graph,
                 "threads": self.threads,
                 "seed": self.seed,
             },

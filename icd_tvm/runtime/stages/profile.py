@@ -87,7 +87,8 @@ def _libraries(job: Job, folder: Path) -> tuple[dict[str, Path], str]:
             continue
         path = folder / f"{name}.so"
         try:
-            cross_compile(arms[name].mod, job.cuda, path, cuda_precision(job.config.target))
+            precision, graph = cuda_precision(job.config.target), job.config.cuda_graph
+            cross_compile(arms[name].mod, job.cuda, path, precision, graph=graph)
         except (IcdError, OSError) as error:
             return found, f"{name}: {error}"
         found[name] = path

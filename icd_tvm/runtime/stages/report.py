@@ -101,7 +101,7 @@ def _write(job: Job, built: Built, path: Path, stage: Stage) -> None:
     if precision is not None:
         job.warn("export", f"matmul operands are {precision}; equality was checked in float32")
     mod = job.result.arms[job.result.verdict.arm].mod
-    code = cross_compile(mod, job.cuda, path, precision)
+    code = cross_compile(mod, job.cuda, path, precision, graph=job.config.cuda_graph)
     stage.meta["machine code"] = f"{job.cuda}, {sum(entry.size for entry in code)} bytes"
 
 

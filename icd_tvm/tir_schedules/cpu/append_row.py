@@ -12,7 +12,9 @@ from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 
 
-def append_row(cache: tuple[int, ...], dtype: str, length: tuple[int, ...], index: str) -> Any:
+def append_row(
+    cache: tuple[int, ...], dtype: str, length: tuple[int, ...], index: str, *, gpu: bool = False
+) -> Any:
     """Return the TIR function that stores a row at slot ``length`` of a cache, in place.
 
     A length outside the cache stores nothing, as no slot number equals it.
@@ -27,6 +29,8 @@ def append_row(cache: tuple[int, ...], dtype: str, length: tuple[int, ...], inde
         Shape of the input that says how many slots are filled; one element.
     index : str
         Its dtype.
+    gpu : bool
+        For a GPU: a block for each row, a thread for each channel.
 
     Returns
     -------
@@ -37,9 +41,9 @@ def append_row(cache: tuple[int, ...], dtype: str, length: tuple[int, ...], inde
     Raises
     ------
     ShapeError
-        The cache has not four axes, or the length more than one element.
+        The cache has not four axes, the length more than one element, or a GPU too few threads.
     """
-    if len(cache) != 4 or any(size != 1 for size in length):
+    if len(cache) != 4 or any(size != 1 for size in length) or (gpu and cache[-1] > 1024):
         raise ShapeError(
             f"a row of a cache {list(cache)} at a length {list(length)}", "four axes, one length"
         )
@@ -52,8 +56,13 @@ def append_row(cache: tuple[int, ...], dtype: str, length: tuple[int, ...], inde
         r = T.arg("R", T.Buffer((batch, heads, 1, channels), dtype))
         n = T.arg("L", T.Buffer(length, index))
         slot = n[tuple(0 for _ in length)]
-        with T.serial(batch * heads) as row, T.serial(channels) as x, T.sblock("append"):
+        block, lane = "blockIdx.x" * gpu, "threadIdx.x" * gpu
+        with _loop(batch * heads, block) as row, _loop(channels, lane) as x, T.sblock("append"):
             b, h = row // heads, row % heads
             with T.If(tirx.all(slot >= 0, slot < slots)), T.Then():
                 T.buffer_store(c, r[b, h, 0, x], [b, h, slot, x])
     return builder.get()
+
+
+def _loop(extent: int, thread: str) -> Any:
+    return T.thread_binding(extent, thread=thread) if thread else T.serial(extent)

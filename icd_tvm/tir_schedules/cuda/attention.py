@@ -15,7 +15,15 @@ QUERIES = KEYS = 64
 
 
 def attention_rule(
-    batch: int, queries: int, keys: int, heads: int, size: int, dtype: str, *, mask: bool = True
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    size: int,
+    dtype: str,
+    *,
+    mask: bool = True,
+    merged: bool = False,
 ) -> Rule:
     """Return the kernel of ``softmax(q k^T / sqrt(size) + mask) v``.
 
@@ -27,19 +35,29 @@ def attention_rule(
         ``float16`` or ``bfloat16``; sums and the softmax are float32.
     mask : bool
         Whether a float32[batch, keys] is added to the scores. A query with no key left gives zeros.
+    merged : bool
+        Whether one argument ``qkv`` [batch, queries, 3, heads, size] holds all three.
 
     Returns
     -------
     Rule
-        Arguments by name: ``q``, ``k``, ``v``, ``mask``, ``out``.
+        Arguments by name: ``q``, ``k``, ``v`` or ``qkv``, ``mask``, ``out``.
     """
     if dtype not in ("float16", "bfloat16"):
         return refused(f"attention of {dtype} is not made; use float16 or bfloat16")
     if size not in (32, 64, 128):
         return refused(f"heads of {size} are not made; 32, 64 and 128 are")
     row, stride = size * 2, heads * size
-    q = Argument("q", (batch, queries, heads, size), dtype)
-    arguments = [q, *(Argument(name, (batch, keys, heads, size), dtype) for name in "kv")]
+    if merged and queries != keys:
+        return refused(f"{queries} queries and {keys} keys do not come from the same rows")
+    width, rows = stride, "q, k, v"
+    if merged:
+        arguments = [Argument("qkv", (batch, queries, 3, heads, size), dtype)]
+        rows = ", ".join(f"(const icd::u16*)qkv + {i * width}" for i in range(3))
+        stride = 3 * width
+    else:
+        arguments = [Argument("q", (batch, queries, heads, size), dtype)]
+        arguments += [Argument(name, (batch, keys, heads, size), dtype) for name in "kv"]
     if mask:
         arguments.append(Argument("mask", (batch, keys), "float32"))
     arguments.append(Argument("out", (batch, queries, heads, size), dtype))
@@ -48,14 +66,14 @@ def attention_rule(
             SourceKernel(
                 family="attention",
                 config=f"icd::AttentionConfig<{operand(dtype)}, {size}>",
-                call=f"icd::attention<G>(out, q, k, v, {or_null('mask', mask, 'float')}, "
+                call=f"icd::attention<G>(out, {rows}, {or_null('mask', mask, 'float')}, "
                 f"{queries}, {keys}, {heads}, {stride}, {size**-0.5!r}f, shared)",
                 arguments=tuple(arguments),
                 grid=(-(-queries // QUERIES), heads, batch),
                 threads=128,
                 shared=QUERIES * row + 4 * KEYS * row,
                 flop=4.0 * batch * heads * queries * keys * size,
-                bytes=2.0 * batch * stride * (2 * queries + 2 * keys) + 4.0 * batch * keys * mask,
+                bytes=2.0 * batch * width * (2 * queries + 2 * keys) + 4.0 * batch * keys * mask,
                 unit="fp16",
             ),
         )

@@ -48,8 +48,8 @@ def decode_attention_rule(
     dtype : str
         ``float16`` or ``bfloat16``, of q and out.
     cache : str, optional
-        Dtype of the cache: ``dtype``, or ``int8`` or ``float8_e4m3fn`` with ``k_scale`` and
-        ``v_scale`` float32[batch, kv_heads, capacity].
+        Dtype of the cache: ``dtype``, ``float32``, or ``int8`` or ``float8_e4m3fn`` with
+        ``k_scale`` and ``v_scale`` float32[batch, kv_heads, capacity].
     arch : str
         Whose number of multiprocessors decides the parts.
 
@@ -145,7 +145,11 @@ class _Work:
     paging: _Paging | None = None
 
     def refusal(self) -> str:
-        if self.dtype not in ("float16", "bfloat16") or self.cache not in (self.dtype, *_SCALED):
+        if self.dtype not in ("float16", "bfloat16") or self.cache not in (
+            self.dtype,
+            "float32",
+            *_SCALED,
+        ):
             return f"no kernel for {self.dtype} queries and a cache of {self.cache}"
         if self.size not in (64, 128):
             return f"heads of {self.size} are not made; 64 and 128 are"

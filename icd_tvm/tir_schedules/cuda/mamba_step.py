@@ -51,18 +51,22 @@ def conv_step_rule(channels: int, dtype: str, *, taps: int = TAPS) -> Rule:
     )
 
 
-def scan_step_rule(channels: int, states: int, dtype: str) -> Rule:
+def scan_step_rule(channels: int, states: int, dtype: str, *, shared: str = "float32") -> Rule:
     """Return the kernel of the scan: softplus, discretisation, update, read, skip and gate.
 
     Parameters
     ----------
     channels, states : int
         ``state`` and ``a`` (-exp(A_log)) are float32[channels, states]; ``b`` and ``c``
-        float32[states]; ``d`` and ``dt_bias`` float32[channels]; ``x``, ``z``, ``dt`` and ``out``
-        ``dtype`` [channels].
+        ``shared`` [states]; ``d`` and ``dt_bias`` float32[channels]; ``x``, ``z``, ``dt`` and
+        ``out`` ``dtype`` [channels].
     dtype : str
         ``float16`` or ``bfloat16``.
+    shared : str
+        Of b and c: ``float32`` or ``dtype``.
     """
+    if shared not in (dtype, "float32"):
+        return refused(f"b and c of {shared} with activations of {dtype} are not made")
     if states not in (4, 8, 16, 32, 64, 128):
         return refused(f"{states} states are not made; powers of two from 4 to 128 are")
     if dtype not in ("float16", "bfloat16"):
@@ -70,17 +74,17 @@ def scan_step_rule(channels: int, states: int, dtype: str) -> Rule:
     full, lanes = (channels, states), states // 4
     vectors = [Argument(name, (channels,), dtype) for name in ("x", "z", "dt")]
     tables = [Argument(name, full, "float32") for name in ("state", "a")]
-    shared = [Argument(name, (states,), "float32") for name in "bc"]
+    both = [Argument(name, (states,), shared) for name in "bc"]
     scalars = [Argument(name, (channels,), "float32") for name in ("d", "dt_bias")]
     outputs = [Argument("state_out", full, "float32"), Argument("out", (channels,), dtype)]
     return Rule(
         (
             SourceKernel(
                 family="mamba_step",
-                config=f"icd::MambaConfig<{operand(dtype)}, {states}>",
+                config=f"icd::MambaConfig<{operand(dtype)}, {states}, {operand(shared)}>",
                 call="icd::scan_step<G>(out, state_out, x, z, dt, state, a, b, c, (const float*)d, "
                 f"(const float*)dt_bias, {channels})",
-                arguments=(*vectors, *tables, *shared, *scalars, *outputs),
+                arguments=(*vectors, *tables, *both, *scalars, *outputs),
                 grid=(-(-channels // (THREADS // lanes)), 1, 1),
                 threads=THREADS,
                 shared=0,

@@ -5,7 +5,7 @@
 
 namespace icd {
 
-// T: of q and out; KV: of the cache, F16, BF16, or S8 or F8 with scales. PAGE: slots of a page, 0: the
+// T: of q and out; KV: of the cache, F16, BF16, F32, or S8 or F8 with scales. PAGE: slots of a page, 0: the
 // slots of a head lie together. BY_CHANNEL: a scale for each channel of a page instead of each slot.
 template <class T_, class KV_, int D_, int SHARED_HEADS_, int WARPS_, int PAGE_ = 0,
           bool BY_CHANNEL_ = false>
@@ -24,6 +24,10 @@ template <class G> ICD_DEVICE void cache_widen(F16 t, const Chunk& c, float (&ou
 }
 template <class G> ICD_DEVICE void cache_widen(BF16 t, const Chunk& c, float (&out)[G::PER]) {
   widen8(t, c, out);
+}
+template <class G> ICD_DEVICE void cache_widen(F32, const Chunk& c, float (&out)[G::PER]) {
+#pragma unroll
+  for (int i = 0; i < G::PER; ++i) out[i] = bits_to_float(c.w[i]);
 }
 template <class G> ICD_DEVICE void cache_widen(S8, const Chunk& c, float (&out)[G::PER]) {
 #pragma unroll

@@ -6,11 +6,19 @@
 
 namespace icd {
 
-// T: of activations. States are float32. TAPS is 4: a window of a channel is one float4 load.
-template <class T_, int STATES_> struct MambaConfig {
+// T: of activations; BC: of b and c. States are float32. TAPS is 4: a window of a channel is one
+// float4 load.
+template <class T_, int STATES_, class BC_ = F32> struct MambaConfig {
   typedef T_ T;
+  typedef BC_ BC;
   static const int STATES = STATES_, TAPS = 4, LANES = STATES / 4, THREADS = 128;
 };
+
+template <class T> ICD_DEVICE float4 load_four(T t, const void* p, long i) {
+  float2 low = load_two(t, p, i), high = load_two(t, p, i + 2);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+ICD_DEVICE float4 load_four(F32, const void* p, long i) { return ((const float4*)p)[i / 4]; }
 
 // Grid: x blocks of 128 channels. out, x: T[channels]; window_out, window: float32[channels, 4], the
 // last four inputs, oldest first; weight: float32[channels, 4]; bias: float32[channels].
@@ -28,7 +36,7 @@ ICD_DEVICE void conv_step(void* out, void* window_out, const void* x, const void
 
 // Grid: x blocks of 128 / LANES channels; LANES threads hold the states of a channel, four each.
 // out, x, z, dt: T[channels]; state_out, state: float32[channels, STATES]; a: float32[channels, STATES]
-// (-exp(A_log)); b, c: float32[STATES]; d, dt_bias: float32[channels].
+// (-exp(A_log)); b, c: BC[STATES]; d, dt_bias: float32[channels].
 template <class G>
 ICD_DEVICE void scan_step(void* out, void* state_out, const void* x, const void* z, const void* dt,
                           const void* state, const void* a, const void* b, const void* c,
@@ -42,7 +50,8 @@ ICD_DEVICE void scan_step(void* out, void* state_out, const void* x, const void*
   float input = load_one(typename G::T(), x, at);
   float4 h = ((const float4*)state)[(long)at * G::LANES + lane];
   float4 rate = ((const float4*)a)[(long)at * G::LANES + lane];
-  float4 in = ((const float4*)b)[lane], read = ((const float4*)c)[lane];
+  float4 in = load_four(typename G::BC(), b, lane * 4);
+  float4 read = load_four(typename G::BC(), c, lane * 4);
   float drive = step * input;
   h = make_float4(h.x * expf(step * rate.x) + drive * in.x, h.y * expf(step * rate.y) + drive * in.y,
                   h.z * expf(step * rate.z) + drive * in.z, h.w * expf(step * rate.w) + drive * in.w);

@@ -1,0 +1,240 @@
+"""Products with a constant weight, and what follows them, for the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm._tvm import GenericConst, const_name, named_const, relax
+from icd_tvm.relax_passes.cuda_plan import Operand, Planned
+from icd_tvm.relax_passes.cuda_views import View, view_of
+from icd_tvm.relax_passes.elementwise_function import function_after
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    constant_array,
+    constant_weight,
+    is_float32,
+    operands,
+    static_shape,
+)
+from icd_tvm.tir_schedules.cuda.gemm import (
+    ROW,
+    SLAB,
+    choose_tile,
+    gemm_rule,
+    live_blocks,
+    pack_weight,
+)
+from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
+from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule, numpy_dtype, refused
+
+Array = npt.NDArray[Any]
+# Columns of a group with one list of live blocks; blocks pay from this share on.
+COLUMNS, PAYS = 64, 0.8
+_ACTIVATIONS = ("gelu", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class ProductKernels:
+    """The kernels of one product: (epilogue, output type) -> rule, and the constants they read."""
+
+    make: Callable[[Epilogue, str], Rule]
+    constants: Mapping[str, Array]
+    reason: str = ""
+
+
+def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKernels:
+    """Return the kernels for ``X[m, K] @ weight`` with operands rounded to ``dtype``."""
+    with np.errstate(over="ignore"):
+        rounded = weight.astype(numpy_dtype(dtype))
+    if not np.isfinite(rounded.astype(np.float32)).all():
+        reason = f"weights beyond the range of {dtype}"
+        return ProductKernels(lambda *_: refused(reason), {}, reason)
+    blocks = live_blocks(rounded, COLUMNS)
+    pays = blocks.shape[1] * SLAB <= PAYS * len(weight) and not weight.shape[1] % COLUMNS
+    make = _vector if m == 1 else _matrix
+    return make(m, rounded, dtype, arch, blocks if pays else None)
+
+
+def _matrix(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) -> ProductKernels:
+    k, n = weight.shape
+    live = tile = None
+    if blocks is not None:
+        live = blocks.shape[1]
+        tile = choose_tile(m, n, live * SLAB * 2 // ROW, arch, columns=COLUMNS)
+
+    def make(epilogue: Epilogue, out: str) -> Rule:
+        return gemm_rule(
+            m, n, k, dtype, out=out, epilogue=epilogue, arch=arch, live=live, tile=tile
+        )
+
+    plain = make(Epilogue(), "float32")
+    if not plain.kernels:
+        return ProductKernels(make, {}, plain.reason)
+    constants = {"w": pack_weight(weight, plain.kernels[0].arguments[1].shape[2], blocks)}
+    return ProductKernels(make, constants if blocks is None else {**constants, "slabs": blocks})
+
+
+def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) -> ProductKernels:
+    k, n = weight.shape
+    live = None if blocks is None else (blocks.shape[0], blocks.shape[1])
+
+    def make(epilogue: Epilogue, out: str) -> Rule:
+        return gemv_rule(n, k, dtype, x=dtype, out=out, epilogue=epilogue, live=live)
+
+    plain = make(Epilogue(), "float32")
+    if not plain.kernels:
+        return ProductKernels(make, {}, plain.reason)
+    constants = {"w": pack_vectors(weight, dtype, blocks)}
+    return ProductKernels(make, constants if blocks is None else {**constants, "blocks": blocks})
+
+
+PLAIN = Epilogue()
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """A product and what was found behind it so far."""
+
+    result: Any
+    epilogue: Epilogue = PLAIN
+    bias: Any = None
+    residual: Any = None
+    left: str = ""
+
+
+def plan_product(
+    flow: Dataflow, var: Any, wanted: set[Any], dtype: str, arch: str
+) -> Planned | str | None:
+    """Return the kernels of the matmul bound to ``var`` and of what follows it.
+
+    Parameters
+    ----------
+    flow : Dataflow
+    var : relax.Var
+    wanted : set of relax.Var
+        Values that other kernels read, which must therefore exist.
+    dtype, arch : str
+
+    Returns
+    -------
+    Planned, str or None
+        The reason where there is no kernel; None where ``var`` is no such matmul.
+    """
+    matmul: Any = flow.values.get(var)
+    weight = constant_weight(matmul)
+    if weight is None:
+        return None
+    rows = prod((static_shape(matmul.args[0]) or ())[:-1])
+    kernels = product_kernels(rows, weight, dtype, arch)
+    if kernels.reason:
+        return kernels.reason
+    chain = _with_activation(flow, _with_bias(flow, var, wanted), wanted)
+    chain = _with_residual(flow, chain, wanted)
+    source = view_of(flow, matmul.args[0], wanted)
+    return _planned(matmul, chain, kernels, source, dtype)
+
+
+def _planned(
+    matmul: Any, chain: _Chain, kernels: ProductKernels, source: View, dtype: str
+) -> Planned:
+    shape = static_shape(matmul.args[0]) or ()
+    vector = prod(shape[:-1]) == 1
+    # A kernel for matrices reads whole rows.
+    if not vector and (source.offset or _size(source.root) != prod(shape)):
+        source = View(matmul.args[0])
+    found = _constants(matmul, kernels)
+    found["x" if vector else "a"] = Operand(source.root, offset=source.offset)
+    if chain.bias is not None:
+        found["bias"] = Operand(chain.bias, "kept")
+    if chain.residual is not None:
+        found["residual"] = Operand(chain.residual, "tied")
+    lists = kernels.constants.get("slabs", kernels.constants.get("blocks"))
+    reason = f"{dtype}, {'dense' if lists is None else 'live blocks'}"
+    return Planned(
+        result=chain.result,
+        operands=found,
+        rule=partial(_rule, kernels.make, chain.epilogue),
+        kind="gemv" if vector else "gemm",
+        reason="; ".join(filter(None, (reason, chain.left))),
+        fused=_fused(chain.epilogue),
+        flexible=True,
+        live=0 if lists is None else int(lists.shape[1]),
+    )
+
+
+def _constants(matmul: Any, kernels: ProductKernels) -> dict[str, Operand]:
+    label = const_name(matmul.args[1])
+    names = {name: label if name == "w" else f"{label}.blocks" for name in kernels.constants}
+    return {
+        name: Operand(named_const(array, names[name]), "kept")
+        for name, array in kernels.constants.items()
+    }
+
+
+def _rule(
+    make: Callable[[Epilogue, str], Rule], epilogue: Epilogue, _: Mapping[str, str], out: str
+) -> Rule:
+    return make(epilogue, out)
+
+
+def _size(expr: Any) -> int:
+    return prod(static_shape(expr) or (0,))
+
+
+def _fused(epilogue: Epilogue) -> tuple[str, ...]:
+    activation = epilogue.activation if epilogue.activation != "none" else ""
+    found = ("bias" * epilogue.bias, activation, "residual" * epilogue.residual)
+    return tuple(filter(None, found))
+
+
+def _with_bias(flow: Dataflow, var: Any, wanted: set[Any]) -> _Chain:
+    chain = _Chain(var)
+    if var in wanted:
+        return replace(chain, left="nothing more: another kernel reads the product")
+    users = flow.users.get(var, [])
+    if len(users) != 1:
+        return replace(chain, left=f"nothing more: the product is read {len(users)} times")
+    added = flow.bound(users[0], "relax.add")
+    if added is None:
+        return chain
+    _, bias = operands(added)
+    array = constant_array(flow.resolve(bias), dims=1)
+    columns = (static_shape(var) or (0,))[-1]
+    fits = array is not None and array.dtype == np.float32 and array.shape == (columns,)
+    if not fits or static_shape(users[0]) != static_shape(var):
+        return chain
+    return replace(chain, result=users[0], bias=flow.resolve(bias), epilogue=Epilogue(bias=True))
+
+
+def _with_activation(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
+    found = None if chain.result in wanted else function_after(flow, chain.result, _ACTIVATIONS)
+    if found is None:
+        return chain
+    name, result = found
+    return replace(chain, result=result, epilogue=replace(chain.epilogue, activation=name))
+
+
+def _with_residual(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
+    users = flow.users.get(chain.result, [])
+    if chain.result in wanted or chain.left or not users:
+        return chain
+    if len(users) != 1:
+        return replace(chain, left=f"no residual: the result is read {len(users)} times")
+    user = users[0]
+    added = flow.bound(user, "relax.add")
+    if added is None:
+        return chain
+    other = next((arg for arg in added.args if not arg.same_as(chain.result)), None)
+    if other is None or isinstance(other, GenericConst) or not is_float32(other):
+        return chain
+    if not isinstance(other, relax.Var) or static_shape(other) != static_shape(chain.result):
+        return replace(chain, left="no residual: what is added has another shape")
+    epilogue = replace(chain.epilogue, residual=True)
+    return replace(chain, result=user, residual=other, epilogue=epilogue)

@@ -1,0 +1,150 @@
+"""MergeSharedInput: products of one input with several constant weights become one product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
+from icd_tvm.relax_passes.attention_match import Refused
+from icd_tvm.relax_passes.fuse_attention import match_attention
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    constant_array,
+    constant_weight,
+    operands,
+    rewrite_functions,
+    static_shape,
+)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """``x W``, and the bias after it if it has one; ``result`` is the last variable of them."""
+
+    matmul: Any
+    result: Any
+    weight: npt.NDArray[Any]
+    weight_name: str
+    bias: npt.NDArray[Any] | None = None
+    bias_name: str = ""
+
+
+@tvm.transform.module_pass(opt_level=0, name="MergeSharedInput")
+class MergeSharedInput:
+    """Merge products of one row with constant weights, and those of an attention's three inputs.
+
+    Each result becomes a slice of the wide one. For one row a slice is a part of memory; of more
+    rows only attention reads slices without a copy, so others stay apart. Merged constants are
+    named after theirs, joined by ``+``.
+
+    Attributes
+    ----------
+    merged : int
+        Products that others were merged into.
+    """
+
+    def __init__(self) -> None:
+        self.merged = 0
+
+    def transform_module(self, mod: Any, ctx: Any) -> Any:
+        """Return a clone of ``mod`` with the products merged."""
+        self.merged = 0
+        mod = rewrite_functions(mod, lambda new, func: _Merger(new, Dataflow(func), self))
+        return relax.transform.DeadCodeElimination()(mod)
+
+
+@mutator
+class _Merger(PyExprMutator):
+    def __init__(self, mod: Any, flow: Dataflow, owner: MergeSharedInput) -> None:
+        super().__init__(mod)
+        self._flow, self._owner = flow, owner
+        self._groups = {group[0].matmul: group for group in _groups(flow)}
+        self._parts: dict[Any, Any] = {}
+
+    def visit_var_binding_(self, binding: Any) -> None:
+        """Emit the merged product where the first of them stood, and slices of it."""
+        group = self._groups.get(binding.var)
+        if group is not None:
+            self._emit(group)
+        part = self._parts.get(binding.var)
+        if part is None:
+            super().visit_var_binding_(binding)
+        else:
+            self.set_var_remap(
+                binding.var, self.builder_.emit(part, name_hint=str(binding.var.name))
+            )
+
+    def _emit(self, group: list[_Product]) -> None:
+        self._owner.merged += 1
+        source = self.visit_expr(self._flow.values[group[0].matmul].args[0])
+        weight = np.concatenate([one.weight for one in group], axis=1)
+        label = "+".join(one.weight_name for one in group)
+        # No operator of the model makes it: its kernel is known by its weights.
+        wide = self.builder_.emit(relax.op.matmul(source, named_const(weight, label)))
+        if any(one.bias is not None for one in group):
+            parts = [
+                np.zeros(one.weight.shape[1], np.float32) if one.bias is None else one.bias
+                for one in group
+            ]
+            label = "+".join(one.bias_name for one in group if one.bias is not None)
+            bias = named_const(np.concatenate(parts), label)
+            wide = self.builder_.emit(relax.op.add(wide, bias))
+        axis, begin = len(static_shape(wide) or ()) - 1, 0
+        for one in group:
+            end = begin + one.weight.shape[1]
+            self._parts[one.result] = relax.op.strided_slice(wide, [axis], [begin], [end])
+            begin = end
+
+
+def _groups(flow: Dataflow) -> list[list[_Product]]:
+    """Return the products to merge, each group in program order."""
+    by_source: dict[Any, list[_Product]] = {}
+    attended = _attended(flow)
+    for var, value in flow.values.items():
+        weight = constant_weight(value)
+        source = None if weight is None else value.args[0]
+        if weight is None or not isinstance(source, relax.Var):
+            continue
+        product = _with_bias(flow, var, value, weight)
+        rows = int(np.prod((static_shape(source) or ())[:-1]))
+        if rows == 1 or product.result in attended:
+            key = source if rows == 1 else (source, attended[product.result])
+            by_source.setdefault(key, []).append(product)
+    # An attention whose three inputs have not one source has smaller groups, and keeps them.
+    return [
+        group
+        for key, group in by_source.items()
+        if len(group) == 3 or (len(group) > 1 and isinstance(key, relax.Var))
+    ]
+
+
+def _attended(flow: Dataflow) -> dict[Any, Any]:
+    """Return the inputs of encoder attentions -> the result of theirs, where each has three."""
+    found: dict[Any, Any] = {}
+    for var in flow.values:
+        if flow.bound(var, "relax.nn.softmax") is None:
+            continue
+        try:
+            match = match_attention(flow, var, None)
+        except Refused:
+            continue
+        rows = (match.query, match.key, match.value)
+        if len(set(rows)) == 3 and all(flow.single_use(one) for one in rows):
+            found |= dict.fromkeys(rows, match.result)
+    return found
+
+
+def _with_bias(flow: Dataflow, var: Any, call: Any, weight: npt.NDArray[Any]) -> _Product:
+    label = const_name(call.args[1])
+    user = flow.only_user(var)
+    added = flow.bound(user, "relax.add")
+    if added is not None:
+        _, bias = operands(added)
+        array = constant_array(bias, dims=1)
+        if array is not None and array.shape == (weight.shape[1],):
+            return _Product(var, user, weight, label, array, const_name(bias))
+    return _Product(var, var, weight, label)
