@@ -167,7 +167,7 @@ def mamba_big(out: Path) -> Iterator[Figure]:
 
 def cpu_peers(out: Path) -> Iterator[Figure]:
     """Ours over the fastest peer that is installed; "not measured" where none is."""
-    for line in _read(out / "cpu-peers-quick.json"):
+    for line in _read(out / "cpu-peers-minilm.json"):
         what = f"{line['case']}, {line['threads']} thread(s): {line['arm']}/fastest peer"
         if "failed" in line:
             yield Figure(what, f"not measured: {line['failed']}")
@@ -204,6 +204,21 @@ def kv_quality(out: Path) -> Iterator[Figure]:
     for row in (row for row in rows if row["score"] == "attention_mass"):
         what = f"drop {row['drop']}, {row['score']}, {row['scope']}: perplexity"
         yield Figure(what, f"{row['ppl']:.2f} (whole {row['ppl_whole']:.2f})")
+
+
+def crash(out: Path) -> Iterator[Figure]:
+    """How many killed runs ended as if nothing had been."""
+    cases = _read(out / "crash-quick.json")["cases"]
+    right = sum(not case["wrong"] for case in cases)
+    yield least(f"resumed runs that ended right, of {len(cases)}", right, len(cases), digits=0)
+
+
+def fuzz(out: Path) -> Iterator[Figure]:
+    """How many damaged inputs were neither refused nor read."""
+    kinds = _read(out / "fuzz-quick.json")
+    wrong = sum(kind.get("wrong", 0) for kind in kinds.values())
+    count = wrong + sum(kind.get(how, 0) for kind in kinds.values() for how in ("refused", "read"))
+    yield most(f"damaged inputs that broke a reader, of {count}", wrong, 0, digits=0)
 
 
 def exit_status(out: Path) -> Iterator[Figure]:
