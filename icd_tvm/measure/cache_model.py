@@ -139,8 +139,8 @@ def model_caches(
     """
     calls = kernel_calls(lowered)
     memory = _Memory(lowered["main"], calls, inputs)
-    traces = _Traces(lowered, target, levels[0].sector_bytes)
     simulator = CacheSimulator(levels)
+    traces = _Traces(lowered, target, simulator.sector_bytes)
     if warm:
         # All that earlier calls left behind is gone by the end of these.
         for call in calls[_last_calls(calls, memory, _REFILLS * levels[-1].size_bytes) :]:
@@ -203,6 +203,9 @@ class _Traces:
         self, kernel: str, addresses: Sequence[int], consts: Mapping[str, NDArray[Any]]
     ) -> Iterator[NDArray[np.int64]]:
         """Yield the sectors of one call in program order, in chunks."""
+        parameters = len(self.loops(kernel).params)
+        if len(addresses) != parameters:
+            raise ConfigError(f"{parameters} parameters but {len(addresses)} addresses")
         start = np.array([*addresses, _SCRATCH], np.int64) // self.sector_bytes
         values = sorted((name, array.tobytes()) for name, array in consts.items())
         for buffer, place in self._places((kernel, *values), consts):
