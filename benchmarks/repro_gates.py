@@ -96,19 +96,91 @@ def solver(out: Path) -> Iterator[Figure]:
 
 
 def kv_step(out: Path) -> Iterator[Figure]:
-    """Right on a smaller cache, and faster at 4,096 slots."""
+    """Right on a smaller cache, and faster at 4,096 slots than with the dropped slots masked."""
     record = _read(out / "kv-step-4096.json")
     for row in record["verify"]:
         what = f"drop {row['drop']}: same token as attention over the kept tokens"
         yield least(what, row["same_token_as_reference"], 1.0)
-    row = record["time"][0]
-    for drop, bar in (("drop 0.3", None), ("drop 0.5", 0.80)):
-        ratio = row["kv_min_ms"][drop] / row["kv_min_ms"]["whole"]
-        what = f"{drop}: kernels that touch the cache, ratio of minima"
-        yield most(what, ratio, bar) if bar else Figure(what, f"{ratio:.3f}")
-        yield Figure(
-            f"{drop}: whole step, ratio", f"{row['ratios'][drop + '/whole']['median']:.3f}"
-        )
+    yield from cache_orders(record["time"][0]["orders"])
+
+
+def cache_orders(orders: dict[str, Any]) -> Iterator[Figure]:
+    """iterative/linear of a compacted cache: the kernels that touch it, and the whole step."""
+    for drop, row in orders.items():
+        yield most(f"{drop}, attention: iterative/linear, minima", row["kernels"], 0.80)
+        step = row["step"]
+        text = f"{step['median']:.3f} [{step['lo']:.3f}, {step['hi']:.3f}]"
+        yield Figure(f"{drop}, whole step: iterative/linear", text)
+        gap = row["max_abs_difference"] / row["max_abs_logit"]
+        met = gap <= 1e-3
+        yield Figure(f"{drop}: difference of their logits", f"{gap:.1e}", "at most 0.001", met)
+
+
+def acceptance(out: Path) -> Iterator[Figure]:
+    """Latency, caches and quality of every row; energy where a row has it."""
+    record = _read(out / "acceptance.json")
+    for row in record["rows"]:
+        name = f"{row['workload']} {row['transform']}"
+        if "absent" in row:
+            yield Figure(name, f"not measured: {row['absent']}")
+        elif "failed" in row:
+            yield Figure(name, f"failed: {row['failed']}", "runs", False)
+        elif "orders" in row:
+            for figure in cache_orders(row["orders"]):
+                yield figure._replace(what=f"{name} {figure.what}")
+        else:
+            yield from _acceptance_row(name, row, record["bars"])
+    reasons = {row.get("ept", {}).get("reason") for row in record["rows"]} - {None}
+    for reason in sorted(reasons):
+        yield Figure("energy per token", f"not measured: {reason}")
+
+
+def _acceptance_row(name: str, row: dict[str, Any], bars: dict[str, float]) -> Iterator[Figure]:
+    fast, good, l2 = row["latency"], row["quality"], row["l2"]
+    if fast["value"] is None:
+        yield Figure(f"{name}: iterative/linear", f"not measured: {fast['reason']}")
+    elif fast["verdict"] in ("met", "missed"):
+        note = f" [{fast['interval'][0]:.3f}, {fast['interval'][1]:.3f}]"
+        yield most(f"{name}: iterative/linear", fast["value"], bars["latency"], note)
+    else:
+        yield Figure(f"{name}: iterative/linear", f"{fast['value']:.3f}", fast["verdict"])
+    if good["order_points"] is None:
+        yield Figure(f"{name}: quality", f"not measured: {good['reason']}")
+    else:
+        note = f" (the transform: {good['transform_points']:+.2f})"
+        what = f"{name}: what the order changes, points"
+        yield most(what, abs(good["order_points"]), bars["quality_points"], note)
+    if "linear" in l2:
+        orders = [l2[order]["levels"][-1] for order in ("linear", "iterative") if order in l2]
+        text = " -> ".join(f"{level['misses'] / 1e6:.3f} M" for level in orders)
+        yield Figure(f"{name}: L2 misses, linear -> iterative (model)", text)
+    else:
+        yield Figure(f"{name}: L2 misses (model)", f"not measured: {l2['reason']}")
+
+
+def mamba_big(out: Path) -> Iterator[Figure]:
+    """iterative/linear of a decode step, and that both are one function."""
+    record = _read(out / "mamba-big.json")
+    size, ratio = record["size"], record["ratios"]["iterative/linear"]
+    note = f" [{ratio['lo']:.3f}, {ratio['hi']:.3f}]"
+    yield most(f"Mamba {size}, unit:0.5 + int8: iterative/linear", ratio["median"], 0.80, note)
+    gap = record["iterative_against_linear"]["max_rel"]
+    yield Figure("difference of their outputs", f"{gap:.1e}", "at most 1e-3", gap <= 1e-3)
+    tokens = record["greedy_tokens"]
+    same = tokens["iterative"] == tokens["linear"]
+    yield Figure("their next tokens", "equal" if same else "different", "equal", same)
+
+
+def cpu_peers(out: Path) -> Iterator[Figure]:
+    """Ours over the fastest peer that is installed; "not measured" where none is."""
+    for line in _read(out / "cpu-peers-minilm.json"):
+        what = f"{line['case']}, {line['threads']} thread(s): {line['arm']}/fastest peer"
+        if "failed" in line:
+            yield Figure(what, f"not measured: {line['failed']}")
+            continue
+        missing = f", without {', '.join(line['missing'])}" if line["missing"] else ""
+        note = f" of {line['fastest_median']}{missing}"
+        yield most(what, line["median"], line["bar"], note)
 
 
 # Of quality_quant.py, which has more; the others stand in docs/Quantisation.md.
@@ -138,6 +210,21 @@ def kv_quality(out: Path) -> Iterator[Figure]:
     for row in (row for row in rows if row["score"] == "attention_mass"):
         what = f"drop {row['drop']}, {row['score']}, {row['scope']}: perplexity"
         yield Figure(what, f"{row['ppl']:.2f} (whole {row['ppl_whole']:.2f})")
+
+
+def crash(out: Path) -> Iterator[Figure]:
+    """How many killed runs ended as if nothing had been."""
+    cases = _read(out / "crash-quick.json")["cases"]
+    right = sum(not case["wrong"] for case in cases)
+    yield least(f"resumed runs that ended right, of {len(cases)}", right, len(cases), digits=0)
+
+
+def fuzz(out: Path) -> Iterator[Figure]:
+    """How many damaged inputs were neither refused nor read."""
+    kinds = _read(out / "fuzz-quick.json")
+    wrong = sum(kind.get("wrong", 0) for kind in kinds.values())
+    count = wrong + sum(kind.get(how, 0) for kind in kinds.values() for how in ("refused", "read"))
+    yield most(f"damaged inputs that broke a reader, of {count}", wrong, 0, digits=0)
 
 
 def exit_status(out: Path) -> Iterator[Figure]:

@@ -1,7 +1,8 @@
 """What each sparsity format costs trained MiniLM, and how much of it fits a quality budget.
 
 Run: OMP_NUM_THREADS=1 python benchmarks/sparsity_quality.py [--out FILE.json]
-     [--only layers table search] [--budget 0.1] [--floor 0.99] [--formats unit:0.5 heads ...]
+     [--only layers table search] [--least 0.5] [--budget 0.1] [--floor 0.99]
+     [--formats unit:0.5 heads ...]
 
 Calibration reads the package's own sentences; a search is judged on a part of STS-B train; every
 figure that is reported comes from text that neither has seen: STS-B dev, 1,500 pairs. Sections
@@ -178,7 +179,8 @@ def table(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row a format and rate, the same rate in every layer."""
     dense = bench.dev.evaluate(CandidateModel(bench.free, []).runner({}))
     rows = []
-    for text, rates in TABLE:
+    for text, all_rates in TABLE:
+        rates = tuple(rate for rate in all_rates if rate >= arguments.least)
         strengths = Strengths(bench.imported.mod, rules(text), bench.grams, rates)
         strengths.drop_failing()
         runner = CandidateModel(bench.free, strengths.names).runner
@@ -250,10 +252,15 @@ SECTIONS: dict[str, Callable[[Bench, argparse.Namespace], list[dict[str, Any]]]]
 }
 
 
+# What tells the rows of a section apart.
+KEYS = {"search": ("format", "budget_points", "agreement_floor"), "table": ("format", "removed")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="JSON file that takes the record")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--least", type=float, default=0.0, help="smallest rate of the table")
     parser.add_argument("--formats", nargs="+", default=list(SEARCHED), help="of the search")
     parser.add_argument("--budget", type=float, default=0.1, help="points of STS-B Spearman")
     parser.add_argument("--floor", type=float, default=0.99, help="mean cosine with fp32")
@@ -266,12 +273,12 @@ def main() -> None:
 
 
 def save(path: Path, section: str, rows: list[dict[str, Any]]) -> None:
-    """Put a section into the record; rows of other searches stay."""
+    """Put a section into the record; rows of other searches and rates stay."""
     record = (
         json.loads(path.read_text()) if path.exists() else {"format": "icd/sparsity_quality/v1"}
     )
-    if section == "search":
-        keys = ("format", "budget_points", "agreement_floor")
+    if section in KEYS:
+        keys = KEYS[section]
         new = {tuple(row[key] for key in keys) for row in rows}
         old = [r for r in record.get(section, []) if tuple(r[key] for key in keys) not in new]
         rows = [*old, *rows]

@@ -205,7 +205,7 @@ class MeasureKeys(Section):
         default=True, description="count energy where the machine has a counter (RAPL); a minute"
     )
     cache_model: bool = Field(
-        default=False, description="model the first two caches, kernel by kernel; some minutes"
+        default=False, description="model the first two caches, kernel by kernel; some seconds an arm"
     )
     kernel_times: bool = Field(
         default=True, description="time every kernel in a run of its own; a second an arm"

@@ -120,7 +120,7 @@ def test_the_cache_model_sees_one_row_written_where_the_cache_lies() -> None:
     built = build(AttachLayoutTags(STATES)(appending_step()), host_target(1))
     # Everything fits, so only cold misses count: 64-byte lines, rows of 32 bytes.
     level = CacheLevel("L", 1 << 20, 16)
-    model = model_caches(built.lowered, host_target(1), feeds(), (level,), runs=1)
+    model = model_caches(built.lowered, host_target(1), feeds(), (level,), warm=False)
     kernels = {k.kernel: k for k in model.kernels}
     appended = kernels["append_row"]
     assert appended.reason == ""

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from icd_tvm._tvm import Var, dlight, i64, te, tirx, tvm
 from icd_tvm.errors import ConfigError, MeasurementError, UnsupportedOpError
-from icd_tvm.measure import cachegrind
+from icd_tvm.measure import cache_model, cachegrind
 from icd_tvm.measure.cache_model import H200_LEVELS, host_levels, model_caches
 from icd_tvm.measure.cache_sim import CacheLevel, CacheSimulator, LevelCount
 from icd_tvm.measure.cachegrind import CacheCounts, arena_offsets, missing_tool, run_cachegrind
@@ -297,7 +297,7 @@ def test_whole_model_is_modelled_and_says_so(mini: Any) -> None:
 def test_cold_run_fetches_every_weight_once(mini: Any) -> None:
     imported, lowered = mini
     large = (CacheLevel("L", 64 << 20, 16),)
-    cold = model_caches(lowered, V3, random_inputs(imported, 0), large, runs=1)
+    cold = model_caches(lowered, V3, random_inputs(imported, 0), large, warm=False)
     # Embedding tables are only touched where ids point.
     embedded = 16 * 64 * 4
     weights = sum(
@@ -312,9 +312,34 @@ def _matrices(lowered: Any) -> list[Any]:
     return [a.value for a in args if hasattr(a, "value") and len(a.value.shape) == 3]
 
 
+def test_kept_traces_and_a_short_warm_up_change_little(
+    mini: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported, lowered = mini
+    feeds, small = (
+        random_inputs(imported, 0),
+        (CacheLevel("L1", 2048, 4), CacheLevel("L2", 8192, 4)),
+    )
+    kept = model_caches(lowered, V3, feeds, small)
+    monkeypatch.setattr(cache_model, "_REFILLS", 1 << 20)
+    warm = model_caches(lowered, V3, feeds, small)
+    monkeypatch.setattr(cache_model, "_KEPT_SECTORS", 0)
+    assert model_caches(lowered, V3, feeds, small) == warm
+    for short, whole in zip(kept.totals(), warm.totals(), strict=True):
+        assert short.requests == pytest.approx(whole.requests, rel=1e-3)
+        assert short.misses == pytest.approx(whole.misses, rel=1e-3)
+
+
+def test_sectors_that_straddle_pages_are_refused(mini: Any) -> None:
+    imported, lowered = mini
+    odd = (CacheLevel("L", 48 * 4, 4, 48, 48),)
+    with pytest.raises(ConfigError, match="48 bytes do not divide"):
+        model_caches(lowered, V3, random_inputs(imported, 0), odd)
+
+
 def test_integer_inputs_must_be_given(mini: Any) -> None:
     _, lowered = mini
-    model = model_caches(lowered, V3, {}, (L1,), runs=1)
+    model = model_caches(lowered, V3, {}, (L1,), warm=False)
     reasons = {k.kernel: k.reason for k in model.kernels if k.reason}
     assert set(reasons) == {"take", "take1"}
     assert "unknown" in reasons["take"]

@@ -6,7 +6,9 @@ from importlib.metadata import PackageMetadata, distribution
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import icd_tvm
@@ -96,3 +98,59 @@ def test_every_locked_package_has_a_hash() -> None:
     packages = [entry for entry in entries if "==" in entry.partition("\n")[0]]
     assert len(packages) == len(LOCKED)
     assert all("--hash=sha256:" in entry for entry in packages)
+
+
+# Neither file can be built without a registry, so what they refer to is checked instead.
+
+
+def _instructions(text: str) -> list[list[str]]:
+    """Return the words of every instruction of a Dockerfile, lines joined and comments gone."""
+    joined = re.sub(r"^#.*\n", "", text, flags=re.M).replace("\\\n", " ")
+    return [line.split() for line in joined.splitlines() if line.strip()]
+
+
+def _problems(dockerfile: str, ignored: str, root: Path) -> list[str]:
+    """Return what a Dockerfile copies that is not in its context, or from no earlier stage."""
+    allowed = {line[1:] for line in ignored.splitlines() if line.startswith("!")}
+    stages: set[str] = set()
+    problems = []
+    for word, *arguments in _instructions(dockerfile):
+        if word == "FROM" and "AS" in arguments:
+            stages.add(arguments[-1])
+        if word != "COPY":
+            continue
+        flags = dict(a[2:].split("=") for a in arguments if a.startswith("--"))
+        sources = [a for a in arguments if not a.startswith("--")][:-1]
+        if "from" in flags:
+            problems += [f"no stage {flags['from']}"] * (flags["from"] not in stages)
+            continue
+        problems += [f"{s} is missing" for s in sources if not (root / s).exists()]
+        problems += [f"{s} is ignored" for s in sources if s not in allowed]
+    return problems
+
+
+def test_the_dockerfile_copies_what_is_there() -> None:
+    text, ignored = ((ROOT / name).read_text() for name in ("Dockerfile", ".dockerignore"))
+    assert sum(words[0] == "COPY" for words in _instructions(text)) >= 4
+    assert _problems(text, ignored, ROOT) == []
+
+
+def test_what_a_dockerfile_lacks_is_found(tmp_path: Path) -> None:
+    (tmp_path / "here").touch()
+    text = "FROM a AS first\nCOPY gone here \\\n  ./\n"
+    text += "".join(f"COPY --from={stage} /x /x\n" for stage in ("second", "first"))
+    assert _problems(text, "*\n!gone", tmp_path) == [
+        "gone is missing", "here is ignored", "no stage second",
+    ]  # fmt: skip
+
+
+def test_both_environments_have_the_python_that_the_lock_was_made_for() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pinned,) = (d for d in environment["dependencies"] if d.startswith("python="))
+    version = pinned.partition("=")[2]
+    images = [words[1] for words in _instructions((ROOT / "Dockerfile").read_text())
+              if words[0] == "FROM"]  # fmt: skip
+    assert images == [f"python:{version}-slim"] * len(images)
+    (bound,) = re.findall(r'^requires-python = "(.*)"', PROJECT, re.M)
+    assert version in SpecifierSet(bound)
+    assert f"Python {version}" in (ROOT / "docs" / "Repro.md").read_text()

@@ -110,6 +110,16 @@ def test_units_that_matter_stay(seed: int, sparsity: float, layers: int) -> None
         assert set(units) == set(np.argsort(-costs)[: len(units)])
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.75])
+def test_a_uniform_choice_takes_the_best_of_each_layer(sparsity: float) -> None:
+    rng = np.random.default_rng(0)
+    scores = [scale * rng.random(8 * STEP) for scale in (1.0, 100.0)]
+    kept = choose_units(scores, sparsity, 8 * STEP, uniform=True)
+    count = int(8 * (1 - sparsity)) * STEP
+    for units, costs in zip(kept, scores, strict=True):
+        np.testing.assert_array_equal(units, np.sort(np.argsort(-costs)[:count]))
+
+
 def test_layers_lose_what_they_can_spare() -> None:
     rich, poor = np.full(64, 2.0), np.full(64, 1.0)
     rich[5] = 0.5

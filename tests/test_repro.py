@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import repro
+import repro_docs
 import repro_gates as gates
 from repro_gates import Figure
 
@@ -98,12 +99,34 @@ def test_an_unknown_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_limits_fit_two_hours_and_the_scripts_exist() -> None:
-    later = {"acceptance", "mamba-big"}
     assert sum(step.limit_s for step in repro.CPU) <= 2 * 3600
     for step in repro.CPU:
-        script = step.command.split()[0]
-        assert script == "-m" or step.name in later or (ROOT / script).is_file()
+        for argv in (step.argv(ROOT), step.lengthened().argv(ROOT)):
+            assert argv[1] == "-m" or (ROOT / argv[1]).is_file()
     assert len({step.name for step in repro.CPU}) == len(repro.CPU)
+
+
+def test_quoted_arguments_and_long_forms() -> None:
+    short = repro.Step("s", "x.py 'a b' --out {out}/r", 5, long="x.py --out {out}/r")
+    assert short.argv(Path("/o p"))[1:] == ["x.py", "a b", "--out", "/o p/r"]
+    long = short.lengthened()
+    assert long.argv(Path("/o p"))[1:] == ["x.py", "--out", "/o p/r"]
+    assert long.limit_s == 50
+    only = repro.Step("s", "x.py", 5)
+    assert only.lengthened() is only
+
+
+def test_the_long_form_is_run_where_there_is_one(
+    scripts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = (
+        repro.Step("both", "bad.py", 60, long="good.py {out}/long"),
+        repro.Step("one", "good.py {out}/short", 60),
+    )
+    monkeypatch.setattr(repro, "CPU", steps)
+    assert repro.main(["--long", "--out", str(scripts), "--work", str(scripts / "work")]) == 0
+    assert (scripts / "long").exists()
+    assert (scripts / "short").exists()
 
 
 def test_an_unreadable_record_misses_its_gate(tmp_path: Path) -> None:
@@ -135,6 +158,80 @@ def test_gates_know_a_miss(tmp_path: Path) -> None:
     assert [f.met for f in gates.quality_quant(tmp_path)] == [False]
 
 
+ROW = {
+    "latency": {"value": 0.9, "interval": [0.8, 1.0], "verdict": "missed"},
+    "quality": {"order_points": -0.2, "transform_points": -1.0},
+    "l2": {"linear": {"levels": [{"misses": 2e6}]}, "iterative": {"levels": [{"misses": 1e6}]}},
+    "ept": {"value": "not measured", "reason": "no counter"},
+}
+
+
+def test_the_acceptance_table_has_its_gates(tmp_path: Path) -> None:
+    gap = {"max_abs_difference": 1.0, "max_abs_logit": 10.0}
+    step = {"median": 0.9, "lo": 0.8, "hi": 1.0}
+    orders = {"drop 0.5": {"kernels": 0.5, "step": step, **gap}}
+    rows: list[dict[str, object]] = [
+        {"transform": "S-unit", **ROW},
+        {"transform": "int8", **ROW, "latency": {**ROW["latency"], "verdict": "no bar: dense"}},
+        {
+            "transform": "S+Q", **ROW,
+            "latency": {"value": None, "verdict": "no opportunity", "reason": "nothing to move"},
+            "quality": {"order_points": None, "reason": "no data"},
+            "l2": {"source": "model", "value": None, "reason": "left out"},
+        },
+        {"transform": "K", "orders": orders},
+        {"transform": "S-vec", "failed": "killed"},
+        {"transform": "all", "absent": "typeseg is missing"},
+    ]  # fmt: skip
+    record = {
+        "bars": {"latency": 0.8, "quality_points": 0.1},
+        "rows": [{"workload": "minilm", **row} for row in rows],
+    }
+    _write(tmp_path / "acceptance.json", record)
+    found = {figure.what: figure for figure in gates.acceptance(tmp_path)}
+    missed = [what for what, figure in found.items() if figure.met is False]
+    assert missed == [
+        "minilm S-unit: iterative/linear",
+        "minilm S-unit: what the order changes, points",
+        "minilm int8: what the order changes, points",
+        "minilm K drop 0.5: difference of their logits",
+        "minilm S-vec",
+    ]
+    assert found["minilm int8: iterative/linear"].bar == "no bar: dense"
+    assert found["minilm S+Q: iterative/linear"].value == "not measured: nothing to move"
+    assert found["minilm S+Q: quality"].value == "not measured: no data"
+    assert found["minilm S+Q: L2 misses (model)"].value == "not measured: left out"
+    assert found["minilm K drop 0.5, attention: iterative/linear, minima"].met
+    assert found["minilm all"].value == "not measured: typeseg is missing"
+    assert found["energy per token"].value == "not measured: no counter"
+
+
+def test_mamba_is_gated_by_time_outputs_and_tokens(tmp_path: Path) -> None:
+    record = {
+        "size": "130m",
+        "ratios": {"iterative/linear": {"median": 0.7, "lo": 0.6, "hi": 0.8}},
+        "iterative_against_linear": {"max_rel": 0.1},
+        "greedy_tokens": {"linear": [1, 2], "iterative": [1, 3]},
+    }
+    _write(tmp_path / "mamba-big.json", record)
+    assert [f.met for f in gates.mamba_big(tmp_path)] == [True, False, False]
+
+
+def test_absent_peers_are_not_measured_and_robustness_has_its_gates(tmp_path: Path) -> None:
+    head = {"case": "c", "threads": 1, "arm": "linear", "bar": 0.95}
+    line = {**head, "median": 1.0, "fastest_median": "openvino", "missing": ["torch"]}
+    _write(tmp_path / "cpu-peers-minilm.json", [line, {**head, "failed": "no openvino"}])
+    found = list(gates.cpu_peers(tmp_path))
+    assert [f.met for f in found] == [False, None]
+    assert found[0].value == "1.000 of openvino, without torch"
+    assert found[1].value == "not measured: no openvino"
+    _write(tmp_path / "crash-quick.json", {"cases": [{"wrong": ""}, {"wrong": "left behind"}]})
+    assert [f.met for f in gates.crash(tmp_path)] == [False]
+    _write(tmp_path / "fuzz-quick.json", {"a": {"refused": 3}, "b": {"read": 1, "wrong": 1}})
+    (figure,) = gates.fuzz(tmp_path)
+    assert (figure.met, figure.what) == (False, "damaged inputs that broke a reader, of 5")
+
+
 def test_a_bar_in_a_cell_does_not_end_it(tmp_path: Path) -> None:
     step = repro.Step("s", "x", 1, lambda out: iter([Figure("|x|", "1", "", True)]))
     text = repro.table([step], {"s": {"status": "done", "seconds": 1.0}}, tmp_path)
@@ -159,3 +256,33 @@ def test_ending_the_run_ends_its_step(scripts: Path) -> None:
     run.terminate()
     assert run.wait(30) == 143
     assert ended(pid.read_text())
+
+
+def test_the_documents_take_their_figures_from_the_records(tmp_path: Path) -> None:
+    def ratio(median: float) -> dict[str, float]:
+        return {"median": median, "lo": 0.1, "hi": 0.9}
+
+    names = ("iterative/linear", "dense/onnxruntime", "iterative/onnxruntime")
+    metrics = {
+        "arms": {arm: {"lat_ms": {"median": 2.0}} for arm in ("dense", "linear", "iterative")},
+        "ratios": {name: ratio(i / 4) for i, name in enumerate(names, 1)},
+    }
+    for case in repro_docs.CASES:
+        for threads in (1, 2):
+            _write(tmp_path / f"main-job-{case}-{threads}t.json", metrics)
+    (tmp_path / "docs").mkdir()
+    readme, guide = tmp_path / "README.md", tmp_path / "docs" / "Repro.md"
+    readme.write_text("| a dense model | - | 9 | why |\n| W8A8 alone | 9 | 9 | why |\nW8A8 alone\n")
+    guide.write_text("before\n\n| transform | x |\n|---|---|\n| old | 9 |\n| old | 9 |\n\nafter\n")
+    assert repro_docs.rewrite(tmp_path, tmp_path) == [readme, guide]
+    assert readme.read_text() == (
+        "| a dense model | - | 0.50 (`dense`) | why |\n| W8A8 alone | 0.25 | 0.75 | why |\n"
+        "W8A8 alone\n"
+    )
+    lines = guide.read_text().splitlines()
+    assert lines[:4] == ["before", "", "| transform | x |", "|---|---|"]
+    assert lines[4] == (
+        "| `unit:0.5` | 1 | 2.00 | 2.00 | 2.00 | 0.250 [0.100, 0.900] | 0.500 | 0.750 |"
+    )
+    assert lines[12:] == ["", "after"]
+    assert repro_docs.rewrite(tmp_path, tmp_path) == []

@@ -7,7 +7,7 @@ through `CacheSimulator`, one thread, in the order of execution. Checked against
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icd_tvm._tvm import GenericConst, Var, relax, tvm_ffi
-from icd_tvm.errors import IcdError, UnsupportedOpError
+from icd_tvm.errors import ConfigError, IcdError, UnsupportedOpError
 from icd_tvm.measure.cache_sim import CacheLevel, CacheSimulator, LevelCount
 from icd_tvm.measure.environment import data_cache_levels
 from icd_tvm.relax_passes.kernel_calls import KernelCall, kernel_calls
@@ -24,6 +24,15 @@ from icd_tvm.tir_schedules.address_trace import address_trace, lower_loops
 
 _PAGE = 4096
 _SCRATCH = 1 << 44
+# Between the buffers of a trace that is kept: no tensor is that large.
+_APART = 1 << 36
+# Six bytes each.
+_KEPT_SECTORS = 1 << 26
+# Bytes in units of the last level after which nothing older is in it, about.
+_REFILLS = 8
+
+# Numbers of buffers, and sectors from the start of each.
+_Places = tuple[NDArray[np.uint16], NDArray[np.int32]]
 
 # One thread block after the other; only the shared L2 is modelled. 60 MiB as the device reports
 # it; lines of four 32-byte sectors (NVIDIA H100 whitepaper). The 16 ways are assumed.
@@ -71,7 +80,7 @@ class KernelModel:
 
 @dataclass
 class CacheModel:
-    """Modelled cache events of one run in steady state (the second run of two)."""
+    """Modelled cache events of one run, in steady state if it was warmed up."""
 
     levels: tuple[CacheLevel, ...]
     kernels: list[KernelModel]
@@ -110,9 +119,9 @@ def model_caches(
     inputs: Mapping[str, NDArray[Any]],
     levels: Sequence[CacheLevel],
     *,
-    runs: int = 2,
+    warm: bool = True,
 ) -> CacheModel:
-    """Model the caches over ``runs`` runs of ``main`` and return the last one.
+    """Model the caches over one run of ``main`` in steady state.
 
     Parameters
     ----------
@@ -124,47 +133,101 @@ def model_caches(
         Values of the inputs by name; integer inputs decide which rows a gather touches.
     levels : sequence of CacheLevel
         Nearest first.
-    runs : int
-        1 models cold caches.
+    warm : bool
+        Run the last calls before, those that fill the last level many times over, all if there
+        are too few; otherwise the caches start empty.
     """
     calls = kernel_calls(lowered)
     memory = _Memory(lowered["main"], calls, inputs)
-    loops: dict[str, Any] = {}
     simulator = CacheSimulator(levels)
-    kernels: list[KernelModel] = []
-    for _ in range(runs):
-        kernels = [_run(call, lowered, target, memory, loops, simulator) for call in calls]
-    return CacheModel(tuple(levels), kernels)
+    traces = _Traces(lowered, target, simulator.sector_bytes)
+    if warm:
+        # All that earlier calls left behind is gone by the end of these.
+        for call in calls[_last_calls(calls, memory, _REFILLS * levels[-1].size_bytes) :]:
+            _run(call, memory, traces, simulator)
+    return CacheModel(tuple(levels), [_run(call, memory, traces, simulator) for call in calls])
+
+
+def _last_calls(calls: Sequence[KernelCall], memory: _Memory, least: int) -> int:
+    """Return the first of the last calls that read and write ``least`` bytes."""
+    for place in reversed(range(len(calls))):
+        least -= memory.size(calls[place]) if calls[place].kernel else 0
+        if least <= 0:
+            return place
+    return 0
 
 
 def _run(
-    call: KernelCall,
-    lowered: Any,
-    target: Any,
-    memory: _Memory,
-    loops: dict[str, Any],
-    simulator: CacheSimulator,
+    call: KernelCall, memory: _Memory, traces: _Traces, simulator: CacheSimulator
 ) -> KernelModel:
     result = KernelModel(call.kernel, call.node)
     if not call.kernel:
         result.reason = "no call of a TIR function"
         return result
     try:
-        if call.kernel not in loops:
-            loops[call.kernel] = lower_loops(lowered[call.kernel], target)
-        func = loops[call.kernel]
+        func = traces.loops(call.kernel)
         addresses, consts = memory.arguments(call, func)
         sums = [LevelCount() for _ in simulator.levels]
-        for chunk in address_trace(func, addresses, _SCRATCH, consts=consts):
-            for total, count in zip(
-                sums, simulator.access(chunk.units(simulator.sector_bytes)), strict=True
-            ):
+        for sectors in traces.sectors(call.kernel, addresses, consts):
+            for total, count in zip(sums, simulator.access(sectors), strict=True):
                 total.requests += count.requests
                 total.misses += count.misses
         result.levels = sums
     except IcdError as error:
         result.reason = str(error)
     return result
+
+
+class _Traces:
+    """The sectors that kernels touch. Layers share kernels, so their traces are kept.
+
+    A trace is kept as places in buffers, for the row lists and ids it was made with, and moved to
+    the addresses of a call.
+    """
+
+    def __init__(self, lowered: Any, target: Any, sector_bytes: int) -> None:
+        if _PAGE % sector_bytes:
+            raise ConfigError(f"sectors of {sector_bytes} bytes do not divide a page of {_PAGE}")
+        self.lowered, self.target, self.sector_bytes = lowered, target, sector_bytes
+        self._room = _KEPT_SECTORS
+        self._loops: dict[str, Any] = {}
+        self._kept: dict[Any, list[_Places]] = {}
+
+    def loops(self, kernel: str) -> Any:
+        """Return a kernel as :func:`address_trace` wants it."""
+        if kernel not in self._loops:
+            self._loops[kernel] = lower_loops(self.lowered[kernel], self.target)
+        return self._loops[kernel]
+
+    def sectors(
+        self, kernel: str, addresses: Sequence[int], consts: Mapping[str, NDArray[Any]]
+    ) -> Iterator[NDArray[np.int64]]:
+        """Yield the sectors of one call in program order, in chunks."""
+        parameters = len(self.loops(kernel).params)
+        if len(addresses) != parameters:
+            raise ConfigError(f"{parameters} parameters but {len(addresses)} addresses")
+        start = np.array([*addresses, _SCRATCH], np.int64) // self.sector_bytes
+        values = sorted((name, array.tobytes()) for name, array in consts.items())
+        for buffer, place in self._places((kernel, *values), consts):
+            yield start[buffer] + place
+
+    def _places(self, key: Any, consts: Mapping[str, NDArray[Any]]) -> Iterator[_Places]:
+        if key in self._kept:
+            yield from self._kept[key]
+            return
+        func, size, kept = self.loops(key[0]), 0, []
+        bases = range(0, (len(func.params) + 1) * _APART, _APART)
+        for chunk in address_trace(func, bases[:-1], bases[-1], consts=consts):
+            sectors = chunk.units(self.sector_bytes)
+            buffer, place = np.divmod(sectors, _APART // self.sector_bytes)
+            found = buffer.astype(np.uint16), place.astype(np.int32)
+            yield found
+            size += sectors.size
+            if size <= self._room:
+                kept.append(found)
+        if size <= self._room:
+            self._kept[key] = kept
+            self._room -= size
 
 
 class _Memory:
@@ -192,6 +255,10 @@ class _Memory:
             if _key(argument) in self.values and self.values[_key(argument)].dtype.kind in "iu"
         }
         return addresses, consts
+
+    def size(self, call: KernelCall) -> int:
+        """Return the bytes of a call's arguments and results."""
+        return sum(sum(_sizes(value.ty)) for value in (*call.arguments, call.var))
 
     def _of(self, argument: Any) -> list[int]:
         found = self.places.get(_key(argument))

@@ -127,10 +127,18 @@ class CacheSimulator:
 def _missed(level: CacheLevel, sectors: Ints, tags: Any, held: Any) -> NDArray[np.bool_]:
     missed = tvm.runtime.tensor(np.empty(sectors.size, np.uint8))
     if sectors.size:
-        per_line = np.array([level.line_bytes // level.sector_bytes], np.int64)
-        run = _compiled()
-        run(tvm.runtime.tensor(sectors), tvm.runtime.tensor(per_line), tags, held, missed)
+        per_line = level.line_bytes // level.sector_bytes
+        lines, parts = _divided(sectors, per_line)
+        columns = (lines, _divided(lines, level.sets)[1], np.int64(1) << parts)
+        _compiled()(*map(tvm.runtime.tensor, columns), tags, held, missed)
     return missed.numpy().astype(np.bool_)
+
+
+def _divided(values: Ints, by: int) -> tuple[Ints, Ints]:
+    """Return quotients and remainders; a power of two takes no division."""
+    if by & (by - 1):
+        return np.divmod(values, by)
+    return values >> (by.bit_length() - 1), values & (by - 1)
 
 
 @cache
@@ -140,36 +148,40 @@ def _compiled() -> Any:
 
 @T.prim_func(s_tir=True)
 def _lru(
-    sectors: T.handle, per_line: T.handle, tags_: T.handle, held_: T.handle, missed_: T.handle
+    lines: T.handle,
+    sets_: T.handle,
+    bits: T.handle,
+    tags_: T.handle,
+    held_: T.handle,
+    missed_: T.handle,
 ) -> None:
     """Mark the sectors that miss; position 0 of a set is the line used last."""
     T.func_attr({"global_symbol": "main"})
     n, sets, ways = T.int64(), T.int64(), T.int64()
-    sector = T.match_buffer(sectors, (n,), "int64")
-    split = T.match_buffer(per_line, (1,), "int64")
+    line = T.match_buffer(lines, (n,), "int64")
+    where = T.match_buffer(sets_, (n,), "int64")
+    bit = T.match_buffer(bits, (n,), "int64")
     tags = T.match_buffer(tags_, (sets, ways), "int64")
     held = T.match_buffer(held_, (sets, ways), "int64")
     missed = T.match_buffer(missed_, (n,), "uint8")
     found = T.alloc_buffer((2,), "int64", scope="local")
     for i in range(n):
-        line = T.meta_var(sector[i] // split[0])
-        where = T.meta_var(T.truncmod(line, sets))
-        bit = T.meta_var(T.shift_left(T.int64(1), sector[i] % split[0]))
         found[0] = ways - T.int64(1)
         found[1] = T.int64(0)
-        if tags[where, 0] == line:
+        if tags[where[i], 0] == line[i]:
             found[0] = T.int64(0)
-            found[1] = held[where, 0]
+            found[1] = held[where[i], 0]
         else:
             for w in range(ways):
-                if tags[where, w] == line:
+                if tags[where[i], w] == line[i]:
                     found[0] = w
-                    found[1] = held[where, w]
+                    found[1] = held[where[i], w]
             for back in range(found[0]):
-                tags[where, found[0] - back] = tags[where, found[0] - back - T.int64(1)]
-                held[where, found[0] - back] = held[where, found[0] - back - T.int64(1)]
-            tags[where, 0] = line
+                at = T.meta_var(found[0] - back)
+                tags[where[i], at] = tags[where[i], at - T.int64(1)]
+                held[where[i], at] = held[where[i], at - T.int64(1)]
+            tags[where[i], 0] = line[i]
         missed[i] = T.if_then_else(
-            T.bitwise_and(found[1], bit) == T.int64(0), T.uint8(1), T.uint8(0)
+            T.bitwise_and(found[1], bit[i]) == T.int64(0), T.uint8(1), T.uint8(0)
         )
-        held[where, 0] = T.bitwise_or(found[1], bit)
+        held[where[i], 0] = T.bitwise_or(found[1], bit[i])

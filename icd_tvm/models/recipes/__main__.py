@@ -20,6 +20,7 @@ def _parser() -> Parser:
     add("recipe", choices=("sst2",), help="MiniLM-L6 on SST-2 sentences")
     add("--out", type=Path, required=True, help="folder for the two ONNX files and the card")
     add("--sparsity", type=_rates, help="rising shares of dropped units, e.g. 0.5,0.75")
+    add("--uniform", action="store_true", help="drop the same share of every layer")
     add("--epochs", type=int, default=2, help="of tuning after each pruning")
     add("--dense", type=Path, help="dense.onnx of an earlier run: prune it, do not train it again")
     add("--minutes", type=float, default=60.0, help="begin no rung that would end later than this")
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         rates = options.sparsity or Ladder().sparsities
         tuning = Training(options.epochs, rate=2e-4, seed=options.seed)
-        plan = Plan(Training(seed=options.seed), Ladder(rates, tuning, 60 * options.minutes))
+        ladder = Ladder(rates, tuning, 60 * options.minutes, options.uniform)
+        plan = Plan(Training(seed=options.seed), ladder)
         dense = read_weights(options.dense) if options.dense else None
         card = cook(sst2_source(options.seed), plan, options.out, dense=dense)
     except IcdError as error:

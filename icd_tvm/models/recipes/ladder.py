@@ -38,11 +38,14 @@ class Ladder:
         After each pruning.
     seconds : float, optional
         No rung is begun that would end later than this, going by the longest so far.
+    uniform : bool
+        Drop the same share of every layer instead of ranking the units of all layers together.
     """
 
     sparsities: Sequence[float] = (0.3, 0.5, 0.6, 0.75, 0.85, 0.9)
     tuning: Training = field(default_factory=lambda: Training(epochs=2, rate=2e-4))
     seconds: float | None = None
+    uniform: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def climb(
         if ladder.seconds is not None and start - began + longest > ladder.seconds:
             progress(f"no time left for sparsity {sparsity}")
             return
-        chosen = choose_units(unit_costs(config, student, scored), sparsity, config.ffn)
+        costs = unit_costs(config, student, scored)
+        chosen = choose_units(costs, sparsity, config.ffn, ladder.uniform)
         kept = [units[some] for units, some in zip(kept, chosen, strict=True)]
         grams = unit_grams(config, student, scored)
         student = without_units(refitted(student, chosen, grams), chosen)

@@ -20,7 +20,9 @@ STEP = 16
 RIDGE = 0.01
 
 
-def choose_units(scores: Sequence[NDArray[np.float64]], sparsity: float, width: int) -> list[Units]:
+def choose_units(
+    scores: Sequence[NDArray[np.float64]], sparsity: float, width: int, uniform: bool = False
+) -> list[Units]:
     """Choose the units that stay, over all layers together, so that layers may differ.
 
     Parameters
@@ -31,6 +33,8 @@ def choose_units(scores: Sequence[NDArray[np.float64]], sparsity: float, width: 
         Share of all ``layers x width`` units that is dropped, at least; below 1.
     width : int
         Units of a layer before anything was dropped.
+    uniform : bool
+        Choose in each layer apart, so that all keep the same number.
 
     Returns
     -------
@@ -51,6 +55,17 @@ def choose_units(scores: Sequence[NDArray[np.float64]], sparsity: float, width: 
             f"unit sparsity {sparsity} leaves fewer than {STEP} of {width} units to a layer",
             "ask for less",
         )
+    counts = [steps // len(scores) * STEP] * len(scores)
+    if not uniform:
+        counts = _shared_out(scores, steps)
+    return [
+        np.sort(np.argsort(-layer, kind="stable")[:count])
+        for layer, count in zip(scores, counts, strict=True)
+    ]
+
+
+def _shared_out(scores: Sequence[NDArray[np.float64]], steps: int) -> list[int]:
+    """Return how many units each layer keeps if ``steps`` times 16 stay and layers compete."""
     ranked = [np.sort(layer)[::-1] for layer in scores]
     # The worth of each further step of a layer: falling, so taking the best keeps whole prefixes.
     worth = [
@@ -60,10 +75,7 @@ def choose_units(scores: Sequence[NDArray[np.float64]], sparsity: float, width: 
     ]
     taken = sorted(worth, reverse=True)[: steps - len(scores)]
     counts = STEP * (1 + np.bincount([index for _, index in taken], minlength=len(scores)))
-    return [
-        np.sort(np.argsort(-layer, kind="stable")[:count])
-        for layer, count in zip(scores, counts, strict=True)
-    ]
+    return [int(count) for count in counts]
 
 
 def refitted(
