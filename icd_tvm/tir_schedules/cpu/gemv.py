@@ -1,8 +1,7 @@
-"""A few rows of floats times a weight of 16, 8 or 4 bits: the product of a decoding step.
+"""A few rows of floats times a weight of 32 to 4 bits: the product of a decoding step.
 
-Such a product reads every weight once, so it takes the time its bytes take to arrive. The fp32
-kernel of `dense_matmul` streams at the speed of memory already; this one reads half, a quarter or
-an eighth of the bytes and widens them in registers.
+Such a product reads every weight once, so it takes the time its bytes take to arrive. Narrow
+weights are half, a quarter or an eighth of the bytes and are widened in registers.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def narrow_tile(rows: int, target: Any) -> Tile:
 def narrow_matmul(
     m: int, k: int, n: int, form: NarrowWeight, target: Any, *, lead: Lead = ()
 ) -> Any:
-    """Return the TIR function of ``Y = X @ W`` for a weight of 8 or 4 bits.
+    """Return the TIR function of ``Y = X @ W`` for few rows of X.
 
     Parameters
     ----------
