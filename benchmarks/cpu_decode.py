@@ -1,8 +1,8 @@
 """The work of a decoding step: products of few rows against memory, and whole steps against peers.
 
-"gemv" streams weights that no cache holds and gives the share of the measured read bandwidth, of
-the bytes that must be read. With eight rows the float multiply-adds alone may take longer than the
-bytes: "most" is the share that the two measured peaks allow.
+"gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
+share of its bandwidth, of the bytes that must be read. With eight rows the float multiply-adds
+alone may take longer than the bytes: "most" is the share that the two measured peaks allow.
 
 "step" is one token of SmolLM2-135M with int8 weights and a full KV cache of floats, beside other
 runtimes with weights of 8 bits on the same graph, which hands the cache in and out; llama.cpp, at
@@ -26,9 +26,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from peer_ratios import to_fastest
 PARTS = ("gemv", "step", "typeseg")
 SHAPES = ((10240, 2560), (2560, 10240))
 ROWS = (1, 4, 8)
+KINDS = ("fp32", "bf16", "int8", "int8 + 50 % block")
 GEMV_BAR, STEP_BAR, TYPESEG_BAR = 0.85, 0.85, 0.10
 SLOTS = (1024, 4096)
 QUANT = "int8; *lm_head*=int8"
@@ -105,36 +105,35 @@ def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[
 
 
 def gemv_lines(threads: int, rounds: int) -> Iterator[Line]:
-    from icd_tvm.measure.peaks import machine_peaks
+    """Time all kinds of weight of a shape in turns with plain reading."""
+    from icd_tvm.measure.latency import interleave
+    from icd_tvm.measure.peaks import machine_peaks, memory_reader
     from icd_tvm.tir_schedules.target import host_target
 
     target = host_target(threads)
-    for k, n in SHAPES:
-        for m in ROWS:
-            for kind in ("fp32", "bf16", "int8", "int8 + 50 % block"):
-                call, size = gemv_arm(kind, m, k, n, target)
-                samples = np.array([_seconds(call) for _ in range(rounds)])
-                peaks = machine_peaks(target)
-                reading = size / peaks["dram_bandwidth"]
-                kept = k // 2 if kind.endswith("block") else k
-                computing = 2 * m * kept * n / peaks["peak_flops"]
-                times = {"median": float(np.median(samples)), "best": float(samples.min())}
-                yield {
-                    "case": f"GEMV {m} x {k} x {n} {kind}",
-                    "threads": threads,
-                    "bytes": size,
-                    "bandwidth": peaks["dram_bandwidth"],
-                    "peak_flops": peaks["peak_flops"],
-                    "share": {name: reading / t for name, t in times.items()},
-                    "most": min(1.0, reading / computing),
-                    "bar": GEMV_BAR,
-                }
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    read, read_bytes = memory_reader(target)
+    flops = machine_peaks(target)["peak_flops"]
+    for (k, n), m in product(SHAPES, ROWS):
+        arms = {kind: gemv_arm(kind, m, k, n, target) for kind in KINDS}
+        calls = {**{kind: call for kind, (call, _) in arms.items()}, "read": read}
+        samples = interleave(calls, repeats=rounds, warmup=3)
+        bandwidth = read_bytes / samples["read"]
+        for kind, (_, size) in arms.items():
+            rate = size / samples[kind]
+            kept = k // 2 if kind.endswith("block") else k
+            computing, reading = 2 * m * kept * n / flops, size / bandwidth.max()
+            yield {
+                "case": f"GEMV {m} x {k} x {n} {kind}",
+                "threads": threads,
+                "bytes": size,
+                "bandwidth": float(np.median(bandwidth)),
+                "share": {
+                    "median": float(np.median(rate / bandwidth)),
+                    "best": float(rate.max() / bandwidth.max()),
+                },
+                "most": min(1.0, reading / computing),
+                "bar": GEMV_BAR,
+            }
 
 
 # -- step
