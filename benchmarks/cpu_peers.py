@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from peer_ratios import to_fastest
 
 FLOAT_PEERS = ("onnxruntime", "openvino", "torch", "deepsparse")
 INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
@@ -145,10 +146,7 @@ def ratios(case: Case, times: dict[str, Any], record: dict[str, Any]) -> dict[st
     flags = [flag["reason"] for flag in record["flags"]]
     if not present or case.arm not in times:
         return {**found, "failed": "; ".join(flags) or f"no arm {case.arm}"}
-    for key in ("median", "min"):
-        fastest = min(present, key=lambda name: times[name][key])
-        found[key] = times[case.arm][key] / times[fastest][key]
-        found[f"fastest_{key}"] = fastest
+    found |= to_fastest(case.arm, times, present)
     return {**found, "missing": [name for name in case.peers if name not in times], "flags": flags}
 
 

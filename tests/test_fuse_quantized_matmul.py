@@ -448,6 +448,19 @@ def test_a_few_rows_read_the_narrow_weight(shape: tuple[int, ...]) -> None:
     assert kernels(check(model(nodes, weights(), shape), shape)) == ["fused_narrow_matmul_add"]
 
 
+def test_a_few_rows_skip_what_a_narrow_weight_has_no_numbers_for() -> None:
+    k, shape = 64, (1, 64)
+    constants = weights() | {
+        "w": np.random.default_rng(0).integers(-128, 128, (k, N)).astype(np.int8)
+    }
+    constants["w"][8:40] = 0
+    nodes = [QDQ[2], node("MatMul", ["x", "dw"], ["m"]), QDQ[4]]
+    proto = model(nodes, constants, shape)
+    assert kernels(check(proto, shape)) == ["fused_narrow_matmul_add"]
+    built = build(import_onnx(proto).mod, TARGET)
+    assert list(built.kernels.values()) == ["narrow, 32 rows of 8 bits"]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_matmul_nbits_of_a_few_rows(bits: int, zeros: bool) -> None:

@@ -15,10 +15,12 @@ from icd_tvm.relax_passes.narrow_weight import narrow_form
 from icd_tvm.relax_passes.quantized_operands import Weight
 from icd_tvm.tir_schedules.cpu.gemv import (
     MAX_ROWS,
+    SKIP_ROWS,
     NarrowWeight,
     narrow_matmul,
     narrow_tile,
     pack_narrow,
+    pack_skipping,
 )
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
@@ -34,14 +36,19 @@ few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChec
 def product(
     x: Array, form: NarrowWeight, values: Array, tables: list[Array], target: Any = HOST
 ) -> Array:
+    *lead, m, _ = x.shape
+    rows = m if m > 1 or len(lead) == 0 else int(np.prod(lead))
+    packed = pack_narrow(values, tables, form, narrow_tile(rows, target).columns)
+    return run_packed(x, form, packed, values.shape[1], target)
+
+
+def run_packed(
+    x: Array, form: NarrowWeight, packed: list[Array], n: int, target: Any = HOST
+) -> Array:
     """Run the kernel on an output full of NaN."""
     *lead, m, k = x.shape
-    n = values.shape[1]
     func = narrow_matmul(m, k, n, form, target, lead=tuple(lead))
-    rows = m if m > 1 or len(lead) == 0 else int(np.prod(lead))
-    columns = narrow_tile(rows, target).columns
-    arrays = [x, *pack_narrow(values, tables, form, columns), np.full((*lead, m, n), np.nan)]
-    arrays[-1] = arrays[-1].astype(np.float32)
+    arrays = [x, *packed, np.full((*lead, m, n), np.nan, np.float32)]
     *inputs, out = [tvm.runtime.tensor(array) for array in arrays]
     sch = ExplicitTileRule().apply(func, target, False)
     compile_kernel(sch.mod["main"], target)["main"](*inputs, out)
@@ -107,6 +114,54 @@ def test_portable_targets(name: str, form: NarrowWeight) -> None:
     check(form, (3, 48), 50, parse_target(name, 1))
 
 
+@few
+@given(
+    m=st.integers(1, MAX_ROWS),
+    k=st.integers(1, 40),
+    n=st.integers(1, 90),
+    bits=st.sampled_from([16, 32]),
+)
+def test_floats_equal_float64(m: int, k: int, n: int, bits: int) -> None:
+    rng = np.random.default_rng(m * k * n)
+    x, weight = (rng.standard_normal(size).astype(np.float32) for size in ((m, k), (k, n)))
+    rounded = weight
+    if bits == 16:
+        rounded = (weight.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    expected = x.astype(np.float64) @ rounded.astype(np.float64)
+    actual = product(x, NarrowWeight(bits, k), rounded, [])
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max() + 1e-7)
+
+
+def test_bfloat16_rounds_to_even() -> None:
+    values = np.array([[0x3F808000, 0x3F818000, 0x3F818001]], np.uint32).view(np.float32)
+    (packed,) = pack_narrow(values, [], NarrowWeight(16, 1), 16)
+    assert [hex(v) for v in packed[0, 0, :3]] == ["0x3f80", "0x3f82", "0x3f82"]
+
+
+@few
+@given(
+    m=st.integers(1, MAX_ROWS),
+    runs=st.integers(1, 8),
+    n=st.integers(1, 90),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+)
+@example(m=1, runs=3, n=5, share=0.0)
+def test_rows_of_zeros_are_neither_stored_nor_multiplied(
+    m: int, runs: int, n: int, share: float
+) -> None:
+    k = SKIP_ROWS * runs
+    x, values, tables, _ = case(NarrowWeight(8, k), (m, k), n, seed=n)
+    columns = narrow_tile(m, HOST).columns
+    for start in range(0, n, columns):
+        dropped = np.random.default_rng(start).random(runs) >= share
+        values[np.repeat(dropped, SKIP_ROWS), start : start + columns] = 0
+    form, packed = pack_skipping(values, tables[0], columns)
+    assert packed[0].shape[1] == form.steps * SKIP_ROWS <= k
+    expected = x.astype(np.float64) @ (values * tables[0].astype(np.float64))
+    scale = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(run_packed(x, form, packed, n), expected, rtol=0, atol=2e-6 * scale)
+
+
 def test_threads_share_the_columns() -> None:
     check(NarrowWeight(4, 32, -8), (1, 64), 500, host_target(2))
 
@@ -139,6 +194,14 @@ def test_bad_weights_are_refused() -> None:
         narrow_matmul(1, 20, 16, NarrowWeight(8, 16), HOST)
     with pytest.raises(ShapeError, match=f"at most {MAX_ROWS}"):
         narrow_matmul(MAX_ROWS + 1, 16, 16, NarrowWeight(8, 16), HOST)
+    with pytest.raises(ShapeError, match="no zero points"):
+        NarrowWeight(16, 8, low=3)
+    with pytest.raises(ShapeError, match="skip rows"):
+        NarrowWeight(4, 8, steps=1)
+    with pytest.raises(ShapeError, match="steps of 8 rows"):
+        narrow_matmul(1, 16, 16, NarrowWeight(8, 8, steps=1), HOST)
+    with pytest.raises(ShapeError, match="no multiple of 8"):
+        pack_skipping(np.zeros((12, 2), np.int8), np.ones((1, 2)), 16)
     with pytest.raises(ShapeError, match="do not fit 4 bits"):
         pack_narrow(np.full((8, 2), 16), [], NarrowWeight(4, 8), 16)
     with pytest.raises(ShapeError, match="two axes"):

@@ -168,11 +168,14 @@ def test_missing_runtime_says_how_to_get_it(model: Path, tmp_path: Path) -> None
     ("backend", "tolerance"),
     [
         ("onnxruntime-int8", 0.02),
+        ("onnxruntime-int8w", 0.02),
         ("openvino", 1e-5),
         ("openvino-bf16", 0.02),
         ("openvino-int8", 0.02),
+        ("openvino-int8w", 0.02),
         ("torch", 1e-5),
         ("torch-bf16", 0.02),
+        ("torch-int8", 0.02),
         ("deepsparse", 1e-5),
     ],
 )

@@ -50,6 +50,20 @@ def machine_peaks(target: Any) -> dict[str, Any]:
     return dict(_measured(str(target), threads))
 
 
+def memory_reader(target: Any) -> tuple[Callable[[], Any], int]:
+    """Return a call that reads memory as fast as it can be read, and the bytes it reads.
+
+    To be timed in turns with what is compared to the bandwidth.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+    """
+    threads = int(tvm_ffi.get_global_func("runtime.NumThreads")())
+    size, _ = _buffer_bytes()
+    return _reader(vector_bits(target) // 32, _PARTS * threads, size, target), size
+
+
 @cache
 def _measured(text: str, threads: int) -> dict[str, Any]:
     target = tvm.target.Target(text)

@@ -23,6 +23,8 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
+# Rows of a weight that share a scale in `onnxruntime_int8_weights`.
+BLOCK = 64
 Feeds = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[Any]]
 # Runs the model once on the fixed feeds and returns host arrays.
@@ -58,8 +60,59 @@ def onnxruntime_int8(model: Path, feeds: Feeds, threads: int) -> tuple[Step, dic
     return step, {**info, "precision": "int8, dynamic"}
 
 
+def onnxruntime_int8_weights(
+    model: Path, feeds: Feeds, threads: int
+) -> tuple[Step, dict[str, str]]:
+    """Store weights as bytes in blocks (MatMulNBits); its kernel rounds activations by blocks."""
+    import onnx
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory(prefix="icd-int8-") as folder:
+        path = Path(folder) / "int8.onnx"
+        # Folds what stands between a constant and its product, such as a transpose.
+        quant_pre_process(str(model), str(path), skip_onnx_shape=True, skip_symbolic_shape=True)
+        proto = onnx.load(path)
+        _weights_by_blocks(proto.graph)
+        proto.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        onnx.save(proto, path)
+        step, info = onnxruntime_backend(path, feeds, threads)
+    return step, {**info, "precision": f"int8 weights in blocks of {BLOCK}, accuracy level 4"}
+
+
+def _weights_by_blocks(graph: Any) -> None:
+    """Replace products with constant matrices by MatMulNBits, as its documentation has it."""
+    from onnx import helper, numpy_helper
+
+    constants = {constant.name: constant for constant in graph.initializer}
+    for node in graph.node:
+        found = constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        if found is None or len(found.dims) != 2:
+            continue
+        weight = numpy_helper.to_array(found).T
+        n, k = weight.shape
+        padded = np.pad(weight, ((0, 0), (0, -k % BLOCK))).reshape(n, -1, BLOCK)
+        scale = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / 127, 1e-30)
+        codes = (np.rint(padded / scale) + 128).astype(np.uint8)
+        parts = {"codes": codes, "scales": scale.astype(np.float32).reshape(-1)}
+        names = [f"{node.output[0]}.{part}" for part in parts]
+        graph.initializer.extend(
+            numpy_helper.from_array(array, name)
+            for name, array in zip(names, parts.values(), strict=True)
+        )
+        sizes = {"K": k, "N": n, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = [node.input[0], *names]
+        new = helper.make_node(
+            "MatMulNBits", inputs, node.output, node.name, domain="com.microsoft", **sizes
+        )
+        node.CopyFrom(new)
+    used = {name for node in graph.node for name in node.input}
+    kept = [constant for constant in graph.initializer if constant.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def openvino_backend(
-    model: Path, feeds: Feeds, threads: int, precision: str = "f32", quantise: bool = False
+    model: Path, feeds: Feeds, threads: int, precision: str = "f32", quantise: str = ""
 ) -> tuple[Step, dict[str, str]]:
     """Load a model in OpenVINO: latency hint, one stream, static shapes of the feeds."""
     import openvino
@@ -69,7 +122,12 @@ def openvino_backend(
     graph.reshape({name: list(array.shape) for name, array in feeds.items()})
     info = {"runtime": "openvino", "version": openvino.__version__, "precision": precision}
     inputs = dict(feeds)
-    if quantise:
+    if quantise == "weights":
+        import nncf
+
+        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+        info |= {"precision": "int8 weights", "nncf": nncf.__version__}
+    elif quantise:
         import nncf
 
         # Speed does not depend on the scales: one sample, the run's own inputs, calibrates them.
@@ -103,6 +161,8 @@ def torch_backend(
     torch.set_num_threads(threads)
     proto = onnx.load(str(model))
     module = onnx2torch.convert(proto).eval()
+    if precision == "int8":
+        module = _dynamic_int8(module)
     names = [value.name for value in proto.graph.output]
     held = {value.name for value in proto.graph.initializer}
     order = [value.name for value in proto.graph.input if value.name not in held]
@@ -115,6 +175,24 @@ def torch_backend(
         return {n: t.float().numpy() for n, t in zip(names, tensors, strict=True)}
 
     return step, {"runtime": "torch", "version": torch.__version__, "precision": precision}
+
+
+def _dynamic_int8(module: Any) -> Any:
+    """Make products with constants linear layers, which PyTorch quantises dynamically."""
+    import torch
+
+    for node in module.graph.nodes:
+        if node.op != "call_module" or len(node.args) != 2 or node.args[1].op != "get_attr":
+            continue
+        holder, _, name = node.args[1].target.rpartition(".")
+        weight = getattr(module.get_submodule(holder), name)
+        if type(module.get_submodule(node.target)).__name__ == "OnnxMatMul" and weight.ndim == 2:
+            layer = torch.nn.Linear(*weight.shape, bias=False)
+            layer.weight = torch.nn.Parameter(weight.detach().T.contiguous(), requires_grad=False)
+            module.set_submodule(node.target, layer)
+            node.args = node.args[:1]
+    module.recompile()
+    return torch.ao.quantization.quantize_dynamic(module, {torch.nn.Linear}, torch.qint8)
 
 
 def deepsparse_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, dict[str, str]]:
@@ -130,15 +208,47 @@ def deepsparse_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, d
     return step, {"runtime": "deepsparse", "version": str(deepsparse.__version__)}
 
 
+def llamacpp_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, dict[str, str]]:
+    """Decode one token with llama.cpp after as many others as the cache holds.
+
+    The model is a GGUF file; of the feeds only ``input_ids`` and ``cache_length`` count. The
+    cache is llama.cpp's own, of float16.
+    """
+    import llama_cpp
+
+    length, token = int(feeds["cache_length"][0]), int(feeds["input_ids"][0, 0])
+    llm = llama_cpp.Llama(
+        str(model),
+        n_ctx=length + 1,
+        n_threads=threads,
+        n_threads_batch=threads,
+        flash_attn=True,
+        verbose=False,
+    )
+    llm.eval([1 + i % 1000 for i in range(length)])
+
+    def step() -> Outputs:
+        # Evaluation goes on from here and forgets what was behind.
+        llm.n_tokens = length
+        llm.eval([token])
+        return {"logits": llm.scores[-1]}
+
+    return step, {"runtime": "llama.cpp", "version": str(llama_cpp.__version__)}
+
+
 BACKENDS: dict[str, Backend] = {
     "onnxruntime": onnxruntime_backend,
     "onnxruntime-int8": onnxruntime_int8,
+    "onnxruntime-int8w": onnxruntime_int8_weights,
     "openvino": openvino_backend,
     "openvino-bf16": partial(openvino_backend, precision="bf16"),
-    "openvino-int8": partial(openvino_backend, quantise=True),
+    "openvino-int8": partial(openvino_backend, quantise="all"),
+    "openvino-int8w": partial(openvino_backend, quantise="weights"),
     "torch": torch_backend,
     "torch-bf16": partial(torch_backend, precision="bf16"),
+    "torch-int8": partial(torch_backend, precision="int8"),
     "deepsparse": deepsparse_backend,
+    "llamacpp": llamacpp_backend,
 }
 
 

@@ -27,7 +27,15 @@ from icd_tvm.tir_schedules.cpu.block_int8 import (
     pack_block_int8,
 )
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
-from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS, narrow_matmul, narrow_tile, pack_narrow
+from icd_tvm.tir_schedules.cpu.gemv import (
+    MAX_ROWS,
+    SKIP_ROWS,
+    NarrowWeight,
+    narrow_matmul,
+    narrow_tile,
+    pack_narrow,
+    pack_skipping,
+)
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
 from icd_tvm.tir_schedules.cpu.row_max import row_max
 from icd_tvm.tir_schedules.cpu.tile import flat_rows
@@ -222,10 +230,16 @@ class _Rewriter(PyExprMutator):
         x = self.visit_expr(call.args[0])
         *lead, m, k = static_shape(x) or ()
         form, values, tables = narrow_form(weight)
-        self._kernels[node] = f"narrow, {k} rows of {form.bits} bits"
         tile = narrow_tile(flat_rows(tuple(lead), m)[1], self._target)
-        names = (weight.name, f"{weight.name}.scale", f"{weight.name}.zero_point")
+        parts = ["", ".scale", ".zero_point"]
         packed = pack_narrow(values, tables, form, tile.columns)
+        if form == NarrowWeight(8, k) and k % SKIP_ROWS == 0:
+            skipping, fewer = pack_skipping(values, tables[0], tile.columns)
+            if skipping.steps * SKIP_ROWS <= _DENSE * k:
+                form, packed, parts = skipping, fewer, ["", ".scale", ".rows"]
+        names = [f"{weight.name}{part}" for part in parts]
+        rows = form.steps * SKIP_ROWS or k
+        self._kernels[node] = f"narrow, {rows} rows of {form.bits} bits"
         args = [named_const(array, name) for array, name in zip(packed, names, strict=False)]
         func = narrow_matmul(m, k, values.shape[1], form, self._target, lead=tuple(lead))
         return call_func(self.builder_, func, "narrow_matmul", [x, *args], call.ty)

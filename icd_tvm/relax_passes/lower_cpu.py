@@ -16,6 +16,7 @@ from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
 from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
+from icd_tvm.relax_passes.share_tensors import vm_pipeline
 from icd_tvm.relax_passes.shorten_erf import ShortenErf
 from icd_tvm.relax_passes.vector_legalize import legalize_map
 from icd_tvm.tir_schedules.cpu import cpu_rules
@@ -131,5 +132,7 @@ def lower_and_build(
     """
     with target:
         lowered = cpu_pipeline(target, kernels=kernels, tune=tune)(mod)
-        executable = tvm.compile(lowered, target, tir_pipeline=register_pipeline())
+        executable = tvm.compile(
+            lowered, target, relax_pipeline=vm_pipeline(), tir_pipeline=register_pipeline()
+        )
     return Lowered(executable, read_kernels(lowered), lowered)

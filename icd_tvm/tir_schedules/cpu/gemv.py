@@ -1,8 +1,7 @@
-"""A few rows of floats times a weight of 8 or 4 bits: the product of a decoding step.
+"""A few rows of floats times a weight of 32 to 4 bits: the product of a decoding step.
 
-Such a product reads every weight once, so it takes the time its bytes take to arrive. The fp32
-kernel of `dense_matmul` streams at the speed of memory already; this one reads a quarter or an
-eighth of the bytes and widens them in registers.
+Such a product reads every weight once, so it takes the time its bytes take to arrive. Narrow
+weights are half, a quarter or an eighth of the bytes and are widened in registers.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm._tvm import i64, tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 from icd_tvm.tir_schedules.target import vector_bits
@@ -24,9 +24,14 @@ from icd_tvm.tir_schedules.target import vector_bits
 # With more rows the multiplications take longer than the bytes of an fp32 weight.
 MAX_ROWS = 8
 _NIBBLES = 8
+# Bits -> type, and bytes, of the stored numbers; nibbles come by eights.
+_STORED = {4: "int32", 8: "int8", 16: "uint16", 32: "float32"}
+_BYTES = {4: 4, 8: 1, 16: 2, 32: 4}
+# From so many bits on the stored numbers are floats.
+_FLOATS = 16
 _UNROLL = 8
-# The weights are fetched this far ahead: 90 % of the speed of memory on Zen 5, against 70 %.
-_LINE, _AHEAD = 64, 8192
+# Rows that a weight with zeros keeps or leaves out together: those of one step of the loop.
+SKIP_ROWS = _UNROLL
 
 
 @dataclass(frozen=True)
@@ -36,23 +41,32 @@ class NarrowWeight:
     Attributes
     ----------
     bits : int
-        8, stored as int8, or 4, stored as unsigned nibbles.
+        8, stored as int8; 4, stored as unsigned nibbles; or floats without scales: 16, stored
+        as bfloat16, or 32.
     block : int
         Rows that share scales and zero points; divides K, and is a multiple of 8 for 4 bits.
     low : int
         What the stored number 0 stands for.
     zeros : bool
         Whether there is a table of zero points.
+    steps : int
+        Runs of `SKIP_ROWS` rows that each panel keeps, of bytes with one block; 0 keeps all
+        rows. The others are zeros, and neither stored nor read.
     """
 
     bits: int
     block: int
     low: int = 0
     zeros: bool = False
+    steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ShapeError(f"weights of {self.bits} bits have no kernel", "use 4 or 8")
+        if self.bits not in _STORED:
+            raise ShapeError(f"weights of {self.bits} bits have no kernel", "use 4, 8, 16 or 32")
+        if self.bits >= _FLOATS and (self.low or self.zeros):
+            raise ShapeError("weights of floats have no zero points", "use bytes")
+        if self.steps and (self.bits != 8 or self.low or self.zeros):
+            raise ShapeError("only int8 weights without zero points skip rows", "use steps=0")
         if self.block < 1 or (self.bits == 4 and self.block % _NIBBLES):
             raise ShapeError(
                 f"blocks of {self.block} rows of {self.bits} bits have no kernel",
@@ -74,7 +88,7 @@ def narrow_tile(rows: int, target: Any) -> Tile:
 def narrow_matmul(
     m: int, k: int, n: int, form: NarrowWeight, target: Any, *, lead: Lead = ()
 ) -> Any:
-    """Return the TIR function of ``Y = X @ W`` for a weight of 8 or 4 bits.
+    """Return the TIR function of ``Y = X @ W`` for few rows of X.
 
     Parameters
     ----------
@@ -89,8 +103,9 @@ def narrow_matmul(
     Returns
     -------
     PrimFunc
-        ``(X: f32[*lead, m, k], W, S: f32[p, G, P][, Z: f32[p, G, P]], Y: f32[*lead, m, n])``
-        with p panels, G blocks, and W, S, Z from `pack_narrow`; for `ExplicitTileRule`.
+        ``(X: f32[*lead, m, k], W[, S: f32[p, G, P]][, Z: f32[p, G, P]][, R: i32[p, steps]],
+        Y: f32[*lead, m, n])`` with p panels, G blocks, and W, S, Z from `pack_narrow` or W, S, R
+        from `pack_skipping`; floats have no S. For `ExplicitTileRule`.
 
     Raises
     ------
@@ -102,6 +117,8 @@ def narrow_matmul(
         raise ShapeError(f"{rows} rows have no narrow kernel", f"use at most {MAX_ROWS}")
     if k % form.block:
         raise ShapeError(f"blocks of {form.block} do not divide k = {k}", "pad the weight")
+    if form.steps and (k % SKIP_ROWS or form.block != k):
+        raise ShapeError(f"steps of {SKIP_ROWS} rows of k = {k}", "one block, a multiple of steps")
     return _NarrowBuilder((*lead, m, n), k, narrow_tile(rows, target), form).build()
 
 
@@ -112,8 +129,8 @@ def pack_narrow(
 
     Parameters
     ----------
-    values : array [K, N] of integers
-        Less ``form.low`` they fit int8, or 0 to 15 for 4 bits.
+    values : array [K, N]
+        Integers that less ``form.low`` fit int8, or 0 to 15 for 4 bits; numbers for 16 and 32 bits.
     tables : list of arrays [G, N]
         Scales, and zero points if ``form.zeros``.
     form : NarrowWeight
@@ -123,8 +140,9 @@ def pack_narrow(
     Returns
     -------
     list of arrays
-        W: int8[p, K, P], or int32[p, K / 8, P] with eight rows of a column in one number, the
-        first in the lowest bits. Then each table as float32[p, G, P].
+        W: int8 or float32 [p, K, P], uint16[p, K, P] (the upper half, rounded to even), or
+        int32[p, K / 8, P] with eight rows of a column in one number, the first in the lowest
+        bits. Then each table as float32[p, G, P].
 
     Raises
     ------
@@ -132,6 +150,9 @@ def pack_narrow(
         If ``values`` is not a matrix or does not fit the bits.
     """
     matrix_shape(values)
+    if form.bits >= _FLOATS:
+        floats = _bfloat16(values) if form.bits == 16 else values.astype(np.float32)
+        return [_panels(floats, columns)]
     stored = values.astype(np.int32) - form.low
     least, most = (0, 15) if form.bits == 4 else (-128, 127)
     if stored.min() < least or stored.max() > most:
@@ -146,6 +167,54 @@ def pack_narrow(
     else:
         packed = stored.astype(np.int8)
     return [_panels(packed, columns), *(_panels(t.astype(np.float32), columns) for t in tables)]
+
+
+def pack_skipping(
+    values: npt.NDArray[Any], scale: npt.NDArray[Any], columns: int
+) -> tuple[NarrowWeight, list[npt.NDArray[Any]]]:
+    """Return the storage of bytes that leaves out runs of rows of zeros, and its constants.
+
+    Parameters
+    ----------
+    values : array [K, N] of int8
+        K is a multiple of `SKIP_ROWS`.
+    scale : array [1, N]
+    columns : int
+        Panel width P.
+
+    Returns
+    -------
+    form : NarrowWeight
+        Its `steps` are those of the fullest panel.
+    constants : list of arrays
+        W: int8[p, steps * SKIP_ROWS, P], S: float32[p, 1, P], R: int32[p, steps], the first row
+        of each run. Panels with fewer runs end in zeros that multiply the first rows of X.
+
+    Raises
+    ------
+    ShapeError
+        If ``values`` is no matrix or K is no multiple of `SKIP_ROWS`.
+    """
+    k, _ = matrix_shape(values)
+    if k % SKIP_ROWS:
+        raise ShapeError(f"{k} rows are no multiple of {SKIP_ROWS}", "pad the weight")
+    runs = _panels(values.astype(np.int8), columns).reshape(-1, k // SKIP_ROWS, SKIP_ROWS, columns)
+    kept = runs.any(axis=(2, 3))
+    steps = max(1, int(kept.sum(axis=1).max()))
+    # A stable sort of "left out" puts the kept runs first, in their order.
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :steps]
+    data = np.take_along_axis(runs, order[:, :, None, None], axis=1)
+    rows = np.where(np.take_along_axis(kept, order, axis=1), order * SKIP_ROWS, 0)
+    form = NarrowWeight(8, k, steps=steps)
+    table = _panels(scale.astype(np.float32), columns)
+    packed = data.reshape(len(data), steps * SKIP_ROWS, columns)
+    return form, [np.ascontiguousarray(packed), table, rows.astype(np.int32)]
+
+
+def _bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """Round to nearest, ties to even."""
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def _panels(table: npt.NDArray[Any], columns: int) -> npt.NDArray[Any]:
@@ -164,17 +233,21 @@ class _NarrowBuilder(TileBuilder):
         self.form, self.blocks = form, k // form.block
 
     def parameters(self) -> dict[str, tuple[Lead, str]]:
-        four = self.form.bits == 4
-        depth, width = self.k // _NIBBLES if four else self.k, self.tile.columns
+        form, width = self.form, self.tile.columns
+        depth = form.steps * SKIP_ROWS or (self.k // _NIBBLES if form.bits == 4 else self.k)
         table = ((self.panels, self.blocks, width), "float32")
         return {
             "X": ((*self.shape, self.k), "float32"),
-            "W": ((self.panels, depth, width), "int32" if four else "int8"),
-            "S": table,
-            **({"Z": table} if self.form.zeros else {}),
+            "W": ((self.panels, depth, width), _STORED[form.bits]),
+            **({"S": table} if form.bits < _FLOATS else {}),
+            **({"Z": table} if form.zeros else {}),
+            **({"R": ((self.panels, form.steps), "int32")} if form.steps else {}),
         }
 
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
+        if self.form.bits >= _FLOATS:
+            self._emit_block(inputs, sums, batch, at, i64(0))
+            return
         scale = inputs[2]
         if self.blocks == 1:
             self._emit_block(inputs, sums, batch, at, i64(0))
@@ -201,7 +274,7 @@ class _NarrowBuilder(TileBuilder):
         self, inputs: list[Any], sums: Any, batch: list[Any], at: Any, block: Any
     ) -> None:
         """Add the products of one block of rows of W."""
-        size, start = self.form.block, block * self.form.block
+        size, start = self.form.steps * SKIP_ROWS or self.form.block, block * self.form.block
         step = _NIBBLES if self.form.bits == 4 else min(_UNROLL, size)
         with T.serial(i64(size // step)) as outer:
             self._emit_rows(inputs, sums, batch, at, (block, start + outer * step, step))
@@ -214,6 +287,9 @@ class _NarrowBuilder(TileBuilder):
     ) -> None:
         x, (panel, first_row) = inputs[0], at
         block, first, count = rows
+        source = first
+        if self.form.steps:
+            source = inputs[-1][panel, tirx.floordiv(first, i64(SKIP_ROWS))].astype("int64")
         self._prefetch(inputs[1], panel, first, count)
         for t in range(count):
             with T.unroll(i64(self.tile.vectors)) as vector:
@@ -222,29 +298,31 @@ class _NarrowBuilder(TileBuilder):
                 if self.form.zeros:
                     weight = weight - inputs[3][panel, block, self.run(c)]
                 with T.unroll(i64(self.tile.rows)) as r:
-                    factor = x[(*self.row(batch, first_row + r), first + t)]
+                    factor = x[(*self.row(batch, first_row + r), source + t)]
                     here = (r, self.run(c))
                     product = T.broadcast(factor, self.tile.lanes) * weight
                     T.buffer_store(sums, sums[here] + product, [*here])
 
     def _prefetch(self, w: Any, panel: Any, first: Any, count: int) -> None:
-        """Fetch the weights that are needed `_AHEAD` bytes later.
+        """Fetch the weights that are needed `AHEAD` bytes later.
 
         Panels lie one behind the other, so that what is past the end of one is the next.
         """
-        four = self.form.bits == 4
-        row = self.tile.columns * (4 if four else 1)
-        first = tirx.floordiv(first, i64(_NIBBLES)) if four else first
-        for line in range(0, row * (count // _NIBBLES if four else count), _LINE):
-            ahead = first + (_AHEAD + line) // row
-            address = T.address_of(w[panel, ahead, line % row // (4 if four else 1)])
-            # Read, keep in all caches, data: the arguments of llvm.prefetch.
-            kind = (tirx.IntImm("int32", value) for value in (0, 3, 1))
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *kind))
+        size, per_row = _BYTES[self.form.bits], _NIBBLES if self.form.bits == 4 else 1
+        row = self.tile.columns * size
+        first = tirx.floordiv(first, i64(per_row))
+        for line in range(0, row * (count // per_row), LINE):
+            ahead = first + (AHEAD + line) // row
+            prefetch(w[panel, ahead, line % row // size])
 
     def _widened(self, inputs: list[Any], place: Any, t: int) -> Any:
         """Return row ``first + t`` of a vector of columns as floats."""
         lanes, (panel, first, c) = self.tile.lanes, place
+        if self.form.bits == 32:
+            return inputs[1][panel, first + t, self.run(c)]
+        if self.form.bits == 16:
+            upper = inputs[1][panel, first + t, self.run(c)].astype(f"int32x{lanes}")
+            return T.reinterpret(f"float32x{lanes}", T.shift_left(upper, _all(16, lanes)))
         if self.form.bits == 8:
             value = inputs[1][panel, first + t, self.run(c)].astype(f"float32x{lanes}")
             return value if self.form.low == 0 else value + _all(float(self.form.low), lanes)
