@@ -95,6 +95,10 @@ class PipelineKeys(Section):
         description="when the second order is decided: delta, where a transform says that it "
         "changed the layout; auto, also where it changed which weights are zero",
     )
+    tune: bool = Field(
+        default=True,
+        description="time the kernels that a matmul may use, once a machine; false predicts",
+    )
 
 
 class MockKeys(Section):
