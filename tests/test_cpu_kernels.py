@@ -650,7 +650,7 @@ def test_bad_attention_shapes_are_refused() -> None:
 
 # Vector maths
 
-SCALAR_CALL = re.compile(r"call\w*\s+\w*(exp|erf|tanh|floor)f?@PLT")
+SCALAR_CALL = re.compile(r"call\w*\s+\w*(exp|log|erf|tanh|floor)f?@PLT")
 
 
 def apply(function: Callable[[Any], Any], x: Array) -> tuple[Array, str]:
@@ -670,6 +670,7 @@ def apply(function: Callable[[Any], Any], x: Array) -> tuple[Array, str]:
         (vector_math.gelu, lambda x: x * special.ndtr(x), 1e-6),
         (vector_math.sigmoid, special.expit, 2e-7),
         (vector_math.tanh, np.tanh, 3e-7),
+        (vector_math.softplus, lambda x: np.logaddexp(0, x), 2e-7),
     ],
 )
 def test_vector_functions_are_accurate_and_make_no_call(
@@ -684,6 +685,23 @@ def test_vector_functions_are_accurate_and_make_no_call(
 
 def test_the_search_for_scalar_calls_finds_one() -> None:
     assert SCALAR_CALL.search(apply(te.erf, np.zeros(64, np.float32))[1])
+
+
+def test_log_is_accurate_over_all_of_its_range_and_makes_no_call() -> None:
+    x = np.geomspace(1e-44, 3.4e38, 8192).astype(np.float32)
+    x[:4096] = np.linspace(0.5, 2, 4096, dtype=np.float32)
+    actual, asm = apply(vector_math.log, x)
+    expected = np.log(x.astype(np.float64))
+    np.testing.assert_allclose(actual, expected, rtol=2.5e-7, atol=1e-7)
+    assert not SCALAR_CALL.search(asm)
+
+
+def test_log_at_its_limits() -> None:
+    x = np.array([0, -0.0, -1, -np.inf, np.inf, np.nan, 1, 1e-45], np.float32)
+    actual, _ = apply(vector_math.log, np.resize(x, 64))
+    np.testing.assert_array_equal(actual[[0, 1, 4, 6]], [-np.inf, -np.inf, np.inf, 0])
+    assert np.isnan(actual[[2, 3, 5]]).all()
+    assert actual[7] == pytest.approx(np.log(np.float64(x[7])), rel=1e-6)
 
 
 def test_exp_at_its_limits() -> None:
