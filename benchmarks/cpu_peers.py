@@ -6,6 +6,8 @@ fastest peer of the case, by medians and by minima.
 
     pip install 'icd_tvm[peers]'      # DeepSparse: a Python of its own, ICD_PYTHON_DEEPSPARSE
     python benchmarks/cpu_peers.py [--only gemm] [--quick] [--out docs/results/cpu-peers.json]
+
+Products also get their share of the measured peak, and what two threads gain over one.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+from gemm_figures import figures, sparse_weight, summary
 from onnx import TensorProto, helper, numpy_helper
 from peer_ratios import to_fastest
 
@@ -83,9 +88,22 @@ def gemm_cases(folder: Path) -> Iterator[Case]:
         yield Case(f"{name} bf16", "linear", 1.0, BF16_PEERS, flags)
 
 
-def gemm(m: int, k: int, n: int) -> onnx.ModelProto:
-    """Return ``y = x @ weight`` as a model, with random weights."""
-    weight = np.random.default_rng(0).normal(0, k**-0.5, (k, n)).astype(np.float32)
+def sparse_cases(folder: Path) -> Iterator[Case]:
+    """Yield the largest products with weights of which 16 columns share their rows or blocks."""
+    for (m, k, n), pattern, percent in product(GEMMS[:2], ("vec16", "block16"), (50, 75, 90)):
+        path = folder / f"gemm-{m}-{k}-{n}-{pattern}-{percent}.onnx"
+        weight = sparse_weight(k, n, pattern, percent, np.random.default_rng(0))
+        onnx.save(gemm(m, k, n, weight), path)
+        name = f"GEMM {m} x {k} x {n} {pattern} {percent}%"
+        yield Case(f"{name} fp32", "dense", 0.8, ("deepsparse",), (str(path),))
+        flags = (str(path), "--quant", "none; weight=int8:w8a8")
+        yield Case(f"{name} int8", "linear", 1.0, INT8_PEERS, flags)
+
+
+def gemm(m: int, k: int, n: int, weight: npt.NDArray[np.float32] | None = None) -> onnx.ModelProto:
+    """Return ``y = x @ weight`` as a model, with random weights if none are given."""
+    if weight is None:
+        weight = np.random.default_rng(0).normal(0, k**-0.5, (k, n)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", ["x", "weight"], ["y"], "product")],
         "gemm",
@@ -97,11 +115,12 @@ def gemm(m: int, k: int, n: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opset, ir_version=9)
 
 
-def model_cases(folder: Path) -> Iterator[Case]:
-    """Yield MiniLM and BERT-base at every length and batch, in each form."""
+def model_cases(folder: Path, full: bool) -> Iterator[Case]:
+    """Yield MiniLM and BERT-base at every length, in each form; ``full`` adds batches of 8."""
+    single, more = ((32, 1), (128, 1), (384, 1)), ((32, 8), (128, 8), (384, 8))
     for model, sizes in (
-        ("minilm", ((32, 1), (128, 1), (384, 1), (128, 8))),
-        ("bert-base", ((32, 1), (128, 1), (384, 1))),
+        ("minilm", (*single, *(more if full else more[1:2]))),
+        ("bert-base", (*single, *(more if full else ()))),
     ):
         for seq, batch in sizes:
             path = folder / f"{model}-{seq}-{batch}.onnx"
@@ -158,6 +177,8 @@ def show(line: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {ms[0]:.2f}" for name, ms in line["ms"].items())
     verdict = "met" if line["median"] <= line["bar"] else "MISSED"
     ratio = f"{line['median']:.3f} / {line['min']:.3f} of {line['fastest_median']}"
+    if "of_peak" in line:
+        ratio += f"; {line['gflops'][1]:.0f} GF/s, {100 * line['of_peak'][1]:.0f} % of peak"
     return f"{head} {times} | {ratio} | {line['bar']:.2f} | {verdict} |"
 
 
@@ -165,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--quick", action="store_true", help="40 rounds instead of 200")
+    parser.add_argument("--full", action="store_true", help="batches of 8 at every length too")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, help="JSON of all lines")
     arguments = parser.parse_args()
@@ -174,14 +196,19 @@ def main() -> None:
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for case in (*gemm_cases(folder), *model_cases(folder)):
-            if arguments.only.lower() not in case.name.lower():
+        only = arguments.only.lower()
+        # Making a model takes seconds.
+        models = () if only.startswith("gemm") else model_cases(folder, arguments.full)
+        for case in chain(gemm_cases(folder), sparse_cases(folder), models):
+            if only not in case.name.lower():
                 continue
             for threads in arguments.threads:
-                lines.append(run(case, threads, rounds, folder / f"run-{len(lines)}"))
+                line = run(case, threads, rounds, folder / f"run-{len(lines)}")
+                lines.append({**line, **figures(line)})
                 print(show(lines[-1]), flush=True)
                 if arguments.out:
                     arguments.out.write_text(json.dumps(lines, indent=1) + "\n")
+    print("", *summary(lines), sep="\n")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,10 @@ class PipelineKeys(Section):
         description="when the second order is decided: delta, where a transform says that it "
         "changed the layout; auto, also where it changed which weights are zero",
     )
+    tune: bool = Field(
+        default=True,
+        description="time the kernels that a matmul may use, once a machine; false predicts",
+    )
 
 
 class MockKeys(Section):
@@ -205,7 +209,8 @@ class MeasureKeys(Section):
         default=True, description="count energy where the machine has a counter (RAPL); a minute"
     )
     cache_model: bool = Field(
-        default=False, description="model the first two caches, kernel by kernel; some seconds an arm"
+        default=False,
+        description="model the first two caches, kernel by kernel; some seconds an arm",
     )
     kernel_times: bool = Field(
         default=True, description="time every kernel in a run of its own; a second an arm"

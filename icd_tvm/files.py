@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from icd_tvm.errors import OutputError
@@ -85,6 +86,28 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+def source_digest(root: Path, parts: Iterable[str]) -> str:
+    """Return the sha256 of Python sources, names and contents.
+
+    The version of a package stands still while its code is changed in a working tree.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of the package.
+    parts : iterable of str
+        Files and folders in it; of a folder every ``.py`` below it counts.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        place = root / part
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

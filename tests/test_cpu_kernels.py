@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy import special
 
 from icd_tvm._tvm import i64, te, tvm
 from icd_tvm.errors import ConfigError, ShapeError, TransformError
+from icd_tvm.files import CACHE_VARIABLE
 from icd_tvm.tir_schedules.cpu import cpu_rules, select, time_kernels, vector_math
 from icd_tvm.tir_schedules.cpu.attention import attention
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape, attention_shape
@@ -240,12 +242,13 @@ def test_rowlist_matmul(m: int, k: int, n: int, kept: float, count: int) -> None
     m=sizes,
     k=sizes,
     n=st.integers(1, 100),
-    v=st.sampled_from([8, 16, 32]),
+    v=st.sampled_from([1, 8, 16, 32]),
     lead=leads,
     count=threads,
     density=st.sampled_from([0.0, 0.3, 1.0]),
     name=st.sampled_from(["host", "x86-64-v3", "x86-64"]),
 )
+@example(m=150, k=20, n=33, v=1, lead=(), count=2, density=0.3, name="host")
 def test_vcol_matmul(
     m: int, k: int, n: int, v: int, lead: Any, count: int, density: float, name: str
 ) -> None:
@@ -279,7 +282,7 @@ def test_vcol_columns_are_shared_out_where_rows_are_too_few_for_the_threads() ->
     assert_close(run(func, [x, *packed], (20, 128), target), x @ w, 32)
 
 
-@given(k=sizes, n=st.integers(1, 70), v=st.sampled_from([4, 8, 16, 32]), seed=st.integers(0, 99))
+@given(k=sizes, n=st.integers(1, 70), v=st.sampled_from([1, 4, 8, 16, 32]), seed=st.integers(0, 99))
 def test_pack_vcol_keeps_every_value(k: int, n: int, v: int, seed: int) -> None:
     w = grouped_weight(np.random.default_rng(seed), k, n, v, 0.5)
     counts, idx, data = pack_vcol(w, v, 16)
@@ -357,6 +360,14 @@ def test_selection_counts_what_uneven_groups_read_on_average() -> None:
     assert (choice.kind, choice.group, choice.nk) == ("vcol8", 8, 80)
 
 
+def test_selection_takes_lists_per_column_where_no_columns_share_rows() -> None:
+    rng = np.random.default_rng(0)
+    w = np.where(rng.random((256, 96)) < 0.1, random(rng, 256, 96), 0)
+    choice = choose_matmul_kernel(128, 256, 96, w, host_target(1), tune=False)
+    assert (choice.kind, choice.group) == ("vcol1", 1)
+    assert choice.nk == np.ceil((w != 0).sum(axis=0).mean())
+
+
 def test_selection_refuses_a_gain_smaller_than_its_overhead() -> None:
     w = np.ones((256, 96), np.float32)
     w[0] = 0
@@ -365,7 +376,8 @@ def test_selection_refuses_a_gain_smaller_than_its_overhead() -> None:
     assert "of dense" in choice.reason
 
 
-def test_measured_selection_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_selection_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     timed: list[set[str]] = []
 
     def fake(arms: dict[str, Any]) -> dict[str, float]:
@@ -381,6 +393,12 @@ def test_measured_selection_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"dense", "rowlist"} <= timed[0]
     assert choose_matmul_kernel(8, 32, 32, w, host_target(1)) == first
     assert len(timed) == 1
+    # The next process finds the times in the database, whatever it would time now.
+    monkeypatch.setattr(time_kernels, "_TIMES", {})
+    before = time_kernels.comparisons()
+    assert choose_matmul_kernel(8, 32, 32, w, host_target(1)) == first
+    assert len(timed) == 1
+    assert time_kernels.comparisons() - before == {"kernel comparisons read": 1}
     assert (first.kind, first.nk) == ("rowlist", 16)
     assert first.reason.startswith("measured")
 
@@ -633,7 +651,7 @@ def test_bad_attention_shapes_are_refused() -> None:
 
 # Vector maths
 
-SCALAR_CALL = re.compile(r"call\w*\s+\w*(exp|erf|tanh|floor)f?@PLT")
+SCALAR_CALL = re.compile(r"call\w*\s+\w*(exp|log|erf|tanh|floor)f?@PLT")
 
 
 def apply(function: Callable[[Any], Any], x: Array) -> tuple[Array, str]:
@@ -653,6 +671,7 @@ def apply(function: Callable[[Any], Any], x: Array) -> tuple[Array, str]:
         (vector_math.gelu, lambda x: x * special.ndtr(x), 1e-6),
         (vector_math.sigmoid, special.expit, 2e-7),
         (vector_math.tanh, np.tanh, 3e-7),
+        (vector_math.softplus, lambda x: np.logaddexp(0, x), 2e-7),
     ],
 )
 def test_vector_functions_are_accurate_and_make_no_call(
@@ -667,6 +686,23 @@ def test_vector_functions_are_accurate_and_make_no_call(
 
 def test_the_search_for_scalar_calls_finds_one() -> None:
     assert SCALAR_CALL.search(apply(te.erf, np.zeros(64, np.float32))[1])
+
+
+def test_log_is_accurate_over_all_of_its_range_and_makes_no_call() -> None:
+    x = np.geomspace(1e-44, 3.4e38, 8192).astype(np.float32)
+    x[:4096] = np.linspace(0.5, 2, 4096, dtype=np.float32)
+    actual, asm = apply(vector_math.log, x)
+    expected = np.log(x.astype(np.float64))
+    np.testing.assert_allclose(actual, expected, rtol=2.5e-7, atol=1e-7)
+    assert not SCALAR_CALL.search(asm)
+
+
+def test_log_at_its_limits() -> None:
+    x = np.array([0, -0.0, -1, -np.inf, np.inf, np.nan, 1, 1e-45], np.float32)
+    actual, _ = apply(vector_math.log, np.resize(x, 64))
+    np.testing.assert_array_equal(actual[[0, 1, 4, 6]], [-np.inf, -np.inf, np.inf, 0])
+    assert np.isnan(actual[[2, 3, 5]]).all()
+    assert actual[7] == pytest.approx(np.log(np.float64(x[7])), rel=1e-6)
 
 
 def test_exp_at_its_limits() -> None:

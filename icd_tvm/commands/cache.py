@@ -1,4 +1,4 @@
-"""``icd cache``: look at the permutations that are kept, check them, delete or move them."""
+"""``icd cache``: look after the permutations and the kernel times that are kept."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _EXAMPLES = f"""examples:
   icd cache prune --max-size 64M
   icd cache export perms.zip
   icd cache import perms.zip
+  icd cache kernels --clear
 
 The folder is --cache, else {CACHE_VARIABLE}/permutations, else the user's cache folder."""
 
@@ -33,7 +34,8 @@ def parser() -> Parser:
     """Return the argument parser of the command."""
     result = Parser(
         prog="icd cache",
-        description="Look after the permutations that earlier runs decided.",
+        description="Look after the permutations that earlier runs decided, and the times of "
+        "kernels by which they chose.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,6 +53,8 @@ def parser() -> Parser:
     export.add_argument("keys", nargs="*", metavar="KEY", help="all entries if omitted")
     take = _action(actions, "import", "check an archive and take its entries")
     take.add_argument("file", type=Path, metavar="FILE")
+    kernels = _action(actions, "kernels", "list the kernels that were timed to choose among them")
+    kernels.add_argument("--clear", action="store_true", help="delete the times")
     return result
 
 
@@ -205,7 +209,24 @@ def _import(cache: PermutationCache, arguments: argparse.Namespace) -> Result:
     )
 
 
+def _kernels(cache: PermutationCache, arguments: argparse.Namespace) -> Result:
+    from icd_tvm.tir_schedules.cpu.kernel_database import FILE_NAME, KernelDatabase
+
+    database = KernelDatabase(arguments.cache and arguments.cache / FILE_NAME)
+    records = database.records()
+    record = {"file": str(database.path), "damaged lines": database.damaged, "kernels": records}
+    if arguments.clear:
+        return {**record, "removed": database.clear()}, f"{len(records)} comparisons removed"
+    lines = [
+        f"{'x'.join(map(str, r['shape'])):>16} threads {r['threads']}: "
+        + ", ".join(f"{kind} {1e6 * s:.0f} us" for kind, s in r["seconds"].items())
+        for r in records
+    ]
+    return record, "\n".join([*lines, f"{len(records)} comparisons in {database.path}"])
+
+
 _ACTIONS = {
+    "kernels": _kernels,
     "ls": _ls,
     "show": _show,
     "verify": _verify,

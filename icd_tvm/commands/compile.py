@@ -34,6 +34,7 @@ HELP = {
     "out": "folder for metrics.json",
     "library": "write the accepted arm's compiled library here",
     "no_measure": "do not time anything; no order is accepted on speed",
+    "no_tune": "predict which kernel a matmul should use instead of timing the candidates",
     "explain": "print every axis group and why the other axes are pinned",
     "quality": "evaluate quality: stsb or stsb:PAIRS (MiniLM only, needs the data)",
     "quality_budget": "points the sparsity may cost: search a rate for each layer (MiniLM only, "
@@ -78,6 +79,7 @@ def parser() -> Parser:
     add("--out", type=Path, help=HELP["out"])
     add("-o", "--library", type=Path, help=HELP["library"])
     add("--no-measure", action="store_true", help=HELP["no_measure"])
+    add("--no-tune", action="store_true", help=HELP["no_tune"])
     add("--explain", action="store_true", help=HELP["explain"])
     add("--quality", help=HELP["quality"])
     add("--quality-budget", type=float, metavar="POINTS", help=HELP["quality_budget"])
@@ -106,6 +108,7 @@ def options_from(arguments: argparse.Namespace) -> CompileOptions:
         out=arguments.out,
         library=arguments.library,
         measure=not arguments.no_measure,
+        tune=not arguments.no_tune,
         explain=arguments.explain,
         quality=arguments.quality,
         quality_budget=arguments.quality_budget,

@@ -17,6 +17,7 @@ from icd_tvm.errors import ConfigError
 HELP = {
     "config": "YAML or JSON file; --resume finds the one it needs in the run directory",
     "override": "replace values, key.of.it=value",
+    "no_tune": "predict kernels instead of timing them (pipeline.tune=false)",
     "out": "the run directory (report.out_dir)",
     "resume": "continue after the last stage that was finished",
     "dry_run": "check the inputs, print the plan, write nothing",
@@ -52,6 +53,7 @@ def add_config(result: Parser) -> None:
     """Add the flags that make a configuration."""
     result.add_argument("-c", "--config", type=Path, metavar="FILE", help=HELP["config"])
     result.add_override(HELP["override"])
+    result.add_argument("--no-tune", action="store_true", help=HELP["no_tune"])
     result.add_argument("--out", type=Path, metavar="DIR", help=HELP["out"])
     add_device(result)
 
@@ -63,7 +65,8 @@ def config_from(arguments: argparse.Namespace) -> Config:
         path = arguments.out / "config.resolved.yaml"
     if path is None:
         raise ConfigError("no configuration is given", "icd run -c FILE --out DIR")
-    return load_config(path, [*arguments.override, *_budget(arguments), *_device(arguments)])
+    tune = ["pipeline.tune=false"] if arguments.no_tune else []
+    return load_config(path, [*arguments.override, *tune, *_budget(arguments), *_device(arguments)])
 
 
 def _budget(arguments: argparse.Namespace) -> list[str]:

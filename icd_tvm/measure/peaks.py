@@ -70,8 +70,8 @@ def _measured(text: str, threads: int) -> dict[str, Any]:
     lanes, parts = vector_bits(target) // 32, _PARTS * threads
     size, cached = _buffer_bytes()
     try:
-        flops = parts * _STEPS * _CHAINS * lanes * 2 / _best(_multiplier(lanes, parts, target))
-        read = size / _best(_reader(lanes, parts, size, target))
+        flops = parts * _STEPS * _CHAINS * lanes * 2 / least_time(_multiplier(lanes, parts, target))
+        read = size / least_time(_reader(lanes, parts, size, target))
     except tvm.error.TVMError as error:
         raise MeasurementError(f"the roof could not be measured: {error}") from error
     note = "; the buffer may lie in the last-level cache" if cached else ""
@@ -92,7 +92,7 @@ def _buffer_bytes() -> tuple[int, bool]:
     return size, size <= 2 * cache
 
 
-def _best(call: Callable[[], Any]) -> float:
+def least_time(call: Callable[[], Any]) -> float:
     """Return the least seconds of a call; a busy neighbour must not be there all the time."""
     call()
     seconds: list[float] = []

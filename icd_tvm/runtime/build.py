@@ -94,10 +94,10 @@ class Built:
         return [tvm.runtime.tensor(np.asarray(own[n], order="C")) for n in self.input_names]
 
 
-def build(mod: Any, target: Any) -> Built:
-    """Lower ``main`` of ``mod`` for ``target`` and load it."""
+def build(mod: Any, target: Any, tune: bool = True) -> Built:
+    """Lower ``main`` of ``mod`` for ``target`` and load it; ``tune`` is `lower_and_build`'s."""
     names = [parameter.name for parameter in mod["main"].params]
-    lowered = lower_and_build(mod, target)
+    lowered = lower_and_build(mod, target, tune=tune)
     kernels = {node: f"{choice.kind}, {choice.nk} rows" for node, choice in lowered.choices.items()}
     kernels |= read_byte_kernels(lowered.mod)
     states, cache = StateOrder.read(mod), StepCache.read(mod)

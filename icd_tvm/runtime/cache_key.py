@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icd_tvm.errors import ConfigError, ModelFileError
+from icd_tvm.files import source_digest
 from icd_tvm.measure.environment import PACKAGES
 
 if TYPE_CHECKING:
@@ -97,18 +98,8 @@ def _installed() -> tuple[tuple[str, str], ...]:
 
 
 def code_digest(package: Path) -> str:
-    """Return the sha256 of the modules that decide an order: their names and contents.
-
-    The version of a package stands still while its code is changed in a working tree.
-    """
-    digest = hashlib.sha256()
-    for part in _CODE:
-        root = package / part
-        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode())
-            digest.update(content)
-    return digest.hexdigest()
+    """Return the sha256 of the modules that decide an order: their names and contents."""
+    return source_digest(package, _CODE)
 
 
 def tool_versions() -> dict[str, str]:

@@ -43,7 +43,7 @@ def calibrate(
     """
     if not requests:
         return {}
-    runner = build(apply_pass(CollectActivationStats(requests), mod), target)
+    runner = build(apply_pass(CollectActivationStats(requests), mod), target, tune=False)
     totals: dict[str, Any] = {}
     for number, feeds in enumerate(steps(batches, "calibrating activations")):
         statistics = runner.run_all(feeds)[-len(requests) :]

@@ -128,7 +128,7 @@ def _collect(
     names = _matmuls(mod, cfg["matmul"])
     cap = max(1, cfg["rows"] // len(batches))
     statistics = CollectActivationStats(dict.fromkeys(names, "rows"), row_cap=cap, seed=cfg["seed"])
-    runner = build(apply_pass(statistics, mod), cfg["target"] or host_target())
+    runner = build(apply_pass(statistics, mod), cfg["target"] or host_target(), tune=False)
     found = [runner.run_all(feeds)[-len(names) :] for feeds in batches]
     return {
         name: np.concatenate(rows)

@@ -19,7 +19,7 @@ from icd_tvm.runtime.progress import Progress
 from icd_tvm.runtime.run_folder import RunFolder
 from icd_tvm.runtime.states import State
 from icd_tvm.runtime.transforms import Transform
-from icd_tvm.tir_schedules.target import cuda_arch, cuda_target
+from icd_tvm.tir_schedules.target import cuda_arch, cuda_target, parse_target, runs_here
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,18 @@ class Job:
         return cuda_arch(self.config.target)
 
     @property
+    def foreign(self) -> Any | None:
+        """The target of the library, if that is a CPU whose code this machine cannot run."""
+        if self.cuda is not None or self.config.measure.rpc is not None:
+            return None
+        target = parse_target(self.config.target, self.config.threads)
+        return None if runs_here(target) else target
+
+    @property
     def target_text(self) -> str:
         """What the library is compiled for."""
+        if (foreign := self.foreign) is not None:
+            return str(foreign)
         return str(self.target) if self.cuda is None else str(cuda_target(self.cuda))
 
     @property

@@ -50,6 +50,8 @@ class CompileOptions:
         File for the compiled library of the accepted arm.
     measure : bool
         False skips timing; then nothing is accepted on speed and the report says so.
+    tune : bool
+        False predicts the kernel of each matmul by the model, instead of timing the candidates.
     quality_budget : float or None
         Points that the sparsity may cost; its rates are searched.
     agreement_floor : float
@@ -85,6 +87,7 @@ class CompileOptions:
     opaque_states: tuple[tuple[str, str], ...] = ()
     rpc: str | None = None
     rpc_key: str | None = None
+    tune: bool = True
     seq: int | None = None
     cuda_graph: bool = True
 
@@ -106,6 +109,7 @@ class CompileOptions:
                 "pipeline": {
                     "mode": self.mode,
                     "repeats": self.repeats,
+                    "tune": self.tune,
                     "warmup_iter": max(3, min(50, repeats // 4)),
                 },
                 "solver": {"time_budget_s": self.time_budget_s, "k_blocks": None},

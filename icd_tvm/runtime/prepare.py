@@ -11,7 +11,7 @@ from icd_tvm.errors import ConfigError
 from icd_tvm.measure.cuda_toolkit import find_cudart, find_nvcc
 from icd_tvm.runtime.evaluate import parse_quality
 from icd_tvm.runtime.transforms import Transform, find_transforms
-from icd_tvm.tir_schedules.target import cuda_arch, host_target, parse_target
+from icd_tvm.tir_schedules.target import cuda_arch, host_target, parse_target, runs_here
 
 
 def prepare(config: Config) -> tuple[Any, list[Transform]]:
@@ -46,9 +46,14 @@ def _set_threads(count: int) -> None:
 
 
 def _target(config: Config) -> Any:
-    """Return the CPU target; for a CUDA device that of the host, which decides and verifies."""
+    """Return the CPU target; for a device or CPU that this machine is not, that of the host.
+
+    It decides and verifies then.
+    """
     if cuda_arch(config.target) is None:
-        return parse_target(config.target, config.threads)
+        target = parse_target(config.target, config.threads)
+        lent = config.measure.rpc is not None
+        return target if lent or runs_here(target) else host_target(config.threads)
     if config.measure.rpc is not None:
         raise ConfigError("a CUDA target cannot be timed over RPC", "leave out --rpc")
     find_nvcc()

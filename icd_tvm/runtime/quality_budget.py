@@ -237,7 +237,7 @@ def _fitted(task: QualityTask, dense: Run) -> QualityTask:
 
 
 def _compiled(imported: ImportedModel, mod: Any, target: Any) -> Run:
-    built = build(mod, target)
+    built = build(mod, target, tune=False)
     types = {spec.name: spec.dtype for spec in imported.inputs}
 
     def run(feeds: Mapping[str, np.ndarray]) -> np.ndarray:

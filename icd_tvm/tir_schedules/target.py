@@ -12,6 +12,9 @@ from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 
 _HOST_NAMES = ("host", "native")
 PRECISIONS = ("float16", "bfloat16")
+AARCH64 = "aarch64"
+# Instructions that kernels are chosen by.
+_FEATURES = ("avx2", "avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx512bf16", "neon")
 
 
 def host_target(threads: int | None = None) -> Any:
@@ -44,7 +47,8 @@ def parse_target(text: str, threads: int | None = None) -> Any:
     ----------
     text : str
         ``"host"`` (or ``"native"``), a portable level such as ``"x86-64-v3"`` (AVX2) or
-        ``"x86-64-v4"`` (AVX-512), or any CPU name LLVM knows.
+        ``"x86-64-v4"`` (AVX-512), any CPU name LLVM knows, or ``"aarch64"`` (Armv8 with NEON),
+        whose code is compiled but has been run nowhere yet.
     threads : int, optional
         As for `host_target`.
 
@@ -60,9 +64,27 @@ def parse_target(text: str, threads: int | None = None) -> Any:
     name = text.strip()
     if name in _HOST_NAMES:
         return host_target(threads)
+    if name == AARCH64:
+        return _arm_target(threads)
     if name not in _known_cpus():
-        raise ConfigError(f"unknown CPU target {text!r}", "use host, x86-64-v3 or x86-64-v4")
+        hint = "use host, x86-64-v3, x86-64-v4 or aarch64"
+        raise ConfigError(f"unknown CPU target {text!r}", hint)
     return _llvm_target(name, threads)
+
+
+def is_aarch64(target: Any) -> bool:
+    """Tell whether ``target`` is a 64-bit Arm CPU."""
+    return bool(target.attrs.get("feature.is_aarch64", False))
+
+
+def runs_here(target: Any) -> bool:
+    """Tell whether this machine has every instruction that kernels for ``target`` may use."""
+    if target.kind.name != "llvm":
+        return False
+    host, has = host_target(1), tvm.target.codegen.target_has_features
+    return is_aarch64(target) == is_aarch64(host) and all(
+        has(name, host) for name in _FEATURES if has(name, target)
+    )
 
 
 def cuda_arch(text: str) -> str | None:
@@ -140,10 +162,19 @@ def target_threads(target: Any) -> int:
 
 
 def _llvm_target(cpu: str, threads: int | None) -> Any:
+    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": _count(threads)})
+
+
+def _arm_target(threads: int | None) -> Any:
+    triple = {"mtriple": "aarch64-linux-gnu", "mattr": ["+neon"]}
+    return tvm.target.Target({"kind": "llvm", **triple, "num-cores": _count(threads)})
+
+
+def _count(threads: int | None) -> int:
     count = len(os.sched_getaffinity(0)) if threads is None else threads
     if count < 1:
         raise ConfigError(f"threads must be at least 1, not {threads}", "omit it to use all CPUs")
-    return tvm.target.Target({"kind": "llvm", "mcpu": cpu, "num-cores": count})
+    return count
 
 
 @lru_cache(maxsize=1)

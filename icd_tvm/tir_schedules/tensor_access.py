@@ -224,8 +224,11 @@ class _Walk:
         del self.loops[len(self.loops) - len(added) :]
 
     def loads(self, expr: Any) -> None:
-        """Record the loads of an expression; a load under if_then_else gets its condition."""
-        if isinstance(expr, int):
+        """Record the loads of an expression; a load under if_then_else gets its condition.
+
+        A prefetch brings early what is loaded anyway; it is no access of its own.
+        """
+        if isinstance(expr, int) or (isinstance(expr, Call) and op_name(expr) == "prefetch"):
             return
         if isinstance(expr, Call) and op_name(expr) == "if_then_else":
             condition, yes, no = expr.args

@@ -67,6 +67,11 @@ def _time_arms(job: Job) -> None:
         reasons = not_counted(NOT_MEASURED) | {"power.csv": NOT_MEASURED}
         job.result.counters.reasons |= reasons
         return
+    if job.foreign is not None:
+        reason = f"not measured: compiled for {job.config.target} and untested here"
+        job.warn("measure", f"{reason}: this machine cannot run it; the host's code was verified")
+        job.result.counters.reasons |= not_counted(reason)
+        return
     # A peer is a process of this machine: nothing to compare with what another one does.
     peers = list(keys.peer) if keys.rpc is None else []
     with job.progress.stage("measure") as stage:

@@ -14,6 +14,7 @@ from icd_tvm.runtime.progress import Stage
 from icd_tvm.runtime.stages.order import keep_graph, keep_order
 from icd_tvm.runtime.stages.transform import changed_accesses, unchanged_because
 from icd_tvm.steps import steps
+from icd_tvm.tir_schedules.cpu.time_kernels import comparisons
 
 VERIFICATION_RUNS = 3
 
@@ -22,7 +23,9 @@ def repermute(job: Job, event: Stage) -> None:
     """Decide the second order where the mode asks for it; make, build and verify all arms."""
     second_order(job, event)
     _make_arms(job)
+    before = comparisons()
     _build_arms(job)
+    event.meta |= comparisons() - before
     verify(job)
     event.meta["arms"] = list(job.result.arms)
     event.meta["max_rel"] = job.result.equivalence.max_rel
@@ -95,10 +98,11 @@ def _no_opportunity(job: Job) -> str:
 
 
 def _build_arms(job: Job) -> None:
-    result = job.result
+    result, tune = job.result, job.config.pipeline.tune
     with job.progress.stage("compile") as stage:
         for arm in steps(result.arms.values(), "compiling arms"):
-            result.built[arm.name] = result.built.get(arm.same_as) or build(arm.mod, job.target)
+            same = result.built.get(arm.same_as)
+            result.built[arm.name] = same or build(arm.mod, job.target, tune)
         stage.meta = {"builds": len({id(built) for built in result.built.values()})}
 
 

@@ -10,6 +10,7 @@ from icd_tvm.files import write_atomically
 from icd_tvm.measure.metrics import write_metrics
 from icd_tvm.runtime.build import Built
 from icd_tvm.runtime.cross_compile import cross_compile
+from icd_tvm.runtime.foreign_cpu import export_foreign
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.overhead import overhead
 from icd_tvm.runtime.progress import Stage
@@ -94,13 +95,17 @@ def _export(job: Job) -> None:
 
 def _write(job: Job, built: Built, path: Path, stage: Stage) -> None:
     """Write the kept arm's library for the target."""
+    mod = job.result.arms[job.result.verdict.arm].mod
+    if (foreign := job.foreign) is not None:
+        export_foreign(mod, foreign, path)
+        stage.meta["untested"] = f"compiled for {job.config.target}, which this machine cannot run"
+        return
     if job.cuda is None:
         built.export(str(path))
         return
     precision = cuda_precision(job.config.target)
     if precision is not None:
         job.warn("export", f"matmul operands are {precision}; equality was checked in float32")
-    mod = job.result.arms[job.result.verdict.arm].mod
     code = cross_compile(mod, job.cuda, path, precision, graph=job.config.cuda_graph)
     stage.meta["machine code"] = f"{job.cuda}, {sum(entry.size for entry in code)} bytes"
 

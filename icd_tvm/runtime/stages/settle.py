@@ -68,7 +68,7 @@ def _previous(job: Job, name: str) -> Arm | None:
 def _built(job: Job, name: str) -> Built:
     built = job.result.built
     if name not in built:
-        built[name] = build(job.result.arms[name].mod, job.target)
+        built[name] = build(job.result.arms[name].mod, job.target, job.config.pipeline.tune)
     return built[name]
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import ScheduleRule, i64, te
 from icd_tvm.errors import ShapeError
+from icd_tvm.tir_schedules.cpu.prefetch import prefetch_next_panel
 from icd_tvm.tir_schedules.cpu.tile import (
     Lead,
     Tile,
@@ -83,7 +84,8 @@ class DenseRule(ScheduleRule):
 
     def apply(self, func: Any, target: Any, tunable: bool) -> Any:
         """Return the schedule of ``func``, or None if it holds no packed dense matmul."""
-        return schedule_tiled(func, target, ("dense",)) if is_prim_func(func) else None
+        sch = schedule_tiled(func, target, ("dense",)) if is_prim_func(func) else None
+        return sch and prefetch_next_panel(sch)
 
 
 def tiled_func(product: Any, inputs: tuple[Any, ...], shape: Lead, tile: Tile, kernel: str) -> Any:

@@ -28,9 +28,9 @@ from icd_tvm.tir_schedules.cpu.transposed_sparse import (
 from icd_tvm.tir_schedules.target import vector_bits
 
 # Simplest first: of two that take about the same time, the earlier is chosen.
-KINDS = ("dense", "rowlist", "vrow32", "vrow16", "vcol16", "vcol8")
-# Groups of 8 read no more rows than groups of 16, at the same speed.
-CANDIDATES = ("rowlist", "vrow32", "vrow16", "vcol8")
+KINDS = ("dense", "rowlist", "vrow32", "vrow16", "vcol16", "vcol8", "vcol1")
+# Groups of 8 read no more rows than groups of 16, at the same speed; vcol1 is CSR.
+CANDIDATES = ("rowlist", "vrow32", "vrow16", "vcol8", "vcol1")
 # The row index is one more load per step, which only one-vector tiles feel; Zen 5.
 _INDEX_COST = 1.08
 # Bytes a cycle that one core reads from memory: 43 GB/s measured at 3.6 GHz, Zen 5.
@@ -133,7 +133,10 @@ def modelled_cycles(kind: str, shape: Shape, rows: float, target: Any) -> float:
     The busier of the core and the memory that the weights come from: few rows of X leave the
     core waiting for W.
     """
-    return max(_core_cycles(kind, shape, rows, target), 4 * rows * shape[-1] / _MEMORY_BYTES)
+    weights = rows * shape[-1]
+    indices = weights / width if (width := group_width(kind)) else 0
+    read = 4 * (weights + indices) / _MEMORY_BYTES
+    return max(_core_cycles(kind, shape, rows, target), read)
 
 
 def _core_cycles(kind: str, shape: Shape, rows: float, target: Any) -> float:

@@ -16,6 +16,7 @@ from icd_tvm.tir_schedules.cpu.matmul_kinds import (
     modelled_cycles,
 )
 from icd_tvm.tir_schedules.cpu.time_kernels import timed_kernels
+from icd_tvm.tir_schedules.target import runs_here
 
 # A kernel must beat a simpler one by more than the noise of a measurement.
 _MARGIN = 0.97
@@ -65,7 +66,8 @@ def choose_matmul_kernel(
         Leading batch axes of X.
     tune : bool, optional
         Time the kernels that the model does not rule out, on this machine and on random data of
-        about these sizes (`timed_kernels`). Otherwise compare modelled cycles.
+        about these sizes (`timed_kernels`). Otherwise, and for a CPU that this machine is not,
+        compare modelled cycles.
 
     Returns
     -------
@@ -78,6 +80,7 @@ def choose_matmul_kernel(
     shape = (*lead, m, k, n)
     kept = {"dense": k, **kept}
     costs = {kind: modelled_cycles(kind, shape, rows, target) for kind, rows in kept.items()}
+    tune = tune and runs_here(target)
     if tune:
         limit = _HOPELESS * min(costs.values())
         timed = {k: rows for k, rows in kept.items() if k == "dense" or costs[k] <= limit}

@@ -1,19 +1,25 @@
-"""Time matmul kernels against each other, interleaved, once per class of shapes."""
+"""Time matmul kernels against each other, interleaved, once per class of shapes and machine."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import tvm
+from icd_tvm.files import default_cache
 from icd_tvm.steps import steps
 from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, pack_dense
+from icd_tvm.tir_schedules.cpu.kernel_database import FILE_NAME, KernelDatabase
 from icd_tvm.tir_schedules.cpu.matmul_kinds import (
     build_matmul,
     group_width,
@@ -34,7 +40,8 @@ _COPY_BYTES = 16 * 2**20
 Shape = tuple[int, ...]
 Arm = Callable[[], Any]
 _COMPILED: dict[tuple[str, str, Shape, int], Any] = {}
-_TIMES: dict[tuple[str, Shape, tuple[tuple[str, int], ...]], dict[str, float]] = {}
+_TIMES: dict[str, dict[str, float]] = {}
+_USED: Counter[str] = Counter()
 
 
 def timed_kernels(rows: Mapping[str, int], shape: Shape, target: Any) -> dict[str, float]:
@@ -42,7 +49,7 @@ def timed_kernels(rows: Mapping[str, int], shape: Shape, target: Any) -> dict[st
 
     Timed on a shape of the same class (`reference_shape`) and scaled by `modelled_cycles`, so
     that the layers of a model, which differ by a few columns, share one measurement. All
-    kernels of a comparison run in turns; results are kept for the life of the process.
+    kernels of a comparison run in turns; results are kept in the `KernelDatabase`.
 
     Parameters
     ----------
@@ -59,16 +66,42 @@ def timed_kernels(rows: Mapping[str, int], shape: Shape, target: Any) -> dict[st
     """
     reference = reference_shape(shape)
     kept = {kind: _reference_rows(count, shape[-2], reference[-2]) for kind, count in rows.items()}
-    key = (str(target), reference, tuple(sorted(kept.items())))
-    if key not in _TIMES:
-        kinds = steps(kept.items(), "timing kernels")
-        _TIMES[key] = least_seconds({k: _arm(k, reference, nk, target) for k, nk in kinds})
+    times = _times(kept, reference, target)
     return {
         kind: seconds
         * modelled_cycles(kind, shape, rows[kind], target)
         / modelled_cycles(kind, reference, kept[kind], target)
-        for kind, seconds in _TIMES[key].items()
+        for kind, seconds in times.items()
     }
+
+
+def comparisons() -> Counter[str]:
+    """Return how many comparisons this process has timed, read from the database, found damaged."""
+    return Counter(_USED)
+
+
+def _times(rows: dict[str, int], shape: Shape, target: Any) -> dict[str, float]:
+    """Return the seconds of the kernels on ``shape`` itself: known, kept, or timed now."""
+    question = {"target": str(target), "shape": list(shape), "rows": rows}
+    key = json.dumps(question, sort_keys=True)
+    if key not in _TIMES:
+        database = _database(default_cache() / FILE_NAME)
+        times = database.get(question)
+        _USED["damaged lines"] = database.damaged
+        _USED["kernel comparisons read"] += times is not None
+        if times is None:
+            kinds = steps(rows.items(), "timing kernels")
+            times = least_seconds({k: _arm(k, shape, nk, target) for k, nk in kinds})
+            database.put(question, times)
+            _USED["kernel comparisons timed"] += 1
+        _TIMES[key] = times
+    return _TIMES[key]
+
+
+@cache
+def _database(path: Path) -> KernelDatabase:
+    """Return the one object for a file, which says once what is wrong with it."""
+    return KernelDatabase(path)
 
 
 def reference_shape(shape: Shape) -> Shape:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import ScheduleRule, i64, s_tir, tirx
+from icd_tvm._tvm import ScheduleRule, i64, s_tir
 from icd_tvm.errors import TransformError
 from icd_tvm.tir_schedules.cpu.block_sparse import group_rows
 from icd_tvm.tir_schedules.cpu.dense import (
@@ -33,6 +33,7 @@ from icd_tvm.tir_schedules.cpu.dense import (
 )
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
 from icd_tvm.tir_schedules.cpu.emit import f32
+from icd_tvm.tir_schedules.cpu.prefetch import prefetch
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.tile import (
     TILE_ATTR,
@@ -47,7 +48,11 @@ from icd_tvm.tir_schedules.cpu.tile import (
 from icd_tvm.tir_schedules.target import host_target, target_threads, vector_bits
 
 KERNEL = "vcol"
-_VECTORS = 2
+# Vectors of rows per panel. A group of one column has no other column to hide the latency of its
+# multiply-adds, and shares the load of its index and weight with them.
+_VECTORS, _LONE_VECTORS = 2, 8
+# Cycles in which L2 gives one line.
+_L2_CYCLES = 2.0
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,10 @@ class VColShape:
 
     @property
     def width(self) -> int:
-        """Rows of X in one panel."""
-        return self.lanes * min(_VECTORS, -(-self.rows // self.lanes))
+        """Rows of X in one panel: whole vectors, about as many in each panel."""
+        vectors = -(-self.rows // self.lanes)
+        panels = -(-vectors // (_VECTORS if self.tile > 1 else _LONE_VECTORS))
+        return self.lanes * -(-vectors // panels)
 
     @property
     def panels(self) -> int:
@@ -98,8 +105,8 @@ class VColShape:
 
     @property
     def tile(self) -> int:
-        """Columns of Y in one register tile: 16 accumulators, or 8 of 16 registers."""
-        return 8 if self.lanes == 16 else 4
+        """Columns of Y in one register tile, all of one group."""
+        return min(self.v, 8 if self.lanes == 16 else 4)
 
     @property
     def block(self) -> int:
@@ -136,7 +143,8 @@ def vcol_matmul(
     nk : int
         Rows of W for which ``idx`` and ``data`` have space.
     v : int, optional
-        Columns of W per group: 8 or a multiple (4 where vectors are short).
+        Columns of W per group: 8 or a multiple (4 where vectors are short), or 1: each column
+        has a row list of its own, which is the CSR form of the transposed weight.
     lead : tuple of int, optional
         Leading batch axes of X and Y.
     target : tvm.target.Target, optional
@@ -168,12 +176,16 @@ def vcol_cycles(shape: VColShape, rows: float) -> float:
     """Return the modelled cycles of a `vcol_matmul` that reads ``rows`` rows of W per group.
 
     A step costs the busier of two FMA and two load ports, and about half a cycle more when the
-    panel comes from L2; a transpose costs one cycle per shuffle and one per load and store.
+    panel comes from L2; a transpose costs one cycle per shuffle and one per load and store. Groups
+    of one column use each vector of the panel once and wait for L2: measured on Zen 5, 15 to 18
+    cycles for eight vectors.
     """
     vectors = shape.width // shape.lanes
     panels = prod(shape.batch) * shape.panels
     tiles = panels * shape.blocks * shape.block // shape.tile
     step = max(shape.tile * vectors / 2, (shape.tile + vectors + 1) / 2, 4.0) + 0.5
+    if shape.tile == 1:
+        step = max(step, _L2_CYCLES * vectors)
     turn = shape.lanes * (log2(shape.lanes) + 2)
     turns = panels * vectors * (shape.depth + shape.blocks * shape.block) / shape.lanes
     return tiles * step * rows + turns * turn
@@ -400,7 +412,11 @@ def _emit_tile(
     with T.serial(counts[group]) as step:
         row = T.bind(idx[group, step].astype("int64"))
         following = T.min(group + max(1, s.block // s.v), i64(s.groups - 1))
-        _prefetch(data[following, step, start % s.v])
+        # The weights of a model stream from memory, and the gathered rows of X hide that stream
+        # from the hardware: without this a multiply takes a third longer than on warm weights.
+        # Single columns read a line in sixteen steps, which it sees.
+        if s.v > 1:
+            T.evaluate(prefetch(data[following, step, start % s.v]))
 
         def add(c: Any, r: Any) -> None:
             product = data[group, step, start % s.v + c] * turned[(*panel, row, r)]
@@ -408,17 +424,6 @@ def _emit_tile(
 
         each(add)
     each(lambda c, r: T.buffer_store(columns, sums[c, r], [start + c, r]))
-
-
-def _prefetch(element: Any) -> None:
-    """Fetch the line of ``element`` into L2.
-
-    The weights of a model stream from memory, and the gathered rows of X hide that stream from
-    the hardware prefetchers: without this a multiply takes a third longer than on warm weights.
-    """
-    read, locality, data_cache = (tirx.IntImm("int32", value) for value in (0, 2, 1))
-    address = T.address_of(element)
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read, locality, data_cache))
 
 
 def _emit_output(s: VColShape, acc: Any, y: Any) -> None:

@@ -6,6 +6,7 @@ argument second, so that a NaN passes through.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from icd_tvm._tvm import te, tirx
@@ -23,6 +24,19 @@ _EXP = (
     5.0000001201e-1,
 )
 _EXP_MIN, _EXP_MAX = -87.33654, 88.72283
+# log(1 + m) = m - m^2 / 2 + m^3 p(m) on sqrt(1/2) <= 1 + m < sqrt(2) (Cephes, logf).
+_LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+_SQRT_HALF, _LEAST_NORMAL = 0.707106781186547524, 1.17549435e-38
 _ERF_LIMIT = 3.8
 # erf(x) = x p(2 x^2 / 3.8^2 - 1) on |x| <= 3.8: minimax in |error|, 5e-8 before rounding; beyond,
 # erf is 1 to within 8e-8. No division, and coefficients small enough for Horner in fp32.
@@ -89,6 +103,26 @@ def exp2_short(x: Any) -> Any:
     return tirx.reinterpret(
         "float32", tirx.reinterpret("int32", _horner(_EXP2_SHORT, clamped - n)) + power
     )
+
+
+def log(x: Any) -> Any:
+    """Return the natural logarithm to 2 ulp; -inf at zero, NaN below."""
+    select = tirx.Select
+    small = x < f32(_LEAST_NORMAL)
+    bits = tirx.reinterpret("int32", select(small, x * f32(2.0**23), x))
+    half = tirx.reinterpret("float32", (bits & 0x007FFFFF) | 0x3F000000)
+    low = half < f32(_SQRT_HALF)
+    exponent = ((bits >> 23) - select(small, 149, 126) - select(low, 1, 0)).astype("float32")
+    m = select(low, half + half, half) - f32(1.0)
+    tail = _horner(_LOG, m) * m * m * m + exponent * f32(_LN2_LOW) - m * m * f32(0.5)
+    value = exponent * f32(_LN2_HIGH) + (m + tail)
+    finite = select(x < f32(math.inf), value, x)
+    return select(x > f32(0.0), finite, select(x < f32(0.0), f32(math.nan), x - f32(math.inf)))
+
+
+def softplus(x: Any) -> Any:
+    """Return ``log(1 + e ** x)`` to 1e-7 absolute, without an overflow."""
+    return tirx.max(x, f32(0.0)) + log(f32(1.0) + exp(-te.abs(x)))
 
 
 def erf(x: Any) -> Any:
