@@ -149,7 +149,7 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
     """
     k, n = mask.shape
     tile = _kernel_read(rows, k, n, target)[1]
-    columns = mask.any(axis=0)
+    columns: np.ndarray = np.asarray(mask.any(axis=0))
     if mask[:, columns].all():
         matrix, counts = _dense_windows(rows, k, n, target)
         matrix = sp.csr_matrix(matrix @ sp.diags_array(columns, dtype=np.bool_))
