@@ -149,10 +149,8 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
     """
     k, n = mask.shape
     tile = _kernel_read(rows, k, n, target)[1]
-    columns: np.ndarray = np.asarray(mask.any(axis=0))
-    if mask[:, columns].all():
+    if mask.all():
         matrix, counts = _dense_windows(rows, k, n, target)
-        matrix = sp.csr_matrix(matrix @ sp.diags_array(columns, dtype=np.bool_))
     else:
         matrix, counts = _windows(rows, mask, target)
     lanes = vector_bits(target) // 32
@@ -161,7 +159,7 @@ def weight_access(mask: np.ndarray, rows: int, label: str, target: Any) -> TileA
 
 @lru_cache(maxsize=64)
 def _dense_windows(rows: int, k: int, n: int, target: Any) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Return the windows of a dense weight: layers share shapes, and all rows read alike."""
+    """Return the windows of a dense weight: layers share shapes, and all are touched alike."""
     return _windows(rows, np.ones((k, n), dtype=np.bool_), target)
 
 

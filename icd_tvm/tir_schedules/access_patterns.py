@@ -141,7 +141,7 @@ def window_incidence(
         name = naming.ids(points, index)
         ids.append(_distinct(name))
         cells.append(_distinct(name[keep] * n + axis[keep]))
-    names, touched = np.unique(np.concatenate(ids)), np.unique(np.concatenate(cells))
+    names, touched = _distinct(np.concatenate(ids)), _distinct(np.concatenate(cells))
     rows = np.searchsorted(names, touched // n)
     matrix = sp.csr_matrix(
         (np.ones(touched.size, dtype=np.bool_), (rows, touched % n)), shape=(names.size, n)
