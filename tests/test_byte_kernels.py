@@ -23,6 +23,7 @@ from icd_tvm.tir_schedules.cpu.int8_matmul import (
 )
 from icd_tvm.tir_schedules.cpu.layer_norm import NormForm, layer_norm, norm_form
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
+from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
 Array = np.ndarray
@@ -198,3 +199,11 @@ def test_codes_of_gelu_are_within_their_bound() -> None:
 def test_a_packed_weight_is_unpacked(k: int, n: int, columns: int) -> None:
     weight = np.random.default_rng(k).integers(-128, 128, (k, n)).astype(np.int8)
     np.testing.assert_array_equal(unpack_int8(pack_int8(weight, columns), k, n), weight)
+
+
+@pytest.mark.parametrize(("m", "n", "fetches"), [(64, 512, True), (4, 512, False), (64, 8, False)])
+def test_the_next_panel_is_fetched_where_row_tiles_share_one(m: int, n: int, fetches: bool) -> None:
+    target = host_target(1)
+    sch = ExplicitTileRule().apply(int8_matmul(m, 64, n, target), target, False)
+    asm = compile_kernel(sch.mod["main"], target).mod.inspect_source("asm")
+    assert ("prefetch" in asm) == fetches

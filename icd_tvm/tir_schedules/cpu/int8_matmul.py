@@ -189,13 +189,14 @@ class _Int8Builder(TileBuilder):
     def _prefetch(self, w: Any, panel: Any, group: Any) -> None:
         """Fetch a part of the next panel, which lies behind this one; each row tile its own.
 
-        The weights of a model come from beyond L2: without this the first row tile of a panel
-        takes twice the time of the others.
+        The weights of a model come from beyond L2: 16 rows of 768 take a seventh less time so. A
+        panel that serves one row tile alone streams as fast as memory gives it.
         """
-        if self.panels == 1:
+        row_tiles = self.rows // self.tile.rows
+        if self.panels == 1 or row_tiles == 1:
             return
         width = self.tile.columns * QUAD
-        lines = -(-_UNROLL * width // (_LINE * (self.rows // self.tile.rows)))
+        lines = -(-_UNROLL * width // (_LINE * row_tiles))
         for line in range(lines):
             start = (group * lines + line) * _LINE
             ahead = self.quads + tirx.floordiv(start, width)
