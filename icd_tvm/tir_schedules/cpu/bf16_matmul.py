@@ -21,6 +21,7 @@ PAIR = 2
 _UNROLL = 4
 _MAX_VECTORS = 8
 _LINE, _AHEAD = 64, 8192
+_NEGATIVE_ZERO = 0x8000
 
 
 def bf16_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -> Tile:
@@ -104,7 +105,9 @@ def pack_bf16(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.uint16]:
         raise ShapeError(f"a weight of {weight.dtype} is not rounded", "pass float32")
     pairs, panels = -(-k // PAIR), -(-n // columns)
     padded = np.zeros((pairs * PAIR, panels * columns), np.uint16)
-    padded[:k, :n] = weight.astype(ml_dtypes.bfloat16).view(np.uint16)
+    bits = weight.astype(ml_dtypes.bfloat16).view(np.uint16)
+    # Masking leaves negative zeros: their bits would count as a value.
+    padded[:k, :n] = np.where(bits == _NEGATIVE_ZERO, np.uint16(0), bits)
     split = padded.reshape(pairs, PAIR, panels, columns)
     return np.ascontiguousarray(split.transpose(2, 0, 3, 1)).reshape(panels, pairs, -1)
 
