@@ -30,6 +30,7 @@ def legalize_map(target: Any) -> dict[str, Legalizer]:
     unary: dict[str, Callable[[Any], Any]] = {
         "relax.erf": vector_math.erf,
         "relax.exp": vector_math.exp,
+        "relax.log": vector_math.log,
         "relax.tanh": vector_math.tanh,
         "relax.sigmoid": vector_math.sigmoid,
         "relax.nn.gelu": vector_math.gelu,

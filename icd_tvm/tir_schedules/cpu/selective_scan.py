@@ -32,12 +32,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Min": tirx.min,
     "Neg": lambda a: -a,
     "Exp": vector_math.exp,
-    "Log": te.log,
+    "Log": vector_math.log,
     "Sqrt": te.sqrt,
     "Abs": te.abs,
     "Tanh": vector_math.tanh,
     "Sigmoid": vector_math.sigmoid,
-    "Softplus": lambda a: tirx.max(a, f32(0.0)) + te.log(f32(1.0) + vector_math.exp(-te.abs(a))),
+    "Softplus": lambda a: (
+        tirx.max(a, f32(0.0)) + vector_math.log(f32(1.0) + vector_math.exp(-te.abs(a)))
+    ),
     "Relu": lambda a: tirx.max(a, f32(0.0)),
 }
 

@@ -6,6 +6,7 @@ argument second, so that a NaN passes through.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from icd_tvm._tvm import te, tirx
@@ -22,6 +23,19 @@ _EXP = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
+# log(1 + f) = f - f^2 / 2 + f^3 p(f) on sqrt(1/2) <= 1 + f < sqrt(2) (Cephes, logf).
+_LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+_SQRT_HALF_BITS, _LEAST_NORMAL = 0x3F3504F3, 2.0**-126
 _EXP_MIN, _EXP_MAX = -87.33654, 88.72283
 _ERF_LIMIT = 3.8
 # erf(x) = x p(2 x^2 / 3.8^2 - 1) on |x| <= 3.8: minimax in |error|, 5e-8 before rounding; beyond,
@@ -54,6 +68,23 @@ def exp(x: Any) -> Any:
     # Scaling by half the power keeps the exponent in range at both ends.
     half = tirx.reinterpret("float32", (n.astype("int32") + 126) << 23)
     return value * half * f32(2.0)
+
+
+def log(x: Any) -> Any:
+    """Return the natural logarithm to 2 ulp; -inf of zero, NaN below it."""
+    small = x < f32(_LEAST_NORMAL)
+    normal = tirx.Select(small, x * f32(2.0**23), x)
+    bits = tirx.reinterpret("int32", normal)
+    # Arithmetic shift: the power of two that leaves a factor from sqrt(1/2) to sqrt(2).
+    power = (bits - _SQRT_HALF_BITS) >> 23
+    f = tirx.reinterpret("float32", bits - (power << 23)) - f32(1.0)
+    n = power.astype("float32") - tirx.Select(small, f32(23.0), f32(0.0))
+    square = f * f
+    value = f * square * _horner(_LOG, f) + n * f32(_LN2_LOW) - square * f32(0.5)
+    value = value + f + n * f32(_LN2_HIGH)
+    value = tirx.Select(x > f32(0.0), value, f32(math.nan))
+    value = tirx.Select(tirx.EQ(x, f32(0.0)), f32(-math.inf), value)
+    return tirx.Select(tirx.EQ(x, f32(math.inf)), x, value)
 
 
 def erf(x: Any) -> Any:
