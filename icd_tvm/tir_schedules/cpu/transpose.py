@@ -53,7 +53,8 @@ def transpose(shape: tuple[int, ...], target: Any) -> Any:
             T.serial(rows // lanes) as block,
             T.sblock("transpose"),
         ):
-            place, rest = [], task // blocks
+            place: list[Any] = []
+            rest = task // blocks
             for extent in reversed(lead):
                 place.insert(0, rest % extent)
                 rest = rest // extent
