@@ -74,9 +74,10 @@ class _Packer(PyExprMutator):
         """Return the name and function of the kernel, and the weight packed for it."""
         (k, n), target = weight.shape, self._owner.target
         batch, rows = flat_rows(lead, m)
-        form, columns = NarrowWeight(32, k), narrow_tile(rows, target).columns
         # One row takes what its weight takes to arrive, so that fetching ahead pays.
+        columns = narrow_tile(1, target).columns
         if rows * prod(batch) == 1 and n >= _MIN_PANELS * columns:
+            form = NarrowWeight(32, k)
             func = narrow_matmul(m, k, n, form, target, lead=lead)
             return "narrow_matmul", func, pack_narrow(weight, [], form, columns)[0]
         tile = choose_tile(rows, k, n, target)
