@@ -183,12 +183,11 @@ def step_line(
     slots: int, threads: int, rounds: int, peers: tuple[str, ...], gguf: Path | None
 ) -> Line:
     """Measure one size of the cache, all runtimes in turns."""
-    from icd_tvm.measure.peers import Peer, PeerError, compare_with_peer
+    from icd_tvm.measure.peers import compare_with_peer
     from icd_tvm.measure.statistics import summarise
     from icd_tvm.models.smollm2 import build_smollm2_step
 
     feeds = step_feeds(slots)
-    missing: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="icd-step-")))
         model = build_smollm2_step(slots)
@@ -196,35 +195,49 @@ def step_line(
         built = step_arms(model, threads)
         del model
         files = dict.fromkeys(peers, folder / "step.onnx") | ({LLAMA: gguf} if gguf else {})
-        running: dict[str, Peer] = {}
-        for name, path in files.items():
-            try:
-                running[name] = stack.enter_context(Peer(name, path, feeds, threads))
-            except PeerError as error:
-                missing[name] = str(error)
-        logits = built["ours"].run_all(feeds)[0]
+        running, missing = started(stack, files, feeds, threads)
         calls = {name: arm.caller(feeds) for name, arm in built.items()}
         samples = compare_with_peer(calls, running, blocks=-(-rounds // 5), block_repeats=5)
-        differences = {
-            name: float(np.abs(peer.outputs["logits"] - logits).max() / np.abs(logits).max())
-            for name, peer in running.items()
-            if name != LLAMA
-        }
+        apart = {name: differences(arm, feeds, running) for name, arm in built.items()}
         info = {name: peer.info for name, peer in running.items()}
     times = {name: summarise(values) for name, values in samples.items()}
     line: Line = {"case": f"SmolLM2-135M step, int8 weights, {slots} slots", "threads": threads}
     line |= {"ms": {name: [t["median"], t["min"]] for name, t in times.items()}}
     line |= {"bar": STEP_BAR, "rounds": len(samples["ours"]), "missing": missing, "peers": info}
-    line["logits_max_relative_difference"] = differences
+    line |= {"logits_max_relative_difference": apart}
     present = [name for name in peers if name in times]
     if not present:
         return {**line, "failed": "; ".join(missing.values()) or "no peer was asked for"}
     line |= to_fastest("ours", times, present)
-    if LLAMA in times:
-        line["to_llamacpp"] = {
-            name: times[name]["median"] / times[LLAMA]["median"] for name in built
-        }
+    other = times.get(LLAMA)
+    if other:
+        line["to_llamacpp"] = {name: times[name]["median"] / other["median"] for name in built}
     return line
+
+
+def started(
+    stack: contextlib.ExitStack, files: dict[str, Path], feeds: dict[str, np.ndarray], threads: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Start every peer on its file; return those that run, and why the others do not."""
+    from icd_tvm.measure.peers import Peer, PeerError
+
+    running, missing = {}, {}
+    for name, path in files.items():
+        try:
+            running[name] = stack.enter_context(Peer(name, path, feeds, threads))
+        except PeerError as error:
+            missing[name] = str(error)
+    return running, missing
+
+
+def differences(arm: Any, feeds: dict[str, np.ndarray], peers: dict[str, Any]) -> dict[str, float]:
+    """Return how far our logits are from those of each peer that reads the same cache."""
+    logits = arm.run_all(feeds)[0]
+    return {
+        name: float(np.abs(peer.outputs["logits"] - logits).max() / np.abs(logits).max())
+        for name, peer in peers.items()
+        if name != LLAMA
+    }
 
 
 # -- table

@@ -287,6 +287,20 @@ def test_a_transposed_constant_weight_is_packed() -> None:
     np.testing.assert_allclose(execute(mod, x), x @ weight.T, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("rows", "n", "kernel"),
+    [((1,), 512, "narrow"), ((1, 1), 512, "narrow"), ((2,), 512, "dense"), ((1,), 40, "dense")],
+)
+def test_one_row_takes_the_kernel_that_fetches_ahead(
+    rows: tuple[int, ...], n: int, kernel: str
+) -> None:
+    weight = random(24, n)
+    mod = module(lambda emit, x: emit(relax.op.matmul(x, relax.const(weight))), x=(*rows, 24))
+    assert calls(lower(mod)) == [f"{kernel}_matmul"]
+    x = random(*rows, 24)
+    np.testing.assert_allclose(execute(mod, x), x @ weight, atol=1e-4)
+
+
 @pytest.mark.parametrize("shapes", [((2, 9, 24), (2, 24, 32)), ((5, 7), (7, 3)), ((4,), (4, 16))])
 def test_matmul_without_a_constant(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     mod = module(lambda emit, a, b: emit(relax.op.matmul(a, b)), a=shapes[0], b=shapes[1])

@@ -89,26 +89,29 @@ def _weights_by_blocks(graph: Any) -> None:
         if found is None or len(found.dims) != 2:
             continue
         weight = numpy_helper.to_array(found).T
-        n, k = weight.shape
-        padded = np.pad(weight, ((0, 0), (0, -k % BLOCK))).reshape(n, -1, BLOCK)
-        scale = np.maximum(np.abs(padded).max(axis=2, keepdims=True) / 127, 1e-30)
-        codes = (np.rint(padded / scale) + 128).astype(np.uint8)
-        parts = {"codes": codes, "scales": scale.astype(np.float32).reshape(-1)}
+        parts = dict(zip(("codes", "scales"), _by_blocks(weight), strict=True))
         names = [f"{node.output[0]}.{part}" for part in parts]
-        graph.initializer.extend(
-            numpy_helper.from_array(array, name)
-            for name, array in zip(names, parts.values(), strict=True)
+        graph.initializer.extend(map(numpy_helper.from_array, parts.values(), names))
+        sizes = {"N": weight.shape[0], "K": weight.shape[1], "block_size": BLOCK, "bits": 8}
+        inputs, domain = [node.input[0], *names], "com.microsoft"
+        node.CopyFrom(
+            helper.make_node(
+                "MatMulNBits", inputs, node.output, domain=domain, accuracy_level=4, **sizes
+            )
         )
-        sizes = {"K": k, "N": n, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
-        inputs = [node.input[0], *names]
-        new = helper.make_node(
-            "MatMulNBits", inputs, node.output, node.name, domain="com.microsoft", **sizes
-        )
-        node.CopyFrom(new)
     used = {name for node in graph.node for name in node.input}
     kept = [constant for constant in graph.initializer if constant.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _by_blocks(weight: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]:
+    """Return codes [N, blocks, BLOCK], 128 for zero, and the scales of all blocks."""
+    n, k = weight.shape
+    blocks = np.pad(weight, ((0, 0), (0, -k % BLOCK))).reshape(n, -1, BLOCK)
+    scale = np.maximum(np.abs(blocks).max(axis=2, keepdims=True) / 127, 1e-30)
+    codes = (np.rint(blocks / scale) + 128).astype(np.uint8)
+    return codes, scale.astype(np.float32).reshape(-1)
 
 
 def openvino_backend(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
+
+import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, tvm
 from icd_tvm.relax_passes.relax_graph import (
@@ -12,7 +15,11 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight, narrow_matmul, narrow_tile, pack_narrow
 from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
+
+# With fewer panels the padding of the last one is a large part of the weight.
+_MIN_PANELS = 4
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
@@ -55,10 +62,23 @@ class _Packer(PyExprMutator):
         weight = constant_weight(call)
         if weight is None:
             return call
-        *lead, m, k = static_shape(call.args[0]) or ()
-        n = weight.shape[1]
-        tile = choose_tile(flat_rows(tuple(lead), m)[1], k, n, self._owner.target)
-        packed = named_const(pack_dense(weight, tile.columns), const_name(call.args[1]))
+        *lead, m, _ = static_shape(call.args[0]) or ()
+        name, func, packed = self._kernel(tuple(lead), m, weight)
         self._owner.packed += 1
-        func = dense_matmul(m, k, n, tile, tuple(lead))
-        return call_func(self.builder_, func, "dense_matmul", [call.args[0], packed], call.ty)
+        args = [call.args[0], named_const(packed, const_name(call.args[1]))]
+        return call_func(self.builder_, func, name, args, call.ty)
+
+    def _kernel(
+        self, lead: tuple[int, ...], m: int, weight: npt.NDArray[Any]
+    ) -> tuple[str, Any, npt.NDArray[Any]]:
+        """Return the name and function of the kernel, and the weight packed for it."""
+        (k, n), target = weight.shape, self._owner.target
+        batch, rows = flat_rows(lead, m)
+        # One row takes what its weight takes to arrive, so that fetching ahead pays.
+        columns = narrow_tile(1, target).columns
+        if rows * prod(batch) == 1 and n >= _MIN_PANELS * columns:
+            form = NarrowWeight(32, k)
+            func = narrow_matmul(m, k, n, form, target, lead=lead)
+            return "narrow_matmul", func, pack_narrow(weight, [], form, columns)[0]
+        tile = choose_tile(rows, k, n, target)
+        return "dense_matmul", dense_matmul(m, k, n, tile, lead), pack_dense(weight, tile.columns)

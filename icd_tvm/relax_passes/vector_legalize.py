@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import Op, named_const, te, tirx
+from icd_tvm._tvm import GenericConst, Op, named_const, te, tirx
 from icd_tvm.relax_passes.relax_graph import (
     call_func,
     constant_array,
@@ -18,8 +19,12 @@ from icd_tvm.relax_passes.relax_graph import (
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.emit import f32
 from icd_tvm.tir_schedules.cpu.softmax import softmax
+from icd_tvm.tir_schedules.cpu.transpose import transpose
+from icd_tvm.tir_schedules.target import vector_bits
 
 Legalizer = Callable[[Any, Any], Any]
+# Elements from which a transpose takes longer than the fusion that it ends would save.
+_LARGE = 1 << 14
 
 
 def legalize_map(target: Any) -> dict[str, Legalizer]:
@@ -50,6 +55,7 @@ def legalize_map(target: Any) -> dict[str, Legalizer]:
     table = {name: _unary(name, function) for name, function in unary.items()}
     table["relax.divide"] = _divide
     table["relax.quantize"] = _quantize
+    table["relax.permute_dims"] = lambda builder, call: _transpose(builder, call, target)
     table["relax.nn.softmax"] = lambda builder, call: _softmax(builder, call, target)
     return table
 
@@ -112,6 +118,20 @@ def _softmax(builder: Any, call: Any, target: Any) -> Any:
     if int(call.attrs.axis) % len(shape) != len(shape) - 1:
         return _default(builder, call)
     return call_func(builder, softmax(shape, target), "softmax", [call.args[0]], call.ty)
+
+
+def _transpose(builder: Any, call: Any, target: Any) -> Any:
+    """Exchange the last two axes of a large tensor in registers."""
+    shape, lanes = static_shape(call.args[0]) or (), vector_bits(target) // 32
+    axes = call.attrs.axes
+    order = list(range(len(shape)))
+    swapped = [*order[:-2], *reversed(order[-2:])]
+    if axes is None or len(shape) not in (2, 3) or [int(axis) for axis in axes] != swapped:
+        return _default(builder, call)
+    fits = shape[-2] % lanes == 0 and shape[-1] % lanes == 0 and prod(shape) >= _LARGE
+    if not fits or not is_float32(call) or isinstance(call.args[0], GenericConst):
+        return _default(builder, call)
+    return call_func(builder, transpose(shape, target), "transpose", [call.args[0]], call.ty)
 
 
 def _default(builder: Any, call: Any) -> Any:

@@ -23,8 +23,7 @@ _EXP = (
     1.6666665459e-1,
     5.0000001201e-1,
 )
-_EXP_MIN, _EXP_MAX = -87.33654, 88.72283
-# log(1 + m) = m - m^2 / 2 + m^3 p(m) on sqrt(1/2) <= 1 + m < sqrt(2) (Cephes, logf).
+# log(1 + f) = f - f^2 / 2 + f^3 p(f) on sqrt(1/2) <= 1 + f < sqrt(2) (Cephes, logf).
 _LOG = (
     7.0376836292e-2,
     -1.1514610310e-1,
@@ -36,7 +35,8 @@ _LOG = (
     -2.4999993993e-1,
     3.3333331174e-1,
 )
-_SQRT_HALF, _LEAST_NORMAL = 0.707106781186547524, 1.17549435e-38
+_SQRT_HALF_BITS, _LEAST_NORMAL = 0x3F3504F3, 2.0**-126
+_EXP_MIN, _EXP_MAX = -87.33654, 88.72283
 _ERF_LIMIT = 3.8
 # erf(x) = x p(2 x^2 / 3.8^2 - 1) on |x| <= 3.8: minimax in |error|, 5e-8 before rounding; beyond,
 # erf is 1 to within 8e-8. No division, and coefficients small enough for Horner in fp32.
@@ -106,18 +106,20 @@ def exp2_short(x: Any) -> Any:
 
 
 def log(x: Any) -> Any:
-    """Return the natural logarithm to 2 ulp; -inf at zero, NaN below."""
-    select = tirx.Select
+    """Return the natural logarithm to 2 ulp; -inf of zero, NaN below it."""
     small = x < f32(_LEAST_NORMAL)
-    bits = tirx.reinterpret("int32", select(small, x * f32(2.0**23), x))
-    half = tirx.reinterpret("float32", (bits & 0x007FFFFF) | 0x3F000000)
-    low = half < f32(_SQRT_HALF)
-    exponent = ((bits >> 23) - select(small, 149, 126) - select(low, 1, 0)).astype("float32")
-    m = select(low, half + half, half) - f32(1.0)
-    tail = _horner(_LOG, m) * m * m * m + exponent * f32(_LN2_LOW) - m * m * f32(0.5)
-    value = exponent * f32(_LN2_HIGH) + (m + tail)
-    finite = select(x < f32(math.inf), value, x)
-    return select(x > f32(0.0), finite, select(x < f32(0.0), f32(math.nan), x - f32(math.inf)))
+    normal = tirx.Select(small, x * f32(2.0**23), x)
+    bits = tirx.reinterpret("int32", normal)
+    # Arithmetic shift: the power of two that leaves a factor from sqrt(1/2) to sqrt(2).
+    power = (bits - _SQRT_HALF_BITS) >> 23
+    f = tirx.reinterpret("float32", bits - (power << 23)) - f32(1.0)
+    n = power.astype("float32") - tirx.Select(small, f32(23.0), f32(0.0))
+    square = f * f
+    value = f * square * _horner(_LOG, f) + n * f32(_LN2_LOW) - square * f32(0.5)
+    value = value + f + n * f32(_LN2_HIGH)
+    value = tirx.Select(x > f32(0.0), value, f32(math.nan))
+    value = tirx.Select(tirx.EQ(x, f32(0.0)), f32(-math.inf), value)
+    return tirx.Select(tirx.EQ(x, f32(math.inf)), x, value)
 
 
 def softplus(x: Any) -> Any:
