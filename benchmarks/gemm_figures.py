@@ -104,11 +104,15 @@ def _own(line: Mapping[str, Any]) -> float:
 def main() -> None:
     # The peaks are of the threads that TVM finds in the environment when it is loaded.
     from icd_tvm.measure.byte_peak import byte_peak
+    from icd_tvm.measure.conditions import pinned
     from icd_tvm.measure.peaks import machine_peaks
     from icd_tvm.tir_schedules.target import host_target
 
     target = host_target(int(os.environ["TVM_NUM_THREADS"]))
-    rates = {"fp32": machine_peaks(target)["peak_flops"], "int8": byte_peak(target)}
+    # Only once the pool runs is there a CPU without a worker, for this thread to stay on.
+    byte_peak(target)
+    with pinned():
+        rates = {"fp32": machine_peaks(target)["peak_flops"], "int8": byte_peak(target)}
     print(json.dumps({kind: rate / 1e9 for kind, rate in rates.items()}))
 
 

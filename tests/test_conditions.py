@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from icd_tvm.commands.threads import set_threads
 from icd_tvm.measure import conditions
 from icd_tvm.measure.conditions import clock, pinned
 
@@ -94,3 +95,17 @@ def test_sizing_the_pool_leaves_the_calling_thread_free() -> None:
         "assert os.sched_getaffinity(0) == before, (before, os.sched_getaffinity(0))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "found"), [(3, "5", "3"), (None, "5", "5"), (None, None, "usable")]
+)
+def test_threads_of_the_pool_are_asked_for_or_inherited_or_all_that_are_usable(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, before: str | None, found: str
+) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", before or "")
+    if before is None:
+        monkeypatch.delenv("TVM_NUM_THREADS")
+    set_threads(given)
+    usable = str(len(os.sched_getaffinity(0)))
+    assert os.environ["TVM_NUM_THREADS"] == (usable if found == "usable" else found)

@@ -167,7 +167,14 @@ def sparse_encoder(v: int) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "v"),
-    [("vrow16", 16), ("vrow32", 32), ("rowlist", 10**6), ("vcol8", 8), ("vcol16", 16)],
+    [
+        ("vrow16", 16),
+        ("vrow32", 32),
+        ("rowlist", 10**6),
+        ("vcol8", 8),
+        ("vcol16", 16),
+        ("vcol1", 1),
+    ],
 )
 def test_encoder_with_sparse_kernels_equals_the_dense_one(kind: str, v: int) -> None:
     mod, imported = sparse_encoder(v), tiny()
