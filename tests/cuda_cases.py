@@ -13,10 +13,10 @@ from cuda_emulation import numpy_dtype
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import (
-    TILES,
     gemm_rule,
     live_blocks,
 )
+from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule, SourceKernel

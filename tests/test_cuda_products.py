@@ -27,13 +27,12 @@ from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import (
-    TILES,
-    choose_tile,
     gemm_rule,
     live_blocks,
     pack_weight,
     unpack_weight,
 )
+from icd_tvm.tir_schedules.cuda.gemm_tile import TILES, choose_tile
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors, unpack_int4
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Rule

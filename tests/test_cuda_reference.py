@@ -11,8 +11,9 @@ from cuda_emulation import Emulated
 
 from icd_tvm.measure.cuda_reference import make_trial, run_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule, paged_attention_rule
-from icd_tvm.tir_schedules.cuda.gemm import TILES, gemm_rule
+from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import TILES_24, gemm_24_rule
+from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8

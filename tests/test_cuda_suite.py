@@ -27,7 +27,8 @@ from icd_tvm.measure.energy import EnergyRecord
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
-from icd_tvm.tir_schedules.cuda.gemm import TILES, gemm_rule
+from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
+from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm.tir_schedules.cuda.archs import SMS
+from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, STAGES, GemmTile, choose_tile
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
     WIDTHS,
@@ -28,92 +28,9 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
 from icd_tvm.tir_schedules.cuda.turn import turn_kernel
 
 Array = npt.NDArray[np.generic]
-ROW = 64  # bytes of K in a tile
 SLAB = 16  # rows of W in a block that is live or dead
-STAGES = 4
-LAUNCH = 500  # rows of 64 bytes that a multiprocessor reads from DRAM in 1 us
 PLAIN = Epilogue()
 _SCALED = (FP8, "int8")
-
-
-@dataclass(frozen=True)
-class GemmTile:
-    """Rows and columns of C that a block and a warp make, and parts of K."""
-
-    m: int
-    n: int
-    warp_m: int
-    warp_n: int
-    splits: int = 1
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.m // self.warp_m * (self.n // self.warp_n) * 32
-
-
-# Large ones first: the more of C a block makes, the fewer bytes it reads for an operation.
-TILES = (
-    GemmTile(128, 128, 64, 32),
-    GemmTile(128, 64, 32, 32),
-    GemmTile(64, 128, 32, 32),
-    GemmTile(64, 64, 32, 32),
-    GemmTile(32, 64, 16, 32),
-    GemmTile(16, 64, 16, 16),
-)
-
-
-def choose_tile(
-    m: int,
-    n: int,
-    k_tiles: int,
-    arch: str,
-    columns: int | None = None,
-    *,
-    tiles: tuple[GemmTile, ...] = TILES,
-    parts: bool = True,
-) -> GemmTile:
-    """Return the tile of least modelled time, with parts of K where too few blocks fill the device.
-
-    Parameters
-    ----------
-    m, n : int
-        Rows and columns of C.
-    k_tiles : int
-        Tiles of K, each of 64 bytes.
-    arch : str
-        A key of `SMS`.
-    columns : int, optional
-        Columns that a block must have: those of a group with one list of live blocks.
-    tiles : tuple of GemmTile
-        To choose from.
-    parts : bool
-        Whether K may be parted.
-    """
-    fits = [tile for tile in tiles if columns in (None, tile.n)]
-    if parts:
-        fits += [_split(tile, m, n, k_tiles, SMS[arch]) for tile in fits]
-    return min(fits, key=lambda tile: _cost(tile, m, n, k_tiles, SMS[arch]))
-
-
-def _split(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> GemmTile:
-    blocks = -(-m // tile.m) * -(-n // tile.n)
-    # A part must be long enough to fill its stages, and its sums cost traffic.
-    splits = max(1, min(sms // blocks, k_tiles // (2 * STAGES), 8)) if m <= 128 else 1
-    return GemmTile(tile.m, tile.n, tile.warp_m, tile.warp_n, splits)
-
-
-def _cost(tile: GemmTile, m: int, n: int, k_tiles: int, sms: int) -> float:
-    """Return modelled time, in rows of 64 bytes that a multiprocessor loads.
-
-    Waves of blocks times what one loads or computes; parts of K are written and read once more, in
-    float32, and cost a launch.
-    """
-    blocks = -(-m // tile.m) * -(-n // tile.n) * tile.splits
-    # Small tiles are bound by the bytes they load: a tile of 128 x 128 hides them.
-    work = max(tile.m * tile.n / 128, tile.m + tile.n)
-    sums = 8 * tile.splits * m * n / ROW / sms + LAUNCH if tile.splits > 1 else 0
-    return float(-(-blocks // sms) * work * -(-k_tiles // tile.splits) + sums)
 
 
 def live_blocks(weight: Array, columns: int) -> npt.NDArray[np.int32]:
