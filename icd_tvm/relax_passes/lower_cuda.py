@@ -73,6 +73,10 @@ def build_cuda(mod: Any, target: Any, precision: str | None = None) -> Any:
     tvm.runtime.vm.VMExecutable
         For ``VirtualMachine(executable, tvm.cuda())``.
     """
-    lowered = lower_cuda(mod, target, precision)
+    return compile_lowered(lower_cuda(mod, target, precision), target)
+
+
+def compile_lowered(lowered: Any, target: Any) -> Any:
+    """Compile what `lower_cuda` returned, whose constants may have become parameters since."""
     with target:
         return tvm.compile(lowered, target, relax_pipeline=relax.get_default_pipeline(target))

@@ -21,7 +21,9 @@ TIMEOUT_S = 3600
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def cross_compile(mod: Any, arch: str, path: Path, precision: str | None = None) -> list[CodeEntry]:
+def cross_compile(
+    mod: Any, arch: str, path: Path, precision: str | None = None, *, lowered: bool = False
+) -> list[CodeEntry]:
     """Write a library with machine code of a CUDA architecture inside.
 
     Parameters
@@ -34,6 +36,8 @@ def cross_compile(mod: Any, arch: str, path: Path, precision: str | None = None)
         File to write.
     precision : str, optional
         As for `icd_tvm.relax_passes.lower_cuda.cuda_pipeline`.
+    lowered : bool
+        ``mod`` comes from `icd_tvm.relax_passes.lower_cuda.lower_cuda`.
 
     Returns
     -------
@@ -54,7 +58,7 @@ def cross_compile(mod: Any, arch: str, path: Path, precision: str | None = None)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "module.json"
         source.write_text(tvm.ir.save_json(mod), "utf-8")
-        _run_child([str(source), str(path), arch, precision or ""])
+        _run_child([str(source), str(path), arch, precision or "", "lowered" if lowered else ""])
     return check_machine_code(path, arch)
 
 
@@ -92,16 +96,18 @@ def _run_child(arguments: list[str]) -> None:
         raise IcdError(f"the CUDA compiler failed: {reason[:300]}")
 
 
-def _child(source: str, path: str, arch: str, precision: str) -> None:
+def _child(source: str, path: str, arch: str, precision: str, lowered: str) -> None:
     load_driver()
     from icd_tvm._tvm import tvm, tvm_ffi
-    from icd_tvm.relax_passes.lower_cuda import build_cuda
+    from icd_tvm.relax_passes.lower_cuda import build_cuda, compile_lowered
     from icd_tvm.tir_schedules.target import cuda_target
 
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
         raise MeasurementError("TVM's CUDA runtime did not load")
     mod = tvm.ir.load_json(Path(source).read_text("utf-8"))
-    build_cuda(mod, cuda_target(arch), precision or None).export_library(path)
+    target = cuda_target(arch)
+    made = compile_lowered(mod, target) if lowered else build_cuda(mod, target, precision or None)
+    made.export_library(path)
 
 
 if __name__ == "__main__":
