@@ -33,7 +33,8 @@ from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation
 from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.replace_constants import replace_constants
-from icd_tvm.runtime.arms import DENSE, IDENTITY, ordered_arms
+from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
+from icd_tvm.runtime.arms import DENSE, IDENTITY, LINEAR, RANDOM, Arm, linear_arm, ordered_arms
 from icd_tvm.tir_schedules.target import host_target
 
 Perms = dict[str, npt.NDArray[Any]]
@@ -97,7 +98,8 @@ class Arms:
     def __init__(self, case: Case, orders: Orders) -> None:
         self._case = case
         imported, states = _model(case)
-        self._imported = imported
+        # Not the model itself: it holds every weight once more.
+        self._inputs = [spec.name for spec in imported.inputs]
         self.dense = apply_pass(AttachLayoutTags(states), imported.mod)
         self.drawn = {name: c.value.numpy() for name, c in matrices(self.dense).items()}
         self._transformed = _transform(self.dense, case.sparsity)
@@ -113,16 +115,27 @@ class Arms:
         plain, codes = self._transformed, coded(self._transformed, self.drawn)
         if name == IDENTITY:
             return plain, codes, ""
-        made = ordered_arms(plain, *self._orders, seed=0)[name]
+        made = self._ordered(name, plain)
         if made.same_as:
             return made.mod, None, made.same_as
-        return made.mod, ordered_arms(codes, *self._orders, seed=0)[name].mod, ""
+        return made.mod, self._ordered(name, codes).mod, ""
+
+    def _ordered(self, name: str, mod: Any) -> Arm:
+        """Return one arm; `ordered_arms` makes all, and large models fit once."""
+        before, after = self._orders
+        if name == RANDOM:
+            return ordered_arms(mod, {}, None, seed=0)[RANDOM]
+        if name == LINEAR:
+            return linear_arm(mod, before)
+        rewrite = RewriteLayout(after)
+        made = apply_pass(rewrite, mod)
+        return Arm(name, made) if after or rewrite.removed else Arm(name, mod, same_as=IDENTITY)
 
     def inputs(self) -> dict[str, str]:
         """Return what to feed each input: ``ids:LIMIT``, ``ones`` or ``zeros``."""
         config = MODELS[self._case.model]
         fills = {"input_ids": f"ids:{config.vocab}", "attention_mask": "ones"}
-        return {spec.name: fills.get(spec.name, "zeros") for spec in self._imported.inputs}
+        return {name: fills.get(name, "zeros") for name in self._inputs}
 
 
 def _model(case: Case) -> tuple[ImportedModel, tuple[tuple[str, str], ...]]:
