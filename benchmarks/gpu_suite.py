@@ -1,13 +1,14 @@
-"""All CUDA kernels on a GPU host in one call of at most eight minutes.
+"""Kernels and whole models on a GPU host in one call of at most eight minutes.
 
-    python benchmarks/gpu_suite.py --build gpu-kernels        # anywhere nvcc is; then take it along
-    python benchmarks/gpu_suite.py --kernels gpu-kernels      # on the GPU host
+    python benchmarks/gpu_suite.py --build gpu-suite     # anywhere nvcc and TVM are; take it along
+    python benchmarks/gpu_suite.py --kernels gpu-suite   # on the GPU host
 
-Needs numpy and ml_dtypes, neither TVM nor the toolkit. Each part has a share of the time, so that a
-short slot still gives whole results: correctness against float64, times by CUDA events around
-graphs of launches (`icd_tvm.measure.cuda_timing` says what cold and warm are), energy of windows by
-NVML, counters by ncu where that is permitted, cuBLAS by torch where it is installed. Without a GPU
-it comes to its end too, and says "not measured" everywhere.
+Kernels need numpy and ml_dtypes, whole models TVM's runtime too; neither needs the toolkit. Each
+part has a share of the time and the record is written after each, so that a short slot still gives
+whole results: kernels against float64, their times by CUDA events around graphs of launches
+(`icd_tvm.measure.cuda_timing` says what cold and warm are), cuBLAS and cuSPARSELt by torch, the
+arms of whole models (`benchmarks/gpu/models.py`), their energy by NVML and counters by ncu. Without
+a GPU it comes to its end too, and says "not measured" everywhere.
 """
 
 from __future__ import annotations
@@ -17,263 +18,190 @@ import datetime
 import json
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from icd_tvm.errors import IcdError, MeasurementError
+from benchmarks.gpu import peers
+from benchmarks.gpu.gates import wrong_values
+from benchmarks.gpu.kernels import build_kernels, child, counters, open_device
+from benchmarks.gpu.machine import Machine, TvmMachine
+from benchmarks.gpu.model_counters import model_child, model_counters, model_energy
+from benchmarks.gpu.model_times import measure_models
+from benchmarks.gpu.models import Models
+from benchmarks.gpu.table import table
+from benchmarks.gpu.wheels import add_runtime
+from icd_tvm.errors import IcdError
+from icd_tvm.files import write_atomically
 from icd_tvm.measure.cuda_driver import CudaDevice
-from icd_tvm.measure.cuda_reference import make_trial
 from icd_tvm.measure.cuda_roofline import predict
 from icd_tvm.measure.cuda_timing import (
-    CHOSEN,
-    MAX_SETS,
     PARTS,
-    REPEATS,
-    Buffers,
     Clock,
     check_values,
     copy_rate,
     count_joules,
     measure_times,
-    sets_of,
 )
-from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
-from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
 
 LIMIT_S = 480.0
-
-
-def peers(clock: Clock) -> dict[str, Any]:
-    """Time cuBLAS and fused attention through torch, with buffers in turn as ours."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MeasurementError("torch is not installed") from error
-    if not torch.cuda.is_available():
-        raise MeasurementError("torch finds no GPU")
-    found: dict[str, Any] = {"torch": torch.__version__}
-    shapes = {f"bert ffn1 {m} rows fp16": (m, 3072, 768) for m in (128, 1024, 4096, 16384)}
-    shapes |= {"mamba in_proj fp16": (1, 10240, 2560), "mamba out_proj fp16": (1, 2560, 5120)}
-    for name, (m, n, k) in shapes.items():
-        if clock.over("peers"):
-            found[name] = "not measured: no time is left"
-            continue
-        sets = int(np.clip(200e6 // (2 * (m * k + n * k + m * n)) + 1, 2, MAX_SETS))
-        make = [torch.randn(size, dtype=torch.half, device="cuda") for size in ((m, k), (n, k))]
-        pairs = [[tensor.clone() for tensor in make] for _ in range(sets)]
-        found[name] = _torch_us(torch, pairs, torch.nn.functional.linear)
-    return found
-
-
-def _torch_us(torch: Any, sets: list[Any], function: Callable[..., Any]) -> dict[str, float]:
-    for arguments in sets:
-        function(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets:
-            function(*arguments)
-    times = []
-    for _ in range(REPEATS):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        graph.replay()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last) * 1e3 / len(sets))
-    low, middle, high = np.percentile(times, (25, 50, 75))
-    return {"us": middle, "q25": low, "q75": high}
-
-
-def counters(arguments: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """Profile the chosen arms with ncu, in a process of its own, cold and as they follow."""
-    from icd_tvm.measure import ncu
-
-    if arguments.kernels is None:
-        raise MeasurementError("ncu starts the program often: give --kernels")
-    found: dict[str, Any] = {}
-    for name in CHOSEN:
-        for control, replay in (("all", "kernel"), ("none", "application")):
-            left = clock.limit_s - clock.spent()
-            if clock.over("counters") or left < 10:
-                found[f"{name} ({control})"] = "not measured: no time is left"
-                continue
-            program = [sys.executable, __file__, "--kernels", str(arguments.kernels)]
-            line = ncu.command(
-                [*program, "--child", name],
-                kernel="icd_",
-                launch_skip=5,
-                launch_count=3,
-                cache_control=control,  # type: ignore[arg-type]
-                replay=replay,  # type: ignore[arg-type]
-            )
-            found[f"{name} ({control})"] = ncu.as_json(ncu.profile(line, timeout_s=left))
-    return found
-
-
-def child(device: CudaDevice, entries: Iterable[Entry], name: str) -> None:
-    """Start one rule ten times, with buffers in turn: what ncu looks at."""
-    entry = next(entry for entry in entries if entry.name == name)
-    sets = sets_of(device, entry, 10)
-    buffers = Buffers(device, entry, make_trial(entry.rule, rows=1).inputs, sets)
-    for index in range(10):
-        buffers.call(index)
-    device.wait()
-
-
-def build(folder: Path) -> None:
-    """Write the machine code of every kernel of the catalogue, for every architecture."""
-    from icd_tvm.measure.cuda_toolkit import find_nvcc
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for arch in CUDA_ARCHS:
-        source = folder / f"{arch}.cu"
-        source.write_text(whole_text(kernels_of(catalogue(arch))), "utf-8")
-        command = [find_nvcc(), "-O3", "-std=c++17", "-w", f"-arch={arch}", "-cubin"]
-        subprocess.run([*command, "-o", str(folder / f"{arch}.cubin"), str(source)], check=True)
-
-
-def kernels_of(entries: Iterable[Entry]) -> list[SourceKernel]:
-    return [kernel for entry in entries for kernel in entry.rule.kernels]
-
-
-def open_device(folder: Path | None) -> tuple[CudaDevice, list[Entry]]:
-    """Return the device with all kernels loaded, and their catalogue."""
-    device = CudaDevice()
-    if device.arch not in CUDA_ARCHS:
-        raise MeasurementError(f"kernels are made for {', '.join(CUDA_ARCHS)}, not {device.arch}")
-    entries = catalogue(device.arch)
-    with tempfile.TemporaryDirectory() as temporary:
-        if folder is None:
-            build(folder := Path(temporary))
-        file = folder / f"{device.arch}.cubin"
-        if not file.exists():
-            raise MeasurementError(f"{file} is not there; make it with --build where nvcc is")
-        device.load(file.read_bytes(), kernels_of(entries))
-    return device, entries
+Record = dict[str, Any]
+MakeMachine = Callable[[CudaDevice, Path], Machine]
 
 
 def run_suite(
-    opened: Callable[[], tuple[CudaDevice, list[Entry]]], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Return the record of all parts; one that fails says why, and the next one follows."""
+    opened: Callable[[], tuple[CudaDevice, list[Entry]]],
+    arguments: argparse.Namespace,
+    keep: Callable[[Record], None] = lambda record: None,
+    machine: MakeMachine = TvmMachine,
+) -> Record:
+    """Return the record of all parts; one that fails says why, and the next one follows.
+
+    Parameters
+    ----------
+    opened : callable
+        Returns the device with the catalogue's kernels loaded.
+    arguments : argparse.Namespace
+        ``kernels``, ``limit``.
+    keep : callable
+        Takes the record so far, after every part.
+    machine : callable
+        Returns what runs libraries of models.
+    """
     clock = Clock(arguments.limit)
-    record: dict[str, Any] = {
-        "schema": "icd/gpu-suite/v1",
-        "device": None,
-        "limit_s": clock.limit_s,
-    }
+    began = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    record: Record = {"schema": "icd/gpu-suite/v2", "began": began, "limit_s": clock.limit_s}
+    record["device"] = None
+    record |= dict.fromkeys(("copy_rate", *PARTS), "not measured: the suite did not come to it")
+    record["predicted"] = _predicted()
     try:
         device, entries = opened()
     except (IcdError, OSError, subprocess.CalledProcessError) as error:
-        reason = f"not measured: {error}"
-        return record | dict.fromkeys(("copy_rate", *PARTS), reason) | {"predicted": _predicted()}
+        record |= dict.fromkeys(("copy_rate", *PARTS), f"not measured: {error}")
+        keep(record)
+        return record
+    record["predicted"] = _predicted(device.arch)
     record["device"] = {
         "name": device.name,
         "arch": device.arch,
         "l2_bytes": device.l2_bytes,
         "multiprocessors": device.multiprocessors,
     }
-    parts: dict[str, Callable[[], Any]] = {
-        "copy_rate": lambda: copy_rate(device),
-        "correctness": lambda: check_values(device, entries, clock),
-        "times": lambda: measure_times(device, entries, clock),
-        "energy": lambda: count_joules(device, entries, clock),
-        "peers": lambda: peers(clock),
-        "counters": lambda: counters(arguments, clock),
-    }
-    for name, part in parts.items():
+    for name, part in _parts(device, entries, arguments, clock, machine).items():
         try:
             record[name] = part()
         except Exception as error:
             record[name] = f"not measured: {type(error).__name__}: {error}"
+        record["seconds"] = clock.spent()
+        keep(record)
         print(f"{name}: {clock.spent():.0f} s", file=sys.stderr)
-    return record | {"predicted": _predicted(device.arch), "seconds": clock.spent()}
+    return record
 
 
-def _predicted(arch: str = "sm_90") -> dict[str, Any]:
+def _parts(
+    device: CudaDevice,
+    entries: list[Entry],
+    arguments: argparse.Namespace,
+    clock: Clock,
+    machine: MakeMachine,
+) -> Mapping[str, Callable[[], Any]]:
+    """Return the parts, most important first."""
+
+    @cache
+    def models() -> Models:
+        return Models(arguments.kernels, device.arch, lambda folder: machine(device, folder))
+
+    return {
+        "copy_rate": lambda: copy_rate(device),
+        "correctness": lambda: check_values(device, entries, clock),
+        "times": lambda: measure_times(device, entries, clock),
+        "peers": lambda: peers.products(clock),
+        "models": lambda: measure_models(device, models(), clock),
+        "model_energy": lambda: model_energy(device, models(), clock),
+        "model_counters": lambda: model_counters(models(), clock, device.arch),
+        "model_peers": lambda: peers.model_peers(models().cases, clock),
+        "counters": lambda: counters(arguments.kernels, clock),
+        "energy": lambda: count_joules(device, entries, clock),
+    }
+
+
+def _predicted(arch: str = "sm_90") -> Record:
     return {"arch": arch} | {
         item.name: {"us": item.microseconds, "bound": item.bound, "bytes": item.mbytes * 1e6}
         for item in predict(catalogue(arch), arch)
     }
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Return the record as Markdown."""
-    device = record["device"]
-    head = f"{device['name']}, {device['arch']}" if device else "no GPU: nothing was run"
-    rate = record["copy_rate"]
-    copied = rate if isinstance(rate, str) else f"{rate / 1e12:.2f} TB/s"
-    lines = [f"# {head}", "", f"Copy on the device: {copied}.", ""]
-    lines.append("| kernel | error / allowed | cold us | warm us | predicted bound us | torch us |")
-    lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name, bound in record["predicted"].items():
-        if name != "arch":
-            cells = [
-                _cell(record["correctness"], name, "error_of_allowed", ".2f"),
-                _cell(record["times"], name, "cold", ".2f"),
-                _cell(record["times"], name, "warm", ".2f"),
-                f"{bound['us']:.2f}",
-                _cell(record["peers"], name, "us", ".2f"),
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    for part in ("energy", "counters"):
-        value = record[part]
-        lines += ["", f"{part}: {value}" if isinstance(value, str) else f"{part}: in the record"]
-    return "\n".join(lines) + "\n"
+def build(arguments: argparse.Namespace) -> None:
+    """Write kernels, and libraries of the models' arms."""
+    build_kernels(arguments.build)
+    add_runtime(arguments.build, arguments.wheels)
+    from benchmarks.gpu.build_models import CASES, Device, build_models
+
+    chosen = [case for case in CASES if arguments.only in case.name]
+    build_models(arguments.build, Device(arguments.arch), chosen)
 
 
-def _cell(part: Any, name: str, key: str, style: str) -> str:
-    found = part if isinstance(part, str) else part.get(name, "-")
-    if isinstance(found, str):
-        return "not measured" if found.startswith("not measured") else found
-    value = found[key]["us"] if isinstance(found[key], dict) else found[key]
-    return format(value, style)
+def run_child(folder: Path, what: str) -> None:
+    """Run what ncu looks at: a rule of the catalogue, or ``CASE/ARM``."""
+    if "/" not in what:
+        child(*open_device(folder), what)
+        return
+    device, (case, arm) = CudaDevice(), what.rsplit("/", 1)
+    models = Models(folder, device.arch, lambda place: TvmMachine(device, place))
+    model_child(device, models, case, arm)
+
+
+def writer(folder: Path) -> Callable[[Record], None]:
+    """Return what writes the record and its table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    date = datetime.datetime.now(datetime.timezone.utc).date()
+
+    def keep(record: Record) -> None:
+        device = record["device"]["name"] if record["device"] else "no-gpu"
+        stem = f"{device.lower().replace(' ', '-')}-{date}"
+        text = json.dumps(record, indent=1, default=float) + "\n"
+        write_atomically(folder / f"{stem}.json", lambda path: path.write_text(text, "utf-8"))
+        shown = table(record)
+        write_atomically(folder / f"{stem}.md", lambda path: path.write_text(shown, "utf-8"))
+
+    return keep
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    result = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = result.add_argument
+    add("--build", type=Path, metavar="DIR", help="compile kernels and models, run none")
+    add("--arch", default="sm_90", help="with --build: of the models; kernels are made for all")
+    add("--only", default="", metavar="TEXT", help="with --build: models whose name holds it")
+    add("--wheels", type=Path, metavar="DIR", help="with --build: wheels that the host installs")
+    add("--kernels", type=Path, metavar="DIR", help="what --build wrote")
+    add("--out", type=Path, default=Path("docs/results"), help="folder for results")
+    add("--limit", type=float, default=LIMIT_S, help="seconds for everything")
+    add("--child", help=argparse.SUPPRESS)
+    return result
 
 
 def main() -> int:
-    """Run the suite, and write its record and table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--build", type=Path, metavar="DIR", help="write the machine code, run none"
-    )
-    parser.add_argument(
-        "--kernels", type=Path, metavar="DIR", help="take the machine code from here"
-    )
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for results")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for everything")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    """Build, or run the suite; 1 if a kernel or an arm computes something else."""
+    arguments = parser().parse_args()
     if arguments.build:
-        build(arguments.build)
+        build(arguments)
         return 0
     if arguments.child:
-        child(*open_device(arguments.kernels), arguments.child)
+        run_child(arguments.kernels, arguments.child)
         return 0
-    record = run_suite(lambda: open_device(arguments.kernels), arguments)
-    device = record["device"]["name"] if record["device"] else "no-gpu"
-    date = datetime.datetime.now(datetime.timezone.utc).date()
-    stem = arguments.out / f"{device.lower().replace(' ', '-')}-{date}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1, default=float) + "\n")
-    stem.with_suffix(".md").write_text(table(record))
-    print(table(record))
-    checked = record["correctness"]
-    wrong = (
-        []
-        if isinstance(checked, str)
-        else [
-            name for name, item in checked.items() if isinstance(item, dict) and not item["correct"]
-        ]
+    record = run_suite(
+        lambda: open_device(arguments.kernels), arguments, keep=writer(arguments.out)
     )
-    print(f"wrong: {', '.join(wrong)}" if wrong else "", file=sys.stderr)
+    print(table(record))
+    wrong = wrong_values(record)
+    print(f"wrong: {'; '.join(wrong)}" if wrong else "", file=sys.stderr)
     return 1 if wrong else 0
 
 

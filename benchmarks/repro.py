@@ -169,6 +169,10 @@ GPU = (
          "-m icd_tvm.cli run -c configs/minilm-unit.yaml --override target=cuda:sm_90"
          " --out runs/repro/minilm-unit-cuda",
          1800, needs=(needs_cuda_target, MINILM)),
+    Step("gpu-suite-build", "benchmarks/gpu_suite.py --build runs/gpu-suite", 3600,
+         needs=(needs_tool("nvcc"), needs_cuda_target)),
+    Step("gpu-suite", "benchmarks/gpu_suite.py --kernels runs/gpu-suite --out {out}", 600,
+         gates.gpu_suite),
 )  # fmt: skip
 
 

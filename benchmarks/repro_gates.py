@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,6 +226,23 @@ def fuzz(out: Path) -> Iterator[Figure]:
     wrong = sum(kind.get("wrong", 0) for kind in kinds.values())
     count = wrong + sum(kind.get(how, 0) for kind in kinds.values() for how in ("refused", "read"))
     yield most(f"damaged inputs that broke a reader, of {count}", wrong, 0, digits=0)
+
+
+def gpu_suite(out: Path) -> Iterator[Figure]:
+    """The bars of the newest record of a GPU; what was not measured has no verdict."""
+    # Only this needs the tree's root on the path: the suite is a package.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from benchmarks.gpu.gates import UNKNOWN, evaluate
+
+    records = [_read(path) for path in sorted(out.glob("*-20??-??-??.json"))]
+    found = [r for r in records if r.get("schema") == "icd/gpu-suite/v2" and r["device"]]
+    if not found:
+        raise FileNotFoundError(f"{out} holds no record of a GPU")
+    latest = max(found, key=lambda record: record["began"])
+    for gate in evaluate(latest):
+        met = None if gate.verdict == UNKNOWN else gate.verdict == "met"
+        value = f"{gate.value} ({gate.reason})" if gate.value else f"not measured: {gate.reason}"
+        yield Figure(gate.what, value, "", met)
 
 
 def exit_status(out: Path) -> Iterator[Figure]:

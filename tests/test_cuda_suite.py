@@ -19,6 +19,10 @@ import pytest
 from cuda_emulation import Emulated
 
 from benchmarks import gpu_suite
+from benchmarks.gpu import kernels as suite_kernels
+from benchmarks.gpu.cases import ARMS, INDEX, POOL, UNIT, Case
+from benchmarks.gpu.gates import UNKNOWN, evaluate
+from benchmarks.gpu.recipes import Pool
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure import cuda_driver, cuda_timing
 from icd_tvm.measure.cuda_driver import CudaDevice
@@ -95,7 +99,89 @@ def test_whole_suite_on_an_emulated_device(
     text = gpu_suite.table(record)
     assert "| gemm blocks | 0." in text
     assert text.startswith("# Emulated, sm_90")
+    assert "--build" in record["models"]
     json.dumps(record, default=float)
+
+
+class LaunchingMachine:
+    """Whatever the library, a call starts one of our kernels and returns ones."""
+
+    def __init__(self, device: CudaDevice, folder: Path) -> None:
+        entry = next(entry for entry in ENTRIES if entry.name == "conv")
+        self.buffers = cuda_timing.Buffers(device, entry, make_trial(entry.rule).inputs, 1)
+
+    def load(self, library: Path) -> Any:
+        def main(*arguments: Any) -> np.ndarray:
+            self.buffers.call()
+            return np.ones(3)
+
+        return main
+
+    def tensor(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def arrays(self, outputs: np.ndarray) -> list[np.ndarray]:
+        return [outputs]
+
+
+@needs_compiler
+def test_models_are_timed_as_graphs_and_kept_after_every_part(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case = Case("bert-base", 1, 16, UNIT)
+    parameter = {"stored": (pool := Pool()).put(np.ones(3))}
+    fed = [{"name": "ids", "shape": [1, 16], "dtype": "int64"}]
+    arm = {"library": "a.so", "inputs": fed, "parameters": [parameter], "parameter_bytes": 24}
+    built = {"case": vars(case), "tokens": 16, "weights": {}, "inputs": {"ids": "ids:5"}}
+    built |= {"arms": dict.fromkeys(ARMS, arm), "orders": {}}
+    index = {"arch": "sm_90", "notes": {}, "cases": {case.name: built, "b": {"refused": "why"}}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    pool.save(tmp_path / POOL)
+    monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
+    monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
+    monkeypatch.setattr(gpu_suite, "check_values", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu_suite, "measure_times", lambda *_: {})
+    kept: list[dict[str, Any]] = []
+    record = gpu_suite.run_suite(
+        lambda: (device, ENTRIES),
+        arguments(kernels=tmp_path),
+        keep=lambda record: kept.append(dict(record)),
+        machine=LaunchingMachine,
+    )
+    item = record["models"][case.name]
+    assert item["arms"]["linear"]["by"] == "graph"
+    # One launch of a microsecond, whether alone or in a graph.
+    for mode in ("warm", "cold", "stream"):
+        assert item["arms"]["iterative"][mode]["ms"] == pytest.approx(1e-3)
+    assert record["models"]["b"] == "not measured: MeasurementError: why"
+    assert record["correctness"] == "not measured: ZeroDivisionError: division by zero"
+    assert len(kept) == 1 + len(cuda_timing.PARTS)
+    assert kept[4]["models"]["notes"] == {}
+    assert kept[4]["model_energy"] == "not measured: the suite did not come to it"
+    assert case.name in gpu_suite.table(record)
+
+
+def test_a_record_is_written_while_the_suite_runs(tmp_path: Path) -> None:
+    keep = gpu_suite.writer(tmp_path / "out")
+    empty = dict.fromkeys(("copy_rate", *cuda_timing.PARTS), "not measured: late")
+    for name in ("A B", None):
+        device = None if name is None else {"name": name, "arch": "sm_90"}
+        keep({"device": device, "predicted": {"arch": "sm_90"}, **empty})
+    stems = {path.name[:6] for path in (tmp_path / "out").iterdir()}
+    assert stems == {"a-b-20", "no-gpu"}
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_child_of_a_model_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(gpu_suite, "open_device", lambda folder: ("device", "entries"))
+    monkeypatch.setattr(gpu_suite, "child", lambda *given: seen.append(given))
+    gpu_suite.run_child(tmp_path, "conv")
+    monkeypatch.setattr(gpu_suite, "CudaDevice", lambda: argparse.Namespace(arch="sm_90"))
+    monkeypatch.setattr(gpu_suite, "Models", lambda folder, arch, make: "models")
+    monkeypatch.setattr(gpu_suite, "model_child", lambda *given: seen.append(given[1:]))
+    gpu_suite.run_child(tmp_path, "bert 8x128 unit:0.5/linear")
+    assert seen == [("device", "entries", "conv"), ("models", "bert 8x128 unit:0.5", "linear")]
 
 
 @needs_compiler
@@ -162,18 +248,27 @@ def test_counters_are_read_in_both_cache_modes(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("icd_tvm.measure.ncu.profile", profile)
     clock = cuda_timing.Clock(480.0)
-    found = gpu_suite.counters(arguments(kernels=Path("k")), clock)
+    found = suite_kernels.counters(Path("k"), clock)
     assert len(found) == 2 * len(cuda_timing.CHOSEN)
     modes = [line[line.index("--cache-control") + 1] for line in lines]
     assert modes == ["all", "none"] * len(cuda_timing.CHOSEN)
     assert all(line[-4:-1] == ["--kernels", "k", "--child"] for line in lines)
     with pytest.raises(MeasurementError, match="--kernels"):
-        gpu_suite.counters(arguments(), clock)
+        suite_kernels.counters(None, clock)
 
 
 @needs_compiler
 def test_child_starts_one_rule(device: CudaDevice) -> None:
-    gpu_suite.child(device, ENTRIES, "gemm parts")
+    suite_kernels.child(device, ENTRIES, "gemm parts")
+
+
+@needs_compiler
+def test_profiler_is_stopped_after_an_error(device: CudaDevice) -> None:
+    assert device.stream != 0
+    with pytest.raises(ZeroDivisionError), device.profiled():
+        raise ZeroDivisionError
+    with device.profiled(), pytest.raises(MeasurementError, match="cuProfilerStart"):
+        device.profiled().__enter__()
 
 
 def test_a_failing_item_does_not_stop_the_part() -> None:
@@ -239,8 +334,11 @@ def check_nothing_is_measured(record: dict[str, Any], printed: str, reason: str)
         assert record[part].startswith("not measured")
         assert reason in record[part]
     rows = [
-        line for line in printed.splitlines() if line.startswith(("| bert", "| mamba", "| dec"))
+        line
+        for line in printed.split("| kernel |")[1].splitlines()
+        if line.startswith(("| bert", "| mamba", "| dec"))
     ]
     assert len(rows) == len(record["predicted"]) - 1
+    assert {gate.verdict for gate in evaluate(record)} == {UNKNOWN}
     assert all(row.count("not measured") == 4 for row in rows)
     assert "no GPU: nothing was run" in printed

@@ -286,3 +286,19 @@ def test_the_documents_take_their_figures_from_the_records(tmp_path: Path) -> No
     )
     assert lines[12:] == ["", "after"]
     assert repro_docs.rewrite(tmp_path, tmp_path) == []
+
+
+def test_bars_of_a_gpu_are_read_from_its_newest_record(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no record of a GPU"):
+        list(gates.gpu_suite(tmp_path))
+    parts = ("copy_rate", "times", "peers", "models", "model_energy", "model_counters")
+    record = dict.fromkeys(parts, "not measured: late")
+    record |= {"schema": "icd/gpu-suite/v2", "predicted": {}, "device": {"name": "X"}}
+    for began, correct in (("2026-02-01", True), ("2026-01-01", False)):
+        checked = {"correctness": {"a": {"correct": correct}}, "began": began}
+        name = f"x-{began}" if correct else f"y-{began}"
+        _write(tmp_path / f"{name}.json", {**record, **checked})
+    first, *others = gates.gpu_suite(tmp_path)
+    assert first.met is True
+    assert {figure.met for figure in others} == {None}
+    assert all(figure.value == "not measured: late" for figure in others)

@@ -6,7 +6,8 @@ Source: CUDA Driver API reference, CUDA 12 and 13. Written without a device at h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,11 @@ class CudaDevice:
     def multiprocessors(self) -> int:
         """How many there are."""
         return self._attribute(_MULTIPROCESSORS)
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, for whoever else starts work that is to be timed."""
+        return int(self._stream.value or 0)
 
     def load(self, image: bytes, kernels: Sequence[SourceKernel]) -> None:
         """Load machine code that holds ``kernels``."""
@@ -159,6 +165,15 @@ class CudaDevice:
         for event in (first, last):
             self._call("cuEventDestroy_v2", event)
         return milliseconds.value / 1e3
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Let profilers that wait for it look at what runs inside."""
+        self._call("cuProfilerStart")
+        try:
+            yield
+        finally:
+            self._call("cuProfilerStop")
 
     def _attribute(self, number: int) -> int:
         value = ctypes.c_int()

@@ -89,5 +89,11 @@ def build_cuda(mod: Any, target: Any, precision: str | None = None, *, graph: bo
     config = graph_config(lowered, graph)
     if graph:
         lowered = for_graph(lowered)
-    with target, tvm.transform.PassContext(config=config):
+    with tvm.transform.PassContext(config=config):
+        return compile_lowered(lowered, target)
+
+
+def compile_lowered(lowered: Any, target: Any) -> Any:
+    """Compile what `lower_cuda` returned, whose constants may have become parameters since."""
+    with target:
         return tvm.compile(lowered, target, relax_pipeline=relax.get_default_pipeline(target))

@@ -22,7 +22,13 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def cross_compile(
-    mod: Any, arch: str, path: Path, precision: str | None = None, *, graph: bool = True
+    mod: Any,
+    arch: str,
+    path: Path,
+    precision: str | None = None,
+    *,
+    graph: bool = True,
+    lowered: bool = False,
 ) -> list[CodeEntry]:
     """Write a library with machine code of a CUDA architecture inside.
 
@@ -38,6 +44,8 @@ def cross_compile(
         As for `icd_tvm.relax_passes.lower_cuda.cuda_pipeline`.
     graph : bool
         As for `icd_tvm.relax_passes.lower_cuda.build_cuda`.
+    lowered : bool
+        ``mod`` comes from `icd_tvm.relax_passes.lower_cuda.lower_cuda`; it is compiled without a graph.
 
     Returns
     -------
@@ -58,7 +66,8 @@ def cross_compile(
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "module.json"
         source.write_text(tvm.ir.save_json(mod), "utf-8")
-        _run_child([str(source), str(path), arch, precision or "", "graph" * graph])
+        mode = "lowered" if lowered else "graph" * graph
+        _run_child([str(source), str(path), arch, precision or "", mode])
     return check_machine_code(path, arch)
 
 
@@ -96,17 +105,21 @@ def _run_child(arguments: list[str]) -> None:
         raise IcdError(f"the CUDA compiler failed: {reason[:300]}")
 
 
-def _child(source: str, path: str, arch: str, precision: str, graph: str) -> None:
+def _child(source: str, path: str, arch: str, precision: str, mode: str) -> None:
     load_driver()
     from icd_tvm._tvm import tvm, tvm_ffi
-    from icd_tvm.relax_passes.lower_cuda import build_cuda
+    from icd_tvm.relax_passes.lower_cuda import build_cuda, compile_lowered
     from icd_tvm.tir_schedules.target import cuda_target
 
     if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is None:
         raise MeasurementError("TVM's CUDA runtime did not load")
     mod = tvm.ir.load_json(Path(source).read_text("utf-8"))
-    built = build_cuda(mod, cuda_target(arch), precision or None, graph=bool(graph))
-    built.export_library(path)
+    target = cuda_target(arch)
+    if mode == "lowered":
+        made = compile_lowered(mod, target)
+    else:
+        made = build_cuda(mod, target, precision or None, graph=mode == "graph")
+    made.export_library(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Machine code of the catalogue's kernels, and their counters by ncu."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from icd_tvm.errors import MeasurementError
+from icd_tvm.measure import ncu
+from icd_tvm.measure.cuda_driver import CudaDevice
+from icd_tvm.measure.cuda_reference import make_trial
+from icd_tvm.measure.cuda_timing import CHOSEN, Buffers, Clock, sets_of
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
+from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
+from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
+
+SCRIPT = Path(__file__).resolve().parents[1] / "gpu_suite.py"
+LAUNCHES = 10
+
+
+def build_kernels(folder: Path) -> None:
+    """Write the machine code of every kernel of the catalogue, for every architecture."""
+    from icd_tvm.measure.cuda_toolkit import find_nvcc
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for arch in CUDA_ARCHS:
+        source = folder / f"{arch}.cu"
+        source.write_text(whole_text(kernels_of(catalogue(arch))), "utf-8")
+        command = [find_nvcc(), "-O3", "-std=c++17", "-w", f"-arch={arch}", "-cubin"]
+        subprocess.run([*command, "-o", str(folder / f"{arch}.cubin"), str(source)], check=True)
+
+
+def kernels_of(entries: Iterable[Entry]) -> list[SourceKernel]:
+    """Return the kernels of all rules."""
+    return [kernel for entry in entries for kernel in entry.rule.kernels]
+
+
+def open_device(folder: Path | None) -> tuple[CudaDevice, list[Entry]]:
+    """Return the device with all kernels loaded, and their catalogue."""
+    device = CudaDevice()
+    if device.arch not in CUDA_ARCHS:
+        raise MeasurementError(f"kernels are made for {', '.join(CUDA_ARCHS)}, not {device.arch}")
+    entries = catalogue(device.arch)
+    with tempfile.TemporaryDirectory() as temporary:
+        if folder is None:
+            build_kernels(folder := Path(temporary))
+        file = folder / f"{device.arch}.cubin"
+        if not file.exists():
+            raise MeasurementError(f"{file} is not there; make it with --build where nvcc is")
+        device.load(file.read_bytes(), kernels_of(entries))
+    return device, entries
+
+
+def counters(folder: Path | None, clock: Clock) -> dict[str, Any]:
+    """Profile the chosen rules with ncu, in a process of its own, cold and as they follow."""
+    if folder is None:
+        raise MeasurementError("ncu starts the program often: give --kernels")
+    found: dict[str, Any] = {}
+    for name in CHOSEN:
+        for control, replay in (("all", "kernel"), ("none", "application")):
+            left = clock.limit_s - clock.spent()
+            if clock.over("counters") or left < 10:
+                found[f"{name} ({control})"] = "not measured: no time is left"
+                continue
+            line = ncu.command(
+                [sys.executable, str(SCRIPT), "--kernels", str(folder), "--child", name],
+                kernel="icd_",
+                launch_skip=LAUNCHES // 2,
+                launch_count=3,
+                cache_control=control,  # type: ignore[arg-type]
+                replay=replay,  # type: ignore[arg-type]
+            )
+            found[f"{name} ({control})"] = ncu.as_json(ncu.profile(line, timeout_s=left))
+    return found
+
+
+def child(device: CudaDevice, entries: Iterable[Entry], name: str) -> None:
+    """Start one rule ten times, with buffers in turn: what ncu looks at."""
+    entry = next(entry for entry in entries if entry.name == name)
+    sets = sets_of(device, entry, LAUNCHES)
+    buffers = Buffers(device, entry, make_trial(entry.rule, rows=1).inputs, sets)
+    for index in range(LAUNCHES):
+        buffers.call(index)
+    device.wait()
