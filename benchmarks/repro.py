@@ -120,7 +120,7 @@ CPU = (
     Step("cpu-peers",
          "benchmarks/cpu_peers.py --quick --threads 1 --only 'minilm S=128 batch 1'"
          " --out {out}/cpu-peers-minilm.json",
-         300, gates.cpu_peers, (MINILM,),
+         500, gates.cpu_peers, (MINILM,),
          long="benchmarks/cpu_peers.py --only minilm --out {out}/cpu-peers-minilm.json"),
     Step("calibration", "-m icd_tvm.cli calibrate --out {out}/calibration.json", 300,
          gates.calibration),
