@@ -24,13 +24,12 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.tir_schedules.cuda.gemm import (
-    ROW,
     SLAB,
-    choose_tile,
     gemm_rule,
     live_blocks,
     pack_weight,
 )
+from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, choose_tile
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule, numpy_dtype, refused
 

@@ -45,7 +45,7 @@ def cross_compile(
     graph : bool
         As for `icd_tvm.relax_passes.lower_cuda.build_cuda`.
     lowered : bool
-        ``mod`` comes from `icd_tvm.relax_passes.lower_cuda.lower_cuda`; it is compiled without a graph.
+        ``mod`` comes from `icd_tvm.relax_passes.lower_cuda.lower_cuda`; no graph then.
 
     Returns
     -------
