@@ -67,11 +67,12 @@ def weights(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarr
     )
 
     rng = np.random.default_rng(0)
-    if kind == "fp32":
+    if kind == "dense fp32":
         return None, [pack_dense(rng.standard_normal((k, n), dtype=np.float32), columns)]
-    if kind == "bf16":
+    if kind in ("fp32", "bf16"):
         values = rng.standard_normal((k, n), dtype=np.float32)
-        return NarrowWeight(16, k), pack_narrow(values, [], NarrowWeight(16, k), columns)
+        form = NarrowWeight(32 if kind == "fp32" else 16, k)
+        return form, pack_narrow(values, [], form, columns)
     values = rng.integers(-127, 128, (k, n), np.int8)
     scale = np.full((1, n), 0.01, np.float32)
     if kind == "int8":
@@ -91,7 +92,10 @@ def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[
     from icd_tvm.tir_schedules.cpu.stack import compile_kernel
     from icd_tvm.tir_schedules.cpu.tile import choose_tile
 
-    tile = choose_tile(m, k, n, target) if kind == "fp32" else narrow_tile(m, target)
+    # As `PackWeights` chooses.
+    dense = kind == "fp32" and m > 1
+    kind = "dense fp32" if dense else kind
+    tile = choose_tile(m, k, n, target) if dense else narrow_tile(m, target)
     form, packed = weights(kind, k, n, tile.columns)
     func = dense_matmul(m, k, n, tile) if form is None else narrow_matmul(m, k, n, form, target)
     sch = next(s for s in (rule.apply(func, target, False) for rule in cpu_rules()) if s)
