@@ -122,8 +122,8 @@ def test_a_reader_that_stops_reading_is_no_error(arguments: list[str]) -> None:
     found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert found.stderr == b""
-    # argparse ends its help well whatever became of it.
-    assert found.returncode == (0 if "--help" in arguments else 141)
+    # From Python 3.11.3 on argparse ends its help well whatever became of it.
+    assert found.returncode in ((0, 141) if "--help" in arguments else (141,))
 
 
 def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
