@@ -14,7 +14,7 @@ What "int8" is: ours and openvino-int8w keep activations in floats; onnxruntime-
 quantise them at run time, a tensor at a time; onnxruntime-int8w and llama.cpp by blocks.
 
     python benchmarks/cpu_decode.py [--only gemv step typeseg] [--quick] [--threads 1 2]
-        [--peers NAMES] [--gguf FILE] [--out docs/results/cpu-decode.json]
+        [--slots N ...] [--peers NAMES] [--gguf FILE] [--out docs/results/cpu-decode.json]
 """
 
 from __future__ import annotations
