@@ -200,7 +200,12 @@ def cpu_decode(out: Path) -> Iterator[Figure]:
 
 
 # Of quality_quant.py, which has more; the others stand in docs/Quantisation.md.
-REQUESTS = ("int8", "int8:w8a8:smooth0.75")
+REQUESTS = (
+    "int8",
+    "int8:w8a8:smooth0.75",
+    "int8:w8a8:attention:smooth0.75",
+    "bf16:attention",
+)
 
 
 def quality_quant(out: Path) -> Iterator[Figure]:
