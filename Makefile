@@ -28,7 +28,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/main_job.py --out docs/results
 
-# Every benchmark, its gates, and docs/results/README.md. docs/Repro.md says how long it takes.
+# The benchmarks, their gates, and docs/results/README.md. docs/Repro.md says how long it takes.
 repro: $(READY)
 	$(BIN)/python benchmarks/repro.py
 

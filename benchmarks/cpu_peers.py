@@ -5,7 +5,9 @@ process of its own too, with the same threads and inputs. The ratio that counts 
 fastest peer of the case, by medians and by minima.
 
     pip install 'icd_tvm[peers]'      # DeepSparse: a Python of its own, ICD_PYTHON_DEEPSPARSE
-    python benchmarks/cpu_peers.py [--only gemm] [--quick] [--out docs/results/cpu-peers.json]
+    python benchmarks/cpu_peers.py --only minilm [--quick] [--full] [--threads 1 2]
+        [--out docs/results/cpu-peers.json]
+    python benchmarks/cpu_peers.py --only gemm [--quick] [--out docs/results/cpu-gemm.json]
 
 Products also get their share of the measured peak, and what two threads gain over one.
 """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-GEMM_NAME = re.compile(r"GEMM (\d+) x (\d+) x (\d+) (fp32|int8)$")
+GEMM_NAME = re.compile(r"GEMM (\d+) x (\d+) x (\d+) (fp32|int8|bf16)$")
 SPARSE_NAME = re.compile(r"GEMM (.*) (?:vec16|block16) (.*)% (fp32|int8)$")
 # Ours on a weight with zeros over ours on the dense one; the bars of the issue.
 SPARSE_BARS = {"50": 0.60, "75": 0.35, "90": 0.18}
@@ -51,9 +51,12 @@ def peaks(threads: int) -> dict[str, float]:
 
 
 def figures(line: Line) -> Line:
-    """Return the rate of a dense product and its share of the peak; nothing for other cases."""
+    """Return the rate of a dense product and its share of the peak; nothing for other cases.
+
+    No peak is measured for bfloat16.
+    """
     found = GEMM_NAME.fullmatch(line["case"])
-    if found is None or "ms" not in line:
+    if found is None or "ms" not in line or found[4] == "bf16":
         return {}
     *shape, kind = found.groups()
     peak = peaks(line["threads"])[kind]
@@ -68,7 +71,7 @@ def figures(line: Line) -> Line:
 def summary(lines: list[Line]) -> Iterator[str]:
     """Yield what follows from several lines: geometric means, sparse over dense, scaling."""
     done = {(line["case"], line["threads"]): line for line in lines if "median" in line}
-    for kind in ("fp32", "int8"):
+    for kind in ("fp32", "int8", "bf16"):
         for threads in sorted({threads for _, threads in done}):
             products = [
                 line
@@ -93,8 +96,9 @@ def summary(lines: list[Line]) -> Iterator[str]:
 def _means(kind: str, threads: int, lines: list[Line]) -> str:
     text = f"{len(lines)} products {kind}, threads {threads}: geometric mean of ours / fastest peer"
     median, least = (geometric_mean(line[key] for line in lines) for key in ("median", "min"))
-    share = geometric_mean(line["of_peak"][1] for line in lines)
-    return f"{text} {median:.3f} / {least:.3f} (median / min); {share:.3f} of the peak (min)"
+    text += f" {median:.3f} / {least:.3f} (median / min)"
+    shares = [line["of_peak"][1] for line in lines if "of_peak" in line]
+    return f"{text}; {geometric_mean(shares):.3f} of the peak (min)" if shares else text
 
 
 def _own(line: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""Ratios to the fastest of several runtimes; shared by the benchmarks that have peers."""
+"""Ratios to the fastest of several runtimes; shared by cpu_peers.py and cpu_decode.py."""
 
 from __future__ import annotations
 

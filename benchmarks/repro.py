@@ -148,6 +148,11 @@ CPU = (
          gates.kv_step, (SMOLLM2, needs_data),
          long="benchmarks/kv_step.py --slots 4096 --more --blocks 20"
          " --out {out}/kv-step-4096.json"),
+    Step("cpu-decode",
+         "benchmarks/cpu_decode.py --quick --only gemv --threads 1"
+         " --out {out}/cpu-decode-quick.json",
+         240, gates.cpu_decode,
+         long="benchmarks/cpu_decode.py --only gemv --threads 1 --out {out}/cpu-decode-quick.json"),
     Step("mamba-big", "benchmarks/mamba_big.py --steps 100 --out {out}/mamba-big.json", 200,
          gates.mamba_big,
          long="benchmarks/mamba_big.py --size 370m --steps 100 --out {out}/mamba-big.json"),

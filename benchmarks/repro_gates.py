@@ -184,8 +184,28 @@ def cpu_peers(out: Path) -> Iterator[Figure]:
         yield most(what, line["median"], line["bar"], note)
 
 
+def cpu_decode(out: Path) -> Iterator[Figure]:
+    """Share of the read bandwidth: every product of one row, the lowest one of more rows."""
+    products: dict[int, list[dict[str, Any]]] = {}
+    for line in _read(out / "cpu-decode-quick.json"):
+        products.setdefault(int(line["case"].split()[1]), []).append(line)
+    for line in products.pop(1):
+        note = f" of {line['bandwidth'] / 1e9:.1f} GB/s"
+        what = f"{line['case']}, {line['threads']} thread(s): share of the bandwidth"
+        yield least(what, line["share"]["median"], line["bar"], note)
+    for rows, lines in products.items():
+        low = min(lines, key=lambda line: line["share"]["median"])
+        value = f"{low['share']['median']:.3f}, the multiply-adds allow {low['most']:.2f}"
+        yield Figure(f"lowest share of {len(lines)} with {rows} rows: {low['case']}", value)
+
+
 # Of quality_quant.py, which has more; the others stand in docs/Quantisation.md.
-REQUESTS = ("int8", "int8:w8a8:smooth0.75")
+REQUESTS = (
+    "int8",
+    "int8:w8a8:smooth0.75",
+    "int8:w8a8:attention:smooth0.75",
+    "bf16:attention",
+)
 
 
 def quality_quant(out: Path) -> Iterator[Figure]:

@@ -17,6 +17,8 @@ Mode = Literal["linear", "iterative"]
 Source = Literal["tir", "trace", "mock"]
 Repermute = Literal["auto", "never", "delta", "always"]
 
+# llama.cpp reads another file than the ONNX model of a run.
+ONNX_PEERS = tuple(name for name in PEERS if name != "llamacpp")
 # The specification's name of this counter exists on no GPU.
 L2_HIT_RATE = "lts__t_sector_hit_rate.pct"
 ALIASES = {"l2_tex__t_sector_hit_rate.pct": L2_HIT_RATE}
@@ -191,7 +193,7 @@ class MeasureKeys(Section):
     peer: list[str] = Field(
         default=[],
         description="other runtimes on the same model, each in a process of its own: a name, "
-        "names with commas or a list of " + ", ".join(PEERS),
+        "names with commas or a list of " + ", ".join(ONNX_PEERS),
     )
     cold_cache: bool = Field(
         default=False, description="empty the caches before every call; not beside a peer"
@@ -242,9 +244,9 @@ class MeasureKeys(Section):
     @field_validator("peer")
     @classmethod
     def _known_peers(cls, names: list[str]) -> list[str]:
-        unknown = [name for name in names if name not in PEERS]
+        unknown = [name for name in names if name not in ONNX_PEERS]
         if unknown:
-            raise ValueError(f"unknown peer {unknown[0]!r} (known: {', '.join(PEERS)})")
+            raise ValueError(f"unknown peer {unknown[0]!r} (known: {', '.join(ONNX_PEERS)})")
         return list(dict.fromkeys(names))
 
     @model_validator(mode="after")
@@ -333,8 +335,8 @@ class Config(Section):
     cache: CacheKeys = CacheKeys()
     target: str = Field(
         default="host",
-        description="host, x86-64-v3, x86-64-v4, cuda:sm_80 or cuda:sm_90; with :float16 or "
-        ":bfloat16 behind it, products on tensor cores",
+        description="host, x86-64-v3, x86-64-v4, aarch64, another CPU by LLVM's name, cuda:sm_80 "
+        "or cuda:sm_90; with :float16 or :bfloat16 behind it, products on tensor cores",
     )
     cuda_graph: bool = Field(
         default=True,

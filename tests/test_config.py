@@ -84,6 +84,7 @@ def test_overrides_are_typed(override: str, found: Any) -> None:
         ("measure={cold_cache: true, peer: onnxruntime}", ["cold_cache", "peer"]),
         ("measure={stop_half_width: 0.01, peer: onnxruntime}", ["stop_half_width", "peer"]),
         ("measure.peer=openvin", ["measure.peer", "openvin", "openvino"]),
+        ("measure.peer=llamacpp", ["unknown peer 'llamacpp'", "known: onnxruntime"]),
         ("measure.stop_half_width=0", ["stop_half_width"]),
         ("gates.quality_agreement=1.5", ["quality_agreement"]),
         ("gates.l2_gain_points=.inf", ["finite"]),

@@ -232,6 +232,20 @@ def test_absent_peers_are_not_measured_and_robustness_has_its_gates(tmp_path: Pa
     assert (figure.met, figure.what) == (False, "damaged inputs that broke a reader, of 5")
 
 
+def test_a_row_of_a_decode_step_is_gated_by_the_bandwidth(tmp_path: Path) -> None:
+    def line(rows: int, kind: str, share: float, most: float = 1.0) -> dict[str, object]:
+        head = {"case": f"GEMV {rows} x 64 x 32 {kind}", "threads": 1, "bar": 0.85, "most": most}
+        return {**head, "bandwidth": 3e10, "share": {"median": share, "best": 1.0}}
+
+    lines = [line(1, "fp32", 0.85), line(8, "fp32", 0.7), line(1, "int8", 0.84)]
+    _write(tmp_path / "cpu-decode-quick.json", [*lines, line(8, "int8", 0.4, most=0.5)])
+    *single, more = gates.cpu_decode(tmp_path)
+    assert [figure.met for figure in single] == [True, False]
+    assert single[1].value == "0.840 of 30.0 GB/s"
+    assert more.what == "lowest share of 2 with 8 rows: GEMV 8 x 64 x 32 int8"
+    assert (more.value, more.met) == ("0.400, the multiply-adds allow 0.50", None)
+
+
 def test_a_bar_in_a_cell_does_not_end_it(tmp_path: Path) -> None:
     step = repro.Step("s", "x", 1, lambda out: iter([Figure("|x|", "1", "", True)]))
     text = repro.table([step], {"s": {"status": "done", "seconds": 1.0}}, tmp_path)

@@ -21,7 +21,8 @@ HELP = {
     "kv": "what is done to the KV cache of a decoder step, drop=0.3,block=128,dtype=int8; needs "
     "--opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
-    "target": "host, x86-64-v3, x86-64-v4, or cuda with --arch (compiled, not timed)",
+    "target": "host, x86-64-v3, x86-64-v4, aarch64, another CPU by LLVM's name, or cuda with "
+    "--arch (compiled, not timed)",
     "cuda_graph": "with --target cuda: capture the step as a CUDA graph (default: yes)",
     "precision": "with --target cuda: float16 or bfloat16 products on tensor cores (default: "
     "float32 by TVM's own schedules)",

@@ -51,9 +51,10 @@ def machine_peaks(target: Any) -> dict[str, Any]:
 
 
 def memory_reader(target: Any) -> tuple[Callable[[], Any], int]:
-    """Return a call that reads memory as fast as it can be read, and the bytes it reads.
+    """Return a call that reads memory once, in order, and the bytes it reads.
 
-    To be timed in turns with what is compared to the bandwidth.
+    To be timed in turns with what is compared to the bandwidth. It leaves fetching ahead to the
+    hardware: a kernel that does so itself may read faster.
 
     Parameters
     ----------

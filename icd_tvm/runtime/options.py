@@ -30,8 +30,8 @@ class CompileOptions:
     mode : {"iterative", "linear"}
         ``linear`` keeps the order that was decided before the transform.
     target : str
-        ``host``, a portable x86-64 level (``x86-64-v3``, ``x86-64-v4``), or a CUDA device
-        (``cuda:sm_80``, ``cuda:sm_90``), for which the library is compiled and nothing is timed.
+        ``host``, another CPU as `parse_target` names it, or a CUDA device (``cuda:sm_80``,
+        ``cuda:sm_90``). Where this machine cannot run the code, nothing is timed.
     cuda_graph : bool
         Whether a library for a CUDA device captures its step as a graph.
     threads : int or None
