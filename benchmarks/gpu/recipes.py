@@ -64,22 +64,25 @@ class Draws:
 
     Attributes
     ----------
-    about : mapping of str to (shape, mean, deviation)
+    about : mapping of str to (shape, mean, deviation, least, most)
+        Beyond the last two nothing is drawn: rates of decay must stay negative, else states that
+        are written in place grow from call to call.
     seed : int
     """
 
-    about: Mapping[str, tuple[tuple[int, ...], float, float]]
+    about: Mapping[str, tuple[tuple[int, ...], float, float, float, float]]
     seed: int = 0
     _known: dict[str, Array] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Array:
         """Return the weight, float32, as a matrix of its last axis."""
         if name not in self._known:
-            shape, mean, deviation = self.about[name]
+            shape, mean, deviation, least, most = self.about[name]
             rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
             values = rng.standard_normal(shape, dtype=np.float32)
             values *= np.float32(deviation)
             values += np.float32(mean)
+            np.clip(values, np.float32(least), np.float32(most), out=values)
             self._known[name] = values.reshape(-1, shape[-1])
         return self._known[name]
 
