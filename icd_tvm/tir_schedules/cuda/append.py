@@ -61,7 +61,7 @@ def append_rule(
     arguments += [Argument(name, (kv_heads, slots, size), cache) for name in ("keys", "values")]
     arguments.append(Argument("q_out", (heads, size), dtype))
     turn = ", ".join(or_null(name, rotate, "float") for name in ("cos", "sin"))
-    rows = (heads + 2 * kv_heads) * size
+    read, stored = (heads + 2 * kv_heads) * size, 2 * kv_heads * size
     return Rule(
         (
             SourceKernel(
@@ -74,8 +74,8 @@ def append_rule(
                 grid=(heads + 2 * kv_heads, 1, 1),
                 threads=size,
                 shared=0,
-                flop=4.0 * rows,
-                bytes=rows * WIDTHS[dtype] + 2 * kv_heads * size * WIDTHS[cache],
+                flop=4.0 * (heads + kv_heads) * size * rotate,
+                bytes=(read + heads * size) * WIDTHS[dtype] + stored * WIDTHS[cache],
                 unit="fp32",
                 outputs=3,
             ),

@@ -81,6 +81,7 @@ def norm_rule(
                 flop=8.0 * rows * width,
                 bytes=rows * width * (read + WIDTHS[out]) + 4.0 * width * (1 + beta),
                 unit="fp32",
+                eps=eps,
             ),
         )
     )

@@ -97,6 +97,8 @@ class SourceKernel:
         ``fp16`` or ``int8`` for tensor cores, ``fp32`` for the others.
     activation : str
         Of the epilogue, where there is one.
+    eps : float
+        What a norm adds to the mean square.
     """
 
     family: str
@@ -111,6 +113,7 @@ class SourceKernel:
     unit: str
     outputs: int = 1
     activation: str = "none"
+    eps: float = 0.0
 
     @property
     def name(self) -> str:
