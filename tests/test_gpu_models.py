@@ -324,6 +324,15 @@ def test_states_are_fed_back() -> None:
 
     run = ArmRun(main, [[2, 5]], [10])
     assert run.steps(3) == [90, 11]
+
+    def in_place(ids: int, state: np.ndarray, weight: int) -> list[Any]:
+        found = state * weight
+        state += ids
+        return [found, state]
+
+    state = np.array([5])
+    assert ArmRun(in_place, [[2, state]], [10]).steps(3) == [90, 11]
+    assert state == 11
     assert ArmRun(lambda ids, weight: ids * weight, [[2]], [10]).steps(3) == 20
 
 

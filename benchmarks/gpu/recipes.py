@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm.tir_schedules.cuda.gemm import live_blocks, pack_weight
+from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, live_blocks, pack_weight
 from icd_tvm.tir_schedules.cuda.gemv import pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 
 Array = npt.NDArray[Any]
 PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live")
-# Columns of a group with one list of live blocks, in the kernels' own units.
-LIVE_COLUMNS = 64
 
 
 @dataclass(frozen=True)

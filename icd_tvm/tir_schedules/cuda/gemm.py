@@ -16,6 +16,7 @@ import numpy.typing as npt
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, STAGES, GemmTile, choose_tile
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
+    PLAIN,
     WIDTHS,
     Argument,
     Epilogue,
@@ -29,7 +30,7 @@ from icd_tvm.tir_schedules.cuda.turn import turn_kernel
 
 Array = npt.NDArray[np.generic]
 SLAB = 16  # rows of W in a block that is live or dead
-PLAIN = Epilogue()
+LIVE_COLUMNS = 64  # columns of W in it, where a model's weights are packed
 _SCALED = (FP8, "int8")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.errors import TransformError
-from icd_tvm.tir_schedules.cuda.gemm import PLAIN
 from icd_tvm.tir_schedules.cuda.gemm_tile import GemmTile, choose_tile
 from icd_tvm.tir_schedules.cuda.source_kernel import (
+    PLAIN,
     WIDTHS,
     Argument,
     Epilogue,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from icd_tvm.tir_schedules.cuda.gemm import SLAB
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
+    PLAIN,
     WIDTHS,
     Argument,
     Epilogue,
@@ -23,8 +25,6 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
 
 Array = npt.NDArray[np.generic]
 ROWS, WARPS = 4, 4
-SLAB = 16  # elements of x in a block that is live or dead
-PLAIN = Epilogue()
 _SCALED = (FP8, "int8", "int4")
 
 

@@ -69,6 +69,9 @@ class Epilogue:
         return f"{ACTIVATIONS[self.activation]}, {_bool(self.bias)}, {_bool(self.residual)}"
 
 
+PLAIN = Epilogue()
+
+
 @dataclass(frozen=True)
 class SourceKernel:
     """One kernel for one shape.
