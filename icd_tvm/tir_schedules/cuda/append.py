@@ -7,6 +7,7 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     Argument,
     Rule,
     SourceKernel,
+    cpp_bool,
     operand,
     or_null,
     refused,
@@ -67,7 +68,7 @@ def append_rule(
             SourceKernel(
                 family="append",
                 config=f"icd::AppendConfig<{operand(dtype)}, {operand(cache)}, {_LENGTHS[length]}, "
-                f"{size}, {'true' if rotate else 'false'}>",
+                f"{size}, {cpp_bool(rotate)}>",
                 call=f"icd::append<G>(q_out, keys, values, q, k, v, {turn}, "
                 f"(const {_LENGTHS[length]}*)length, {heads}, {kv_heads}, {slots})",
                 arguments=tuple(arguments),

@@ -66,7 +66,7 @@ class Epilogue:
     @property
     def flags(self) -> str:
         """The template arguments."""
-        return f"{ACTIVATIONS[self.activation]}, {_bool(self.bias)}, {_bool(self.residual)}"
+        return f"{ACTIVATIONS[self.activation]}, {cpp_bool(self.bias)}, {cpp_bool(self.residual)}"
 
 
 PLAIN = Epilogue()
@@ -205,7 +205,8 @@ def or_null(name: str, there: bool, kind: str = "") -> str:
     return f"(const {kind}*){name}" if kind else name
 
 
-def _bool(value: bool) -> str:
+def cpp_bool(value: bool) -> str:
+    """Return a truth value as C++ writes it."""
     return "true" if value else "false"
 
 
