@@ -147,19 +147,14 @@ def _kernel(
         arguments.append(Argument("blocks", live, "int32"))
     if scaled:
         arguments.append(Argument("scales", (n, k // group) if group else (n,), "float32"))
-    if epilogue.bias:
-        arguments.append(Argument("bias", (n,), "float32"))
-    if epilogue.residual:
-        arguments.append(Argument("residual", (1, n), out))
-    arguments.append(Argument("y", (1, n), out))
+    arguments += [*epilogue.arguments(1, n, out), Argument("y", (1, n), out)]
     rows = WARPS // split * ROWS
     call = ", ".join(
         (
             "y, x, w",
             or_null("blocks", live is not None),
             or_null("scales", scaled, "float"),
-            or_null("bias", epilogue.bias),
-            or_null("residual", epilogue.residual),
+            epilogue.given,
             f"{n}, {chunks}, {n // live[0] if live else n}, {k // group if group else 1}, shared",
         )
     )

@@ -68,6 +68,16 @@ class Epilogue:
         """The template arguments."""
         return f"{ACTIVATIONS[self.activation]}, {cpp_bool(self.bias)}, {cpp_bool(self.residual)}"
 
+    @property
+    def given(self) -> str:
+        """What the call passes for it."""
+        return f"{or_null('bias', self.bias)}, {or_null('residual', self.residual)}"
+
+    def arguments(self, m: int, n: int, out: str) -> list[Argument]:
+        """Return the arguments that it reads, for an output [m, n] of dtype ``out``."""
+        found = [Argument("bias", (n,), "float32")] if self.bias else []
+        return [*found, Argument("residual", (m, n), out)] if self.residual else found
+
 
 PLAIN = Epilogue()
 
