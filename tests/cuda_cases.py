@@ -19,11 +19,10 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
-from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule, SourceKernel
+from icd_tvm.tir_schedules.cuda.source_kernel import FP8, PLAIN, Epilogue, Rule, SourceKernel
 from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays
 
 ORDERS = (1, 2)  # of the threads: last to first, shuffled
-PLAIN = Epilogue()
 FULL = Epilogue("gelu", bias=True, residual=True)
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the path")

@@ -36,6 +36,8 @@ WIDE = ("ld.global.nc.L1::no_allocate.v4.u32", "LDG.E.NA.128.CONSTANT")
 WIDEN = ("cvt.rn.f16x2.e4m3x2", "F2FP.F16.E4M3.UNPACK_B")
 EXP2 = ("ex2.approx.ftz.f32", "MUFU.EX2")
 STATE = ("ld.global.v4.f32", "LDG.E.128")
+# Neighbours at once; and a root that is no approximation.
+NORM = (("ld.global.v2.f32", "LDG.E.64"), ("sqrt.rn.f32", "MUFU.RSQ"))
 
 
 def main_kernel(entry: Entry) -> SourceKernel:
@@ -51,6 +53,12 @@ def wanted(entry: Entry, arch: str) -> list[tuple[str, str]]:
         return [COPIES[0], EXP2] if "scan" in entry.name else [STATE]
     if "step" in entry.name:
         return [STATE]
+    if "norm" in entry.name:
+        return [*NORM]
+    if "append" in entry.name:
+        # Rows are stored in the type of the cache; the rotation alone multiplies.
+        store = "st.global.f32" if "float32" in entry.name else "st.global.u16"
+        return [(store, "STG.E"), ("fma.rn.f32", "FFMA")]
     return [WIDE, WIDEN] if "fp8" in entry.name and arch != "sm_80" else [WIDE]
 
 

@@ -10,11 +10,13 @@ from cuda_cases import FULL, needs_compiler
 from cuda_emulation import Emulated
 
 from icd_tvm.measure.cuda_reference import make_trial, run_rule
+from icd_tvm.tir_schedules.cuda.append import append_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule, paged_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import TILES_24, gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
+from icd_tvm.tir_schedules.cuda.norm import norm_rule
 from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8
 
@@ -35,6 +37,12 @@ RULES = {
     "fp8 pages by channel": paged_attention_rule(
         1, 2, 2, 5, 64, "float16", page=32, cache=FP8, by_channel=True
     ),
+    "layer norm": norm_rule(
+        70, 72, "float16", "bfloat16", 0.1, centre=True, beta=True, residual=True
+    ),
+    "rms norm": norm_rule(1, 200, "float32", "float32", 0.1, centre=False),
+    "append": append_rule(4, 2, 5, 64, "float16", cache="float32"),
+    "append, bf16": append_rule(2, 2, 5, 32, "bfloat16"),
     "prefill conv": prefill_conv_rule(2, 40, 24, "float16"),
     "prefill scan": prefill_scan_rule(2, 40, 24, 16, "float16", chunk=16),
     "prefill scan with conv": prefill_scan_rule(1, 40, 24, 16, "bfloat16", conv=True, chunk=64),

@@ -28,6 +28,7 @@ from icd_tvm.measure import cuda_driver, cuda_timing
 from icd_tvm.measure.cuda_driver import CudaDevice
 from icd_tvm.measure.cuda_reference import Trial, make_trial
 from icd_tvm.measure.energy import EnergyRecord
+from icd_tvm.tir_schedules.cuda.append import append_rule
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
@@ -35,6 +36,7 @@ from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.norm import norm_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +56,8 @@ ENTRIES = [
     Entry("decode int8", decode_attention_rule(1, 2, 2, 70, 64, "bfloat16", cache="int8")),
     Entry("conv", conv_step_rule(40, "float16")),
     Entry("scan", scan_step_rule(20, 16, "float16")),
+    Entry("norm", norm_rule(5, 72, "float32", "float16", 1e-5, centre=True, beta=True)),
+    Entry("append", append_rule(4, 2, 9, 32, "float16")),
 ]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the path")
 

@@ -17,10 +17,12 @@ from icd_tvm.measure.cuda_toolkit import load_driver
 
 load_driver()
 from icd_tvm._tvm import tvm
+from icd_tvm.tir_schedules.cuda.append import append_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import paged_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
+from icd_tvm.tir_schedules.cuda.norm import norm_rule
 from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_scan_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8
 from icd_tvm.tir_schedules.target import cuda_target
@@ -32,6 +34,8 @@ rules = [
     gemv_rule(64, 64, FP8),
     paged_attention_rule(1, 1, 1, 4, 64, "float16", cache=FP8),
     prefill_scan_rule(1, 64, 16, 16, "float16", conv=True, chunk=32),
+    norm_rule(4, 64, "float32", "float16", 1e-5, centre=True, beta=True),
+    append_rule(2, 1, 8, 64, "float16"),
 ]
 functions = {}
 for kernel in (kernel for rule in rules for kernel in rule.kernels):
@@ -45,7 +49,7 @@ print(*functions)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
-def test_tvm_embeds_machine_code_of_every_family(tmp_path: Path) -> None:
+def test_tvm_embeds_machine_code_of_kernels(tmp_path: Path) -> None:
     settings = {"TVM_CUDA_COMPILE_MODE": "nvcc", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -57,7 +61,8 @@ def test_tvm_embeds_machine_code_of_every_family(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names = done.stdout.split()
-    assert {name.split("_")[1] for name in names} == {"gemm", "turn", "gemv", "decode", "prefill"}
+    families = {"gemm", "turn", "gemv", "decode", "prefill", "norm", "append"}
+    assert {name.split("_")[1] for name in names} == families
     content = (tmp_path / "kernels.so").read_bytes()
     # Names of machine code's sections; source text would not have them.
     missing = [name for name in names if f".text.{name}".encode() not in content]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cuda_cases import FULL, ORDERS, PLAIN, close, finish, needs, needs_compiler
+from cuda_cases import FULL, ORDERS, close, finish, needs, needs_compiler
 from cuda_emulation import Emulated, numpy_dtype
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ from icd_tvm.tir_schedules.cuda.gemm_24 import (
     pack_two_four,
     unpack_two_four,
 )
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule
+from icd_tvm.tir_schedules.cuda.source_kernel import PLAIN, Epilogue, Rule
 
 
 class Case(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import build_models, gates, lift, model_counters, model_times, peers, wheels
-from benchmarks.gpu.arm_modules import Arms, Orders
+from benchmarks.gpu.arm_modules import MODELS, Arms, Orders
 from benchmarks.gpu.cases import ARMS, INDEX, POOL, UNIT, VECTORS, Case
 from benchmarks.gpu.machine import ArmRun, TvmMachine
 from benchmarks.gpu.models import Models
@@ -141,7 +142,7 @@ class Actual(Draws):
 def test_recipes_make_the_constants_of_cuda_kernels_again(case: Case) -> None:
     arms = Arms(case, Orders(2.0))
     dense = arms.drawn
-    packings = set()
+    packings, names = set[str](), set[str]()
     for name in ("dense", "iterative"):
         mod, codes, _ = arms.make(name)
         lowered = build_models.Device("sm_90").lower(mod, "float16")
@@ -150,12 +151,15 @@ def test_recipes_make_the_constants_of_cuda_kernels_again(case: Case) -> None:
         assert int(lifted["main"].attrs["num_input"]) == len(lowered["main"].params)
         known, pool = lift.Recogniser(mod, codes, dense), Pool()
         for const in constants:
-            if const_name(const) in dense:
+            if known.drawn(const):
+                names.add(const_name(const))
                 recipe = from_json(as_json(known.recipe(const), pool), pool)
                 packings.add(recipe.packing)
                 np.testing.assert_array_equal(realise(recipe, Actual(dense)), const.value.numpy())
     expected = {"plain", "gemm", "gemm live"} if case is BERT_VECTORS else {"plain", "transposed"}
     assert expected <= packings
+    merged = sum("+" in name for name in names)
+    assert merged == (MODELS[case.model].layers if case is BERT_VECTORS else 0)
 
 
 def test_what_is_no_weight_is_refused() -> None:
@@ -168,16 +172,22 @@ def test_what_is_no_weight_is_refused() -> None:
         known.recipe(changed)
 
 
-def test_joined_weights_are_found_beside_each_other() -> None:
+def test_joined_weights_are_drawn_one_by_one() -> None:
     arms = Arms(BERT_UNIT, Orders(2.0))
     mod, codes, _ = arms.make("dense")
     arrays = arms.drawn
     query = next(name for name in arrays if "query" in name)
     names = [query, query.replace("query", "key"), query.replace("query", "value")]
     joined = np.concatenate([arrays[name] for name in names], axis=1).astype(np.float16)
-    recipe = lift.Recogniser(mod, codes, arrays).recipe(named_const(joined, query))
+    known, const = lift.Recogniser(mod, codes, arrays), named_const(joined, "+".join(names))
+    recipe = known.recipe(const)
     assert [source.name for source in recipe.sources] == names
     np.testing.assert_array_equal(realise(recipe, Actual(arrays)), joined)
+    assert known.drawn(const)
+    assert lift.joined(f"{query}.blocks", arrays) == lift.joined(f"{query}+b", arrays) == ()
+    swapped = named_const(joined, "+".join(names[::-1]))
+    with pytest.raises(MeasurementError, match="no weight in a known packing"):
+        known.recipe(swapped)
 
 
 def test_dead_rows_and_columns_stay_dead() -> None:
@@ -196,12 +206,14 @@ def test_dead_rows_and_columns_stay_dead() -> None:
 
 
 def test_draws_follow_seed_and_name() -> None:
-    about = {"a": ((200, 50), -3.0, 0.5), "b": ((200, 50), 0.0, 1.0)}
+    about = {"a": ((200, 50), -3.0, 0.5, -9.0, 3.0), "b": ((200, 50), 0.0, 1.0, -9.0, 9.0)}
     first, again = Draws(about), Draws(about)
     np.testing.assert_array_equal(first.matrix("a"), again.matrix("a"))
     assert abs(first.matrix("a").mean() + 3) < 0.05
     assert abs(first.matrix("a").std() - 0.5) < 0.05
     assert not np.array_equal(first.matrix("b"), Draws(about, seed=1).matrix("b"))
+    decay = Draws({"a": ((200, 50), -3.0, 4.0, -9.0, -1.0)}).matrix("a")
+    assert (decay.min(), decay.max()) == (-9.0, -1.0)
 
 
 def test_missing_or_foreign_folders_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -297,12 +309,30 @@ def test_child_runs_one_arm(folder: Path) -> None:
     model_counters.model_child(NoGraphs(), models, MAMBA.name, "linear")  # type: ignore[arg-type]
 
 
+def test_outputs_are_given_back_after_a_call() -> None:
+    def main(*_: Any) -> Any:
+        return np.ones(3)
+
+    run = ArmRun(main, [[2]], [10])
+    output = weakref.ref(run())
+    assert output() is None
+
+
 def test_states_are_fed_back() -> None:
     def main(ids: int, state: int, weight: int) -> list[int]:
         return [state * weight, state + ids]
 
     run = ArmRun(main, [[2, 5]], [10])
     assert run.steps(3) == [90, 11]
+
+    def in_place(ids: int, state: np.ndarray, weight: int) -> list[Any]:
+        found = state * weight
+        state += ids
+        return [found, state]
+
+    state = np.array([5])
+    assert ArmRun(in_place, [[2, state]], [10]).steps(3) == [90, 11]
+    assert state == 11
     assert ArmRun(lambda ids, weight: ids * weight, [[2]], [10]).steps(3) == 20
 
 

@@ -35,6 +35,7 @@ from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.runtime.arms import DENSE, IDENTITY, LINEAR, RANDOM, Arm, linear_arm, ordered_arms
+from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB
 from icd_tvm.tir_schedules.target import host_target
 
 Perms = dict[str, npt.NDArray[Any]]
@@ -57,7 +58,6 @@ HIDDEN = (
     (".intermediate.dense.weight", "layer.{}.output.dense.weight"),
     (".in_proj.weight", "layers.{}.mixer.out_proj.weight"),
 )
-GROUP, SLAB = 64, 16
 
 
 class Orders:
@@ -186,11 +186,11 @@ def _masks(first: Any, second: Any, seed: int) -> tuple[npt.NDArray[Any], npt.ND
     (inputs, columns), (hidden, outputs) = (tuple(map(int, s)) for s in (first, second))
     rng = np.random.default_rng(seed)
     group_of = np.empty(hidden, np.int64)
-    group_of[rng.permutation(hidden)] = np.arange(hidden) // GROUP
+    group_of[rng.permutation(hidden)] = np.arange(hidden) // LIVE_COLUMNS
     groups, parts = int(group_of.max()) + 1, columns // hidden
     halves = [_half(rng, groups, inputs // SLAB)[group_of] for _ in range(parts)]
     before = np.repeat(np.concatenate(halves), SLAB, axis=1).T
-    after = np.repeat(_half(rng, outputs // GROUP, groups).T[group_of], GROUP, axis=1)
+    after = np.repeat(_half(rng, outputs // LIVE_COLUMNS, groups).T[group_of], LIVE_COLUMNS, axis=1)
     return before.astype(np.float32), after.astype(np.float32)
 
 

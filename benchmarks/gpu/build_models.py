@@ -78,8 +78,8 @@ def _case(folder: Path, device: Device, case: Case, pool: Pool, orders: Orders) 
         raise MeasurementError("a compiled model has no int8 products on CUDA in this version")
     arms = Arms(case, orders)
     weights = {
-        name: [list(array.shape), float(array.mean()), float(array.std())]
-        for name, array in arms.drawn.items()
+        name: [list(a.shape), *map(float, (a.mean(), a.std(), a.min(), a.max()))]
+        for name, a in arms.drawn.items()
     }
     record: dict[str, Any] = {"case": vars(case), "tokens": case.tokens, "weights": weights}
     record |= {"inputs": arms.inputs(), "arms": {}, "orders": arms.counts}

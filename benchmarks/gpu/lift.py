@@ -21,16 +21,26 @@ _FIRST = 0x00800000
 
 
 def big_constants(func: Any, drawn: Collection[str] = ()) -> list[Any]:
-    """Return the large constants of a function and those named ``drawn``, each once, in order."""
+    """Return the large constants of a function and those made of ``drawn``, each once, in order."""
     found: dict[Any, None] = {}
 
     def visit(expr: Any) -> None:
-        is_const = isinstance(expr, GenericConst)
-        if is_const and (_bytes(expr) > KEPT_BYTES or const_name(expr) in drawn):
+        if isinstance(expr, GenericConst) and (
+            _bytes(expr) > KEPT_BYTES or joined(const_name(expr), drawn)
+        ):
             found[expr] = None
 
     relax.analysis.post_order_visit(func, visit)
     return list(found)
+
+
+def joined(name: str, drawn: Collection[str]) -> tuple[str, ...]:
+    """Return the weights that a constant is named after, side by side; none if one is not drawn.
+
+    `MergeSharedInput` joins the names of weights by ``+``.
+    """
+    names = (name,) if name in drawn else tuple(name.split("+"))
+    return names if all(one in drawn for one in names) else ()
 
 
 def _bytes(const: Any) -> int:
@@ -138,8 +148,8 @@ class Recogniser:
         """
         array, name = const.value.numpy(), const_name(const)
         shape, dtype = tuple(array.shape), str(const.value.dtype)
-        candidates = [(name,)] if name in self._arm else []
-        for names in [*candidates, *self._neighbours(name)]:
+        names = joined(name, self._arm)
+        if names:
             whole = np.concatenate([_matrix(self._arm[n]) for n in names], axis=1)
             packing = _packing(whole, array, dtype)
             sources = [source_of(n, self._codes[n], self._widths[n]) for n in names]
@@ -148,19 +158,8 @@ class Recogniser:
         raise MeasurementError(f"{name!r} {dtype}{list(shape)} is no weight in a known packing")
 
     def drawn(self, const: Any) -> bool:
-        """Say whether a constant has the name of a weight that hosts draw."""
-        return const_name(const) in self._widths
-
-    def _neighbours(self, name: str) -> list[tuple[str, ...]]:
-        """Return runs of weights that may have been joined to one product."""
-        names = list(self._arm)
-        starts = [i for i, known in enumerate(names) if name.startswith(known)]
-        return [
-            tuple(names[i : i + count])
-            for i in starts
-            for count in (2, 3)
-            if len({_matrix(self._arm[n]).shape[0] for n in names[i : i + count]}) == 1
-        ]
+        """Say whether a constant is named after weights that hosts draw."""
+        return bool(joined(const_name(const), self._widths))
 
 
 def _matrix(array: Array) -> Array:

@@ -74,18 +74,19 @@ class TvmMachine:
 
 
 class ArmRun:
-    """One arm, ready to be called."""
+    """One arm, ready to be called; its inputs are its own, since states may be written in place."""
 
     def __init__(
         self, main: Callable[..., Any], inputs: list[list[Any]], parameters: list[Any]
     ) -> None:
         self._main, self._inputs, self._parameters = main, inputs, parameters
-        self.last: Any = None
 
     def __call__(self, index: int = 0) -> Any:
-        """Start the model on one set of inputs; return its outputs."""
-        self.last = self._main(*self._inputs[index % len(self._inputs)], *self._parameters)
-        return self.last
+        """Start the model on one set of inputs; return its outputs.
+
+        Nothing is kept: a call that is captured must find the memory that one before it gave back.
+        """
+        return self._main(*self._inputs[index % len(self._inputs)], *self._parameters)
 
     def steps(self, count: int) -> Any:
         """Return the outputs after ``count`` calls, states fed back; a model without: of one."""

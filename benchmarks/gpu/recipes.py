@@ -18,14 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm.tir_schedules.cuda.gemm import live_blocks, pack_weight
+from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, live_blocks, pack_weight
 from icd_tvm.tir_schedules.cuda.gemv import pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 
 Array = npt.NDArray[Any]
 PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live")
-# Columns of a group with one list of live blocks, in the kernels' own units.
-LIVE_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -64,22 +62,25 @@ class Draws:
 
     Attributes
     ----------
-    about : mapping of str to (shape, mean, deviation)
+    about : mapping of str to (shape, mean, deviation, least, most)
+        Beyond the last two nothing is drawn: rates of decay must stay negative, else states that
+        are written in place grow from call to call.
     seed : int
     """
 
-    about: Mapping[str, tuple[tuple[int, ...], float, float]]
+    about: Mapping[str, tuple[tuple[int, ...], float, float, float, float]]
     seed: int = 0
     _known: dict[str, Array] = field(default_factory=dict)
 
     def matrix(self, name: str) -> Array:
         """Return the weight, float32, as a matrix of its last axis."""
         if name not in self._known:
-            shape, mean, deviation = self.about[name]
+            shape, mean, deviation, least, most = self.about[name]
             rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
             values = rng.standard_normal(shape, dtype=np.float32)
             values *= np.float32(deviation)
             values += np.float32(mean)
+            np.clip(values, np.float32(least), np.float32(most), out=values)
             self._known[name] = values.reshape(-1, shape[-1])
         return self._known[name]
 

@@ -21,7 +21,10 @@ EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
 
 class Expected(NamedTuple):
-    """One output: which of its leading rows are checked, their values, and the error allowed."""
+    """One output: which of its leading rows are checked, their values, and the error allowed.
+
+    The error is infinite where a kernel writes nothing, so that anything may stand there.
+    """
 
     rows: Array
     values: Array
@@ -37,8 +40,12 @@ class Trial(NamedTuple):
     def check(self, found: Mapping[str, Array]) -> float:
         """Return the largest error as a share of what is allowed; more than 1 is wrong."""
         shares = [
-            np.abs(found[name][expected.rows].astype(np.float64) - expected.values)
-            / expected.allowed
+            np.where(
+                np.isinf(expected.allowed),
+                0.0,
+                np.abs(found[name][expected.rows].astype(np.float64) - expected.values)
+                / expected.allowed,
+            )
             for name, expected in self.expected.items()
         ]
         # max() of Python would lose a NaN.
@@ -66,11 +73,15 @@ def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:
     if family == "prefill_scan":
         return _prefill(inputs) if "state" in inputs else _prefill_conv(inputs)
     out = last.arguments[-1]
+    if family == "append":
+        return _append(inputs, last.arguments[-3])
     if family == "attention":
         return _attention(inputs, out)
     if family == "decode_attention":
         return _decode(inputs, out)
     chosen = np.sort(rng.permutation(out.shape[0])[:rows])
+    if family == "norm":
+        return _norm(inputs, out, chosen, last.eps)
     return (_gemv if family == "gemv" else _gemm)(inputs, out, chosen, last.activation)
 
 
@@ -89,6 +100,8 @@ def _random(argument: Argument, rng: Random) -> Array:
     if name == "pages":
         # No two heads share a page.
         return rng.permutation(int(np.prod(shape))).reshape(shape).astype(np.int32)
+    if name == "length":
+        return np.zeros(shape, dtype)  # set by _append
     if name == "live":
         return np.full(shape, -1, np.int32)  # set by _decode, which knows the capacity
     if name == "mask":
@@ -226,6 +239,37 @@ def _decode(inputs: Arrays, out: Argument) -> Trial:
     y = np.einsum("bhgt,bhtd->bhgd", weights, v)
     allowed = np.full_like(y, 2 * EPS[out.dtype] * np.abs(v).max())
     return Trial(inputs, {"out": Expected(np.arange(len(y)), y, allowed)})
+
+
+def _norm(inputs: Arrays, out: Argument, rows: Array, eps: float) -> Trial:
+    """Only a layer norm has a beta, and subtracts the mean."""
+    h = inputs["x"][rows].astype(np.float64)
+    if "residual" in inputs:
+        h = h + inputs["residual"][rows].astype(np.float64)
+    if "beta" in inputs:
+        h = h - h.mean(-1, keepdims=True)
+    y = h / np.sqrt((h**2).mean(-1, keepdims=True) + eps) * inputs["gamma"].astype(np.float64)
+    y = y + inputs.get("beta", np.zeros(1)).astype(np.float64)
+    return Trial(inputs, {"out": Expected(rows, y, _rounded(y, out.dtype, h.shape[-1], 1.0))})
+
+
+def _append(inputs: Arrays, cache: Argument) -> Trial:
+    """Write the last slot: what lies in the others is no input, and not known."""
+    heads, slots, size = cache.shape
+    inputs["length"] = np.full_like(inputs["length"], slots - 1)
+    f = {name: inputs[name].astype(np.float64) for name in "qkv"}
+    if "cos" in inputs:
+        for name in "qk":
+            first, second = np.split(f[name], 2, axis=1)
+            turned = np.concatenate([-second, first], 1) * inputs["sin"]
+            f[name] = f[name] * inputs["cos"] + turned
+    expected: dict[str, Expected] = {}
+    for name, row in (("keys", f["k"]), ("values", f["v"])):
+        values, allowed = np.zeros(cache.shape), np.full(cache.shape, np.inf)
+        values[:, -1], allowed[:, -1] = row, _rounded(row, cache.dtype, size, 1.0)
+        expected[name] = Expected(np.arange(heads), values, allowed)
+    error = _rounded(f["q"], str(inputs["q"].dtype), size, 1.0)
+    return Trial(inputs, {**expected, "q_out": Expected(np.arange(len(f["q"])), f["q"], error)})
 
 
 def _conv(inputs: Arrays) -> Trial:

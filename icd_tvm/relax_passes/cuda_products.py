@@ -24,6 +24,7 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.tir_schedules.cuda.gemm import (
+    LIVE_COLUMNS,
     SLAB,
     gemm_rule,
     live_blocks,
@@ -31,11 +32,17 @@ from icd_tvm.tir_schedules.cuda.gemm import (
 )
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, choose_tile
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
-from icd_tvm.tir_schedules.cuda.source_kernel import Epilogue, Rule, numpy_dtype, refused
+from icd_tvm.tir_schedules.cuda.source_kernel import (
+    PLAIN,
+    Epilogue,
+    Rule,
+    numpy_dtype,
+    refused,
+)
 
 Array = npt.NDArray[Any]
-# Columns of a group with one list of live blocks; blocks pay from this share on.
-COLUMNS, PAYS = 64, 0.8
+# Lists of live blocks pay up to this share of a weight.
+_PAYS = 0.8
 _ACTIVATIONS = ("gelu", "relu", "silu")
 
 
@@ -55,8 +62,8 @@ def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKern
     if not np.isfinite(rounded.astype(np.float32)).all():
         reason = f"weights beyond the range of {dtype}"
         return ProductKernels(lambda *_: refused(reason), {}, reason)
-    blocks = live_blocks(rounded, COLUMNS)
-    pays = blocks.shape[1] * SLAB <= PAYS * len(weight) and not weight.shape[1] % COLUMNS
+    blocks = live_blocks(rounded, LIVE_COLUMNS)
+    pays = blocks.shape[1] * SLAB <= _PAYS * len(weight) and not weight.shape[1] % LIVE_COLUMNS
     make = _vector if m == 1 else _matrix
     return make(m, rounded, dtype, arch, blocks if pays else None)
 
@@ -66,7 +73,7 @@ def _matrix(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) 
     live = tile = None
     if blocks is not None:
         live = blocks.shape[1]
-        tile = choose_tile(m, n, live * SLAB * 2 // ROW, arch, columns=COLUMNS)
+        tile = choose_tile(m, n, live * SLAB * 2 // ROW, arch, columns=LIVE_COLUMNS)
 
     def make(epilogue: Epilogue, out: str) -> Rule:
         return gemm_rule(
@@ -92,9 +99,6 @@ def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) 
         return ProductKernels(make, {}, plain.reason)
     constants = {"w": pack_vectors(weight, dtype, blocks)}
     return ProductKernels(make, constants if blocks is None else {**constants, "blocks": blocks})
-
-
-PLAIN = Epilogue()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     Argument,
     Rule,
     SourceKernel,
+    cpp_bool,
     operand,
     or_null,
     refused,
@@ -61,21 +62,21 @@ def append_rule(
     arguments += [Argument(name, (kv_heads, slots, size), cache) for name in ("keys", "values")]
     arguments.append(Argument("q_out", (heads, size), dtype))
     turn = ", ".join(or_null(name, rotate, "float") for name in ("cos", "sin"))
-    rows = (heads + 2 * kv_heads) * size
+    read, stored = (heads + 2 * kv_heads) * size, 2 * kv_heads * size
     return Rule(
         (
             SourceKernel(
                 family="append",
                 config=f"icd::AppendConfig<{operand(dtype)}, {operand(cache)}, {_LENGTHS[length]}, "
-                f"{size}, {'true' if rotate else 'false'}>",
+                f"{size}, {cpp_bool(rotate)}>",
                 call=f"icd::append<G>(q_out, keys, values, q, k, v, {turn}, "
                 f"(const {_LENGTHS[length]}*)length, {heads}, {kv_heads}, {slots})",
                 arguments=tuple(arguments),
                 grid=(heads + 2 * kv_heads, 1, 1),
                 threads=size,
                 shared=0,
-                flop=4.0 * rows,
-                bytes=rows * WIDTHS[dtype] + 2 * kv_heads * size * WIDTHS[cache],
+                flop=4.0 * (heads + kv_heads) * size * rotate,
+                bytes=(read + heads * size) * WIDTHS[dtype] + stored * WIDTHS[cache],
                 unit="fp32",
                 outputs=3,
             ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from icd_tvm.tir_schedules.cuda.append import append_rule
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import (
     decode_attention_rule,
@@ -18,6 +19,7 @@ from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
+from icd_tvm.tir_schedules.cuda.norm import norm_rule
 from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule
 
@@ -30,7 +32,7 @@ EPILOGUES = {
     "ffn2": Epilogue(bias=True, residual=True),
 }
 PROJECTIONS = {"in_proj": (10240, 2560), "out_proj": (2560, 5120)}
-INNER, STATES, PROMPT = 5120, 16, 1024
+MODEL, INNER, STATES, PROMPT = 2560, 5120, 16, 1024
 # Kernels of these differ from others in sizes only.
 _REPEATED = ("qkv", "ffn2 1024", "half of the units", "half of the outputs")
 
@@ -61,6 +63,12 @@ def catalogue(arch: str = "sm_90", *, quick: bool = False) -> list[Entry]:
     found.append(Entry("mamba conv step fp16", conv_step_rule(INNER, "float16")))
     found.append(Entry("mamba scan step fp16", scan_step_rule(INNER, STATES, "float16")))
     found += _prefills(arch)
+    found += _norms(rows)
+    # The step of the decoder whose attention is above.
+    found += [
+        Entry(f"decode append {cache}", append_rule(32, 8, 8192, 128, "float16", cache=cache))
+        for cache in ("float16", "float32")
+    ]
     return [e for e in found if not (quick and any(word in e.name for word in _REPEATED))]
 
 
@@ -136,6 +144,16 @@ def _prefills(arch: str) -> list[Entry]:
         Entry(f"{name} scan fp16", scan),
         Entry(f"{name} conv and scan fp16", fused),
     ]
+
+
+def _norms(rows: tuple[int, ...]) -> list[Entry]:
+    """Layer norms behind a product, and the RMS norm of a residual stream."""
+    found = []
+    for m in rows:
+        rule = norm_rule(m, 768, "float16", "float16", 1e-12, centre=True, beta=True)
+        found.append(Entry(f"bert layer norm {m} rows fp16", rule))
+    rule = norm_rule(1, MODEL, "float32", "float16", 1e-5, centre=False)
+    return [*found, Entry("mamba rms norm fp16", rule)]
 
 
 def _attentions(arch: str, quick: bool) -> list[Entry]:

@@ -15,6 +15,7 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     Argument,
     Rule,
     SourceKernel,
+    cpp_bool,
     operand,
     or_null,
     refused,
@@ -185,7 +186,7 @@ class _Work:
     @property
     def _config(self) -> str:
         paging, heads = self.paging, f"{self.size}, {self.shared_heads}, {WARPS}"
-        by_channel = str(paging.by_channel).lower() if paging else ""
+        by_channel = cpp_bool(paging.by_channel) if paging else ""
         paged = f", {paging.page}, {by_channel}" if paging else ""
         return f"icd::DecodeConfig<{operand(self.dtype)}, {operand(self.cache)}, {heads}{paged}>"
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, STAGES, GemmTile, choose_tile
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
+    PLAIN,
     WIDTHS,
     Argument,
     Epilogue,
@@ -29,7 +30,7 @@ from icd_tvm.tir_schedules.cuda.turn import turn_kernel
 
 Array = npt.NDArray[np.generic]
 SLAB = 16  # rows of W in a block that is live or dead
-PLAIN = Epilogue()
+LIVE_COLUMNS = 64  # columns of W in it, where a model's weights are packed
 _SCALED = (FP8, "int8")
 
 
@@ -197,11 +198,7 @@ class _Work:
     @property
     def _extra(self) -> tuple[Argument, ...]:
         """What the epilogue reads."""
-        found = []
-        if self.epilogue.bias:
-            found.append(Argument("bias", (self.n,), "float32"))
-        if self.epilogue.residual:
-            found.append(Argument("residual", (self.m, self.n), self.out))
+        found = self.epilogue.arguments(self.m, self.n, self.out)
         if self.dtype in _SCALED:
             found.append(Argument("row_scale", (self.m,), "float32"))
             found.append(Argument("column_scale", (self.n,), "float32"))
@@ -212,8 +209,7 @@ class _Work:
         scaled, float32 = self.dtype in _SCALED, "float"
         return ", ".join(
             (
-                or_null("bias", self.epilogue.bias),
-                or_null("residual", self.epilogue.residual),
+                self.epilogue.given,
                 or_null("row_scale", scaled, float32),
                 or_null("column_scale", scaled, float32),
             )

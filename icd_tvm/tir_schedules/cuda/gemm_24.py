@@ -12,16 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.errors import TransformError
-from icd_tvm.tir_schedules.cuda.gemm import PLAIN
 from icd_tvm.tir_schedules.cuda.gemm_tile import GemmTile, choose_tile
 from icd_tvm.tir_schedules.cuda.source_kernel import (
+    PLAIN,
     WIDTHS,
     Argument,
     Epilogue,
     Rule,
     SourceKernel,
     operand,
-    or_null,
     refused,
 )
 
@@ -155,18 +154,13 @@ def _kernel(
         Argument("w", (groups, tiles, tile.n, TILE_K // 2), dtype),
         Argument("meta", (groups, tiles, tile.n // 16, 2, 8, 2), "uint32"),
     ]
-    if epilogue.bias:
-        arguments.append(Argument("bias", (n,), "float32"))
-    if epilogue.residual:
-        arguments.append(Argument("residual", (m, n), out))
-    arguments.append(Argument("c", (m, n), out))
-    extra = f"{or_null('bias', epilogue.bias)}, {or_null('residual', epilogue.residual)}"
+    arguments += [*epilogue.arguments(m, n, out), Argument("c", (m, n), out)]
     stage = tile.m * 128 + tile.n * 72
     return SourceKernel(
         family="gemm_24",
         config=f"icd::Gemm24Config<{operand(dtype)}, {operand(out)}, {tile.m}, {tile.n}, "
         f"{tile.warp_m}, {tile.warp_n}, {STAGES_24}, {epilogue.flags}>",
-        call=f"icd::gemm_24<G>(c, a, w, meta, {extra}, {m}, {n}, {k}, {tiles}, shared)",
+        call=f"icd::gemm_24<G>(c, a, w, meta, {epilogue.given}, {m}, {n}, {k}, {tiles}, shared)",
         arguments=tuple(arguments),
         grid=(groups, -(-m // tile.m), 1),
         threads=tile.threads,

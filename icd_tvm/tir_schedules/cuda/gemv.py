@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from icd_tvm.tir_schedules.cuda.gemm import SLAB
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
+    PLAIN,
     WIDTHS,
     Argument,
     Epilogue,
@@ -23,8 +25,6 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
 
 Array = npt.NDArray[np.generic]
 ROWS, WARPS = 4, 4
-SLAB = 16  # elements of x in a block that is live or dead
-PLAIN = Epilogue()
 _SCALED = (FP8, "int8", "int4")
 
 
@@ -147,19 +147,14 @@ def _kernel(
         arguments.append(Argument("blocks", live, "int32"))
     if scaled:
         arguments.append(Argument("scales", (n, k // group) if group else (n,), "float32"))
-    if epilogue.bias:
-        arguments.append(Argument("bias", (n,), "float32"))
-    if epilogue.residual:
-        arguments.append(Argument("residual", (1, n), out))
-    arguments.append(Argument("y", (1, n), out))
+    arguments += [*epilogue.arguments(1, n, out), Argument("y", (1, n), out)]
     rows = WARPS // split * ROWS
     call = ", ".join(
         (
             "y, x, w",
             or_null("blocks", live is not None),
             or_null("scales", scaled, "float"),
-            or_null("bias", epilogue.bias),
-            or_null("residual", epilogue.residual),
+            epilogue.given,
             f"{n}, {chunks}, {n // live[0] if live else n}, {k // group if group else 1}, shared",
         )
     )

@@ -7,6 +7,7 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     Argument,
     Rule,
     SourceKernel,
+    cpp_bool,
     operand,
     or_null,
     refused,
@@ -64,7 +65,7 @@ def norm_rule(
     if beta:
         arguments.append(Argument("beta", (width,), "float32"))
     arguments.append(Argument("out", (rows, width), out))
-    flags = ", ".join("true" if flag else "false" for flag in (centre, beta, residual))
+    flags = ", ".join(map(cpp_bool, (centre, beta, residual)))
     read = WIDTHS[x] * (1 + residual)
     return Rule(
         (
@@ -81,6 +82,7 @@ def norm_rule(
                 flop=8.0 * rows * width,
                 bytes=rows * width * (read + WIDTHS[out]) + 4.0 * width * (1 + beta),
                 unit="fp32",
+                eps=eps,
             ),
         )
     )

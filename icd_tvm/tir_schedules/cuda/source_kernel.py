@@ -66,7 +66,20 @@ class Epilogue:
     @property
     def flags(self) -> str:
         """The template arguments."""
-        return f"{ACTIVATIONS[self.activation]}, {_bool(self.bias)}, {_bool(self.residual)}"
+        return f"{ACTIVATIONS[self.activation]}, {cpp_bool(self.bias)}, {cpp_bool(self.residual)}"
+
+    @property
+    def given(self) -> str:
+        """What the call passes for it."""
+        return f"{or_null('bias', self.bias)}, {or_null('residual', self.residual)}"
+
+    def arguments(self, m: int, n: int, out: str) -> list[Argument]:
+        """Return the arguments that it reads, for an output [m, n] of dtype ``out``."""
+        found = [Argument("bias", (n,), "float32")] if self.bias else []
+        return [*found, Argument("residual", (m, n), out)] if self.residual else found
+
+
+PLAIN = Epilogue()
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,8 @@ class SourceKernel:
         ``fp16`` or ``int8`` for tensor cores, ``fp32`` for the others.
     activation : str
         Of the epilogue, where there is one.
+    eps : float
+        What a norm adds to the mean square.
     """
 
     family: str
@@ -111,6 +126,7 @@ class SourceKernel:
     unit: str
     outputs: int = 1
     activation: str = "none"
+    eps: float = 0.0
 
     @property
     def name(self) -> str:
@@ -199,7 +215,8 @@ def or_null(name: str, there: bool, kind: str = "") -> str:
     return f"(const {kind}*){name}" if kind else name
 
 
-def _bool(value: bool) -> str:
+def cpp_bool(value: bool) -> str:
+    """Return a truth value as C++ writes it."""
     return "true" if value else "false"
 
 
