@@ -17,6 +17,7 @@ from tvm.script import tirx as T
 from icd_tvm._tvm import tvm, tvm_ffi
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.environment import last_level_cache_bytes
+from icd_tvm.tir_schedules.cpu.emit import AHEAD
 from icd_tvm.tir_schedules.target import vector_bits
 
 # Chains of fused multiply-adds that do not wait for each other: latency 4, two ports, some room.
@@ -53,8 +54,7 @@ def machine_peaks(target: Any) -> dict[str, Any]:
 def memory_reader(target: Any) -> tuple[Callable[[], Any], int]:
     """Return a call that reads memory once, in order, and the bytes it reads.
 
-    To be timed in turns with what is compared to the bandwidth. It leaves fetching ahead to the
-    hardware: a kernel that does so itself may read faster.
+    To be timed in turns with what is compared to the bandwidth.
 
     Parameters
     ----------
@@ -144,7 +144,11 @@ def _fma_chains(lanes: int, parts: int) -> Any:
 
 
 def _row_sums(lanes: int, parts: int, steps: int) -> Any:
-    """Return a function that reads every number once, each part a run of its own."""
+    """Return a function that reads every number once, each part a run of its own.
+
+    It fetches ahead as the kernels that are held against it do.
+    """
+    ahead = max(1, AHEAD // (_CHAINS * lanes * 4))
 
     @T.prim_func(s_tir=True)
     def main(rows_: T.handle, sums_: T.handle) -> None:
@@ -158,6 +162,9 @@ def _row_sums(lanes: int, parts: int, steps: int) -> Any:
                     kept[chain, lane] = T.float32(0)
             for step in range(steps):
                 for chain in T.unroll(_CHAINS):
+                    # Past the end of the buffer it does no harm.
+                    line = T.address_of(rows[part, step + ahead, chain, 0])
+                    T.evaluate(T.call_intrin("void", "tirx.prefetch", line, 0, 3, 1))
                     for lane in T.vectorized(lanes):
                         kept[chain, lane] = kept[chain, lane] + rows[part, step, chain, lane]
             for chain in T.unroll(_CHAINS):
