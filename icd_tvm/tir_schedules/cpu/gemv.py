@@ -313,7 +313,7 @@ class _NarrowBuilder(TileBuilder):
         first = tirx.floordiv(first, i64(per_row))
         for line in range(0, row * (count // per_row), LINE):
             ahead = first + (AHEAD + line) // row
-            prefetch(w[panel, ahead, line % row // size])
+            T.evaluate(prefetch(w[panel, ahead, line % row // size]))
 
     def _widened(self, inputs: list[Any], place: Any, t: int) -> Any:
         """Return row ``first + t`` of a vector of columns as floats."""
