@@ -24,6 +24,11 @@ def i32(value: int) -> Any:
     return tirx.IntImm("int32", value)
 
 
+def splat(value: float, lanes: int) -> Any:
+    """Return a vector of one number: int32 of an int, float32 of a float."""
+    return T.broadcast(i32(value) if isinstance(value, int) else f32(value), lanes)
+
+
 def prefetch(element: Any, locality: int = 3) -> Any:
     """Return the call that fetches the cache line of a buffer's element.
 
