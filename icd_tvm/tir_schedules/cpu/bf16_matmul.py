@@ -15,12 +15,11 @@ from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
 from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
-from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 PAIR = 2
 _UNROLL = 4
-_MAX_VECTORS = 8
 _NEGATIVE_ZERO = 0x8000
 
 
@@ -39,15 +38,7 @@ def bf16_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -
     -------
     Tile
     """
-    dot = bf16_dot(target)
-    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
-    tiles = [
-        Tile(rows, width, dot.lanes)
-        for width in widths
-        for rows in range(1, min(m, dot.registers) + 1)
-        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
-    ]
-    return min(tiles, key=lambda t: (bf16_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
+    return dot_tile(bf16_dot(target), m, -(-k // PAIR), n, vectors)
 
 
 def bf16_cycles(tile: Tile, m: int, k: int, n: int) -> float:

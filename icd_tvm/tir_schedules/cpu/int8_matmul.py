@@ -17,7 +17,7 @@ from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
 from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
-from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 # 2**31 - 1 over the largest product of an unsigned and a signed byte.
@@ -25,7 +25,6 @@ MAX_DEPTH = (2**31 - 1) // (255 * 128)
 QUAD = 4
 _UNROLL = 4
 _MARK = "icd.int8_matmul"
-_MAX_VECTORS = 8
 
 
 def int8_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -> Tile:
@@ -48,15 +47,7 @@ def int8_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -
     ConfigError
         If the target has no int8 dot product.
     """
-    dot = dot_product(target)
-    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
-    tiles = [
-        Tile(rows, width, dot.lanes)
-        for width in widths
-        for rows in range(1, min(m, dot.registers) + 1)
-        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
-    ]
-    return min(tiles, key=lambda t: (int8_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
+    return dot_tile(dot_product(target), m, -(-k // QUAD), n, vectors)
 
 
 def int8_cycles(tile: Tile, m: int, k: int, n: int) -> float:
