@@ -365,6 +365,18 @@ def test_quantisation_by_constants_is_that_of_a_division(dtype: str, columns: bo
     np.testing.assert_array_equal(actual, np.clip(exact, info.min, info.max).astype(dtype))
 
 
+def test_a_scale_without_a_reciprocal_divides() -> None:
+    scale = np.float32(1e-45)
+
+    def build(emit: Build, x: Any) -> Any:
+        parameters = const(scale), const(3, "int8")
+        return emit(relax.op.quantize(x, *parameters, axis=2, out_dtype="int8"))
+
+    x = np.resize(np.array([0, 1, -1], np.float32), (1, 1, 16))
+    expected = np.resize(np.array([3, 127, -128], np.int8), (1, 1, 16))
+    np.testing.assert_array_equal(execute(module(build, x=(1, 1, 16)), x), expected)
+
+
 def test_halves_go_to_even_codes() -> None:
     x = np.arange(-8, 8, dtype=np.float32).reshape(1, 1, 16) * 0.25
 
