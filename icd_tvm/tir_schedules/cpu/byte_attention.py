@@ -20,10 +20,9 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
     AttentionShape,
     HeadTask,
     build_attention,
-    zeros,
 )
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
-from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat
+from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat, zeros
 from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 

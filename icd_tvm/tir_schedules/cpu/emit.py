@@ -29,6 +29,12 @@ def splat(value: float, lanes: int) -> Any:
     return T.broadcast(i32(value) if isinstance(value, int) else f32(value), lanes)
 
 
+def zeros(dtype: str, lanes: int) -> Any:
+    """Return a vector of zeros."""
+    number = tirx.IntImm if dtype.startswith("int") else tirx.FloatImm
+    return T.broadcast(number(dtype, 0), lanes)
+
+
 def prefetch(element: Any, locality: int = 3) -> Any:
     """Return the call that fetches the cache line of a buffer's element.
 
