@@ -163,3 +163,8 @@ def test_a_module_that_shows_other_outputs_is_left_alone() -> None:
 def test_bad_sizes_are_refused(sizes: Any) -> None:
     with pytest.raises(ShapeError, match="four axes, one length"):
         append_row(sizes[0], "float32", sizes[1], "int64")
+
+
+def test_a_row_that_a_block_of_threads_cannot_write_is_refused() -> None:
+    with pytest.raises(ShapeError, match="1024 threads"):
+        append_row((1, 2, 3, 1025), "float32", (1,), "int64", gpu=True)

@@ -203,7 +203,7 @@ def test_a_packed_weight_is_unpacked(k: int, n: int, columns: int) -> None:
 
 @pytest.mark.parametrize(("m", "n", "fetches"), [(64, 512, True), (4, 512, False), (64, 8, False)])
 def test_the_next_panel_is_fetched_where_row_tiles_share_one(m: int, n: int, fetches: bool) -> None:
-    target = host_target(1)
+    target = parse_target("cooperlake", 1)
     sch = ExplicitTileRule().apply(int8_matmul(m, 64, n, target), target, False)
     asm = compile_kernel(sch.mod["main"], target).mod.inspect_source("asm")
     assert ("prefetch" in asm) == fetches

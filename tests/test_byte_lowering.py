@@ -210,8 +210,8 @@ def test_attention_writes_the_codes_that_are_read(factor: bool) -> None:
     assert_codes_differ_rarely(execute(mod, *inputs()), execute_plain(mod, *inputs()))
 
 
-@pytest.mark.parametrize("change", [{"reads": True}, {"dtype": "int8"}])
-def test_other_readers_keep_the_floats_of_an_attention(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [{"reads": True}, {"dtype": "int8"}, {"scale": 1e-45}])
+def test_an_attention_stays_in_floats_for_other_readers_and_scales(change: dict[str, Any]) -> None:
     mod = output_module(**change)
     after, output = fused(mod)
     assert output.fused == {"attention": 0, "norm": 0}
@@ -285,6 +285,7 @@ def test_factors_before_a_quantisation_become_one() -> None:
         scaled(0.5, COLUMNS, reads=True),
         scaled(0.5, np.ones((5, 1))),
         scaled(0.5, 0.0),
+        scaled(0.5, 2.0, scale=1e-45),
     ],
 )
 def test_other_factors_stay(mod: Any) -> None:
@@ -363,6 +364,18 @@ def test_quantisation_by_constants_is_that_of_a_division(dtype: str, columns: bo
     actual = execute(module(build, x=(2, 5, 32)), x)
     assert actual.dtype == dtype
     np.testing.assert_array_equal(actual, np.clip(exact, info.min, info.max).astype(dtype))
+
+
+def test_a_scale_without_a_reciprocal_divides() -> None:
+    scale = np.float32(1e-45)
+
+    def build(emit: Build, x: Any) -> Any:
+        parameters = const(scale), const(3, "int8")
+        return emit(relax.op.quantize(x, *parameters, axis=2, out_dtype="int8"))
+
+    x = np.resize(np.array([0, 1, -1], np.float32), (1, 1, 16))
+    expected = np.resize(np.array([3, 127, -128], np.int8), (1, 1, 16))
+    np.testing.assert_array_equal(execute(module(build, x=(1, 1, 16)), x), expected)
 
 
 def test_halves_go_to_even_codes() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from icd_tvm._tvm import i64, te, tvm
-from icd_tvm.errors import ConfigError, ShapeError, TransformError
+from icd_tvm.errors import ConfigError, OutputError, ShapeError, TransformError
 from icd_tvm.files import CACHE_VARIABLE
 from icd_tvm.tir_schedules.cpu import cpu_rules, select, time_kernels, vector_math
 from icd_tvm.tir_schedules.cpu.attention import attention
@@ -401,6 +401,16 @@ def test_measured_selection_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert time_kernels.comparisons() - before == {"kernel comparisons read": 1}
     assert (first.kind, first.nk) == ("rowlist", 16)
     assert first.reason.startswith("measured")
+
+
+def test_times_without_a_folder_to_keep_them_in_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise OutputError("the user has no home folder")
+
+    monkeypatch.setattr(time_kernels, "_TIMES", {})
+    monkeypatch.setattr(time_kernels, "default_cache", homeless)
+    monkeypatch.setattr(time_kernels, "least_seconds", lambda arms: dict.fromkeys(arms, 1.0))
+    assert time_kernels.timed_kernels({"dense": 32}, (8, 32, 32), host_target(1)) == {"dense": 1.0}
 
 
 def test_every_kind_can_be_timed() -> None:

@@ -60,8 +60,18 @@ def test_times_of_another_machine_or_code_do_not_count(
     assert database.get(QUESTION) is None
 
 
-def record(**changes: Any) -> str:
-    return json.dumps({"format": kernel_database.FORMAT, **QUESTION, "seconds": SECONDS, **changes})
+def record(without: str = "", **changes: Any) -> str:
+    circumstances = kernel_database._circumstances()
+    fields: dict[str, Any] = {"format": kernel_database.FORMAT, **circumstances, **QUESTION}
+    fields |= {"seconds": SECONDS, **changes}
+    return json.dumps({name: value for name, value in fields.items() if name != without})
+
+
+def test_a_whole_record_is_read(database: KernelDatabase) -> None:
+    database.path.parent.mkdir()
+    database.path.write_text(record())
+    assert database.get(QUESTION) == SECONDS
+    assert database.damaged == 0
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,9 @@ def record(**changes: Any) -> str:
         record(seconds={"dense": 1e-5, "vcol8": "fast"}),
         record(seconds=[1.0]),
         record(rows=None),
+        record(shape=128),
+        record(without="shape"),
+        record(without="threads"),
         record().replace("2e-05", "Infinity"),
         "[" * 100_000,
     ],

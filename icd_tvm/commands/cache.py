@@ -27,7 +27,8 @@ _EXAMPLES = f"""examples:
   icd cache import perms.zip
   icd cache kernels --clear
 
-The folder is --cache, else {CACHE_VARIABLE}/permutations, else the user's cache folder."""
+The folder is --cache, else {CACHE_VARIABLE}/permutations, else the user's cache folder. Kernel
+times lie in the folder above permutations, for which --cache is that one."""
 
 
 def parser() -> Parser:

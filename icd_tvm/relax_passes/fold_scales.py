@@ -59,15 +59,21 @@ class _Folder(PyExprMutator):
         if not scale or not shape or not is_float32(call.args[0]):
             return super().visit_call_(call)
         source, factors = _factors(self._flow, call.args[0], shape)
-        if len(factors) < 2:
+        total = _product(factors, scale)
+        if len(factors) < 2 or not np.isfinite(total).all():
             return super().visit_call_(call)
         self._owner.folded[str(self._names[call].name)] = len(factors)
-        total = np.prod(np.broadcast_arrays(*factors), axis=0) / scale
-        factor = named_const(total.astype(np.float32), "")
+        factor = named_const(total, "")
         product = self.builder_.emit(relax.op.multiply(self.visit_expr(source), factor))
         one, dtype = relax.const(1.0, "float32"), str(call.ty.dtype)
         axis = int(call.attrs.axis)
         return relax.op.quantize(product, one, call.args[2], axis=axis, out_dtype=dtype)
+
+
+def _product(factors: list[Array], scale: float) -> Array:
+    """Return one factor for all, steps per unit; infinite where float32 does not hold it."""
+    with np.errstate(over="ignore"):
+        return (np.prod(np.broadcast_arrays(1.0, *factors), axis=0) / scale).astype(np.float32)
 
 
 def _factors(flow: Dataflow, expr: Any, shape: tuple[int, ...]) -> tuple[Any, list[Array]]:

@@ -134,7 +134,7 @@ class _Fuser(PyExprMutator):
 
 
 def _quantisation(flow: Dataflow, call: Any) -> _Quantisation | None:
-    """Return what a call quantises to uint8 by constants, before a product with a constant."""
+    """Return what a call quantises to uint8 by constants, and by a product with one before it."""
     if not is_call(call, "relax.quantize") or str(call.ty.dtype) != "uint8":
         return None
     scale, zero = (scalar_constant(arg) for arg in call.args[1:3])
@@ -149,5 +149,6 @@ def _quantisation(flow: Dataflow, call: Any) -> _Quantisation | None:
         factor = column_constant(constant, shape[-1])
     if factor is None or static_shape(source) != shape:
         return None
-    columns = np.broadcast_to(factor, shape[-1:]) / np.float32(scale)
-    return _Quantisation(source, columns.astype(np.float32), zero)
+    with np.errstate(over="ignore"):
+        columns = (np.broadcast_to(factor, shape[-1:]) / np.float32(scale)).astype(np.float32)
+    return _Quantisation(source, columns, zero) if np.isfinite(columns).all() else None

@@ -91,11 +91,14 @@ def _quantize(builder: Any, call: Any) -> Any:
     """Multiply by the reciprocals of constant scales, as `_divide` does."""
     scale, zero = (constant_array(arg) for arg in call.args[1:3])
     dtype, axis = str(call.ty.dtype), int(call.attrs.axis)
-    if scale is None or zero is None or not scale.all():
+    if scale is None or zero is None or dtype not in ("int8", "uint8"):
         return _default(builder, call)
-    if dtype not in ("int8", "uint8") or not is_float32(call.args[0]):
+    # The reciprocal of zero, and of the least numbers there are, is none.
+    with np.errstate(all="ignore"):
+        inverses = (np.float32(1.0) / scale).astype(np.float32)
+    if not np.isfinite(inverses).all() or not is_float32(call.args[0]):
         return _default(builder, call)
-    tables = [(np.float32(1.0) / scale).astype(np.float32), zero.astype(np.float32)]
+    tables = [inverses, zero.astype(np.float32)]
     vectors = [named_const(t.reshape(-1), "") for t in tables if t.size > 1]
 
     def compute(x: Any, *given: Any) -> Any:

@@ -37,11 +37,11 @@ FP32_SUMS = Tolerance(FP32_TOLERANCE, "fp32 sums in another order")
 def order_tolerance(mod: Any) -> Tolerance:
     """Return how far two orders of a module may differ.
 
-    Sums in another order differ in their last bits. An activation that is rounded to 8 bits, be it
-    to bfloat16,
-    behind such a sum may lie at a tie and take the next code. That moves it by one step, 1/255 of
-    its range, and the output by as much where the layers behind do not amplify. The roundings of
-    n tensors are independent, so their steps add up in squares: ``1e-4 + sqrt(n) / 255``.
+    Sums in another order differ in their last bits. An activation that is rounded to 8 bits (or
+    to bfloat16, which has eight) behind such a sum may lie at a tie and take the next code. That
+    moves it by one step, 1/255 of its range, and the output by as much where the layers behind do
+    not amplify. The roundings of n tensors are independent, so their steps add up in squares:
+    ``1e-4 + sqrt(n) / 255``.
     A wrong order mixes unrelated values and differs by the order of the output itself.
 
     Parameters

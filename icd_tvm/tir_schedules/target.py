@@ -13,8 +13,12 @@ from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 _HOST_NAMES = ("host", "native")
 PRECISIONS = ("float16", "bfloat16")
 AARCH64 = "aarch64"
-# Instructions that kernels are chosen by.
-_FEATURES = ("avx2", "avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx512bf16", "neon")
+# Instructions that kernels are chosen by, and those that LLVM takes besides where a CPU has them.
+_FEATURES = (
+    *("avx2", "avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx512bf16", "neon"),
+    *("sse4.2", "avx", "fma", "f16c", "bmi", "bmi2", "avx512cd", "avx512dq", "avx512vl"),
+    *("avx512vbmi", "avx512vbmi2", "avx512bitalg", "avx512vpopcntdq", "avx512fp16", "gfni"),
+)
 
 
 def host_target(threads: int | None = None) -> Any:

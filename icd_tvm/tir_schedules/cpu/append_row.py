@@ -11,6 +11,9 @@ from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 
+# Threads that a block of a GPU can have.
+_MAX_THREADS = 1024
+
 
 def append_row(
     cache: tuple[int, ...], dtype: str, length: tuple[int, ...], index: str, *, gpu: bool = False
@@ -43,10 +46,12 @@ def append_row(
     ShapeError
         The cache has not four axes, the length more than one element, or a GPU too few threads.
     """
-    if len(cache) != 4 or any(size != 1 for size in length) or (gpu and cache[-1] > 1024):
+    if len(cache) != 4 or any(size != 1 for size in length):
         raise ShapeError(
             f"a row of a cache {list(cache)} at a length {list(length)}", "four axes, one length"
         )
+    if gpu and cache[-1] > _MAX_THREADS:
+        raise ShapeError(f"a row of {cache[-1]} channels", f"a block has {_MAX_THREADS} threads")
     batch, heads, slots, channels = cache
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name("append_row")

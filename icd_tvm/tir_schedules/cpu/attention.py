@@ -13,9 +13,8 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
     AttentionShape,
     HeadTask,
     build_attention,
-    zeros,
 )
-from icd_tvm.tir_schedules.cpu.emit import f32, local
+from icd_tvm.tir_schedules.cpu.emit import f32, local, zeros
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.target import vector_bits
 

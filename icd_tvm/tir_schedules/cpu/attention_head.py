@@ -10,7 +10,6 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.emit import enter_if, local
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
@@ -256,9 +255,3 @@ def build_attention(
                     head.values(y, first)
     marks = {"op_pattern": OPAQUE, "tirx.is_scheduled": True, _SHAPE_ATTR: asdict(shape)}
     return builder.get().with_attr(marks)
-
-
-def zeros(dtype: str, lanes: int) -> Any:
-    """Return a vector of zeros."""
-    number = tirx.IntImm if dtype.startswith("int") else tirx.FloatImm
-    return T.broadcast(number(dtype, 0), lanes)

@@ -12,7 +12,7 @@ from icd_tvm.tir_schedules.cpu.attention import FloatHead, attention
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape, build_attention
 from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot, require_bf16
 from icd_tvm.tir_schedules.cpu.bf16_matmul import PAIR
-from icd_tvm.tir_schedules.cpu.emit import f32, i32, local
+from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat
 
 # Columns of a head come in whole vectors of AVX-512.
 HEAD_STEP = 16
@@ -111,7 +111,7 @@ class _Bf16Head(FloatHead):
             ]
             word = parts[0]
             if count == PAIR:
-                word = T.bitwise_or(word, T.shift_left(parts[1], T.broadcast(i32(16), lanes)))
+                word = T.bitwise_or(word, T.shift_left(parts[1], splat(16, lanes)))
             T.buffer_store(self.table, word, [pair, T.ramp(c * lanes, 1, lanes)])
 
     def _round_row(self, source: Any, row: Any, start: Any, bits: Any, at: Any) -> None:

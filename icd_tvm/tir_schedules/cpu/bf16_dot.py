@@ -18,6 +18,7 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import tirx, tvm
 from icd_tvm.errors import ConfigError
+from icd_tvm.tir_schedules.cpu.emit import splat
 from icd_tvm.tir_schedules.target import vector_bits
 
 _DOT, _ROUND = "icd_dpbf16ps", "icd_cvtneps2bf16"
@@ -153,12 +154,8 @@ def round_bits(value: Any, lanes: int = 1) -> Any:
 
 
 def _low(pairs: Any, lanes: int) -> Any:
-    return T.reinterpret(f"float32x{lanes}", T.shift_left(pairs, _all(16, lanes)))
+    return T.reinterpret(f"float32x{lanes}", T.shift_left(pairs, splat(16, lanes)))
 
 
 def _high(pairs: Any, lanes: int) -> Any:
-    return T.reinterpret(f"float32x{lanes}", T.bitwise_and(pairs, _all(_HIGH_HALF, lanes)))
-
-
-def _all(value: int, lanes: int) -> Any:
-    return T.broadcast(tirx.IntImm("int32", value), lanes)
+    return T.reinterpret(f"float32x{lanes}", T.bitwise_and(pairs, splat(_HIGH_HALF, lanes)))

@@ -9,18 +9,17 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import i64, tirx
+from icd_tvm._tvm import i64
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
-from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 PAIR = 2
 _UNROLL = 4
-_MAX_VECTORS = 8
-_LINE, _AHEAD = 64, 8192
 _NEGATIVE_ZERO = 0x8000
 
 
@@ -39,15 +38,7 @@ def bf16_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -
     -------
     Tile
     """
-    dot = bf16_dot(target)
-    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
-    tiles = [
-        Tile(rows, width, dot.lanes)
-        for width in widths
-        for rows in range(1, min(m, dot.registers) + 1)
-        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
-    ]
-    return min(tiles, key=lambda t: (bf16_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
+    return dot_tile(bf16_dot(target), m, -(-k // PAIR), n, vectors)
 
 
 def bf16_cycles(tile: Tile, m: int, k: int, n: int) -> float:
@@ -154,13 +145,10 @@ class _Bf16Builder(TileBuilder):
         return x[(*row, first)].astype("int32")
 
     def _prefetch(self, w: Any, panel: Any, first: Any) -> None:
-        """Fetch what few rows need `_AHEAD` bytes later; past a panel's end comes the next."""
+        """Fetch what few rows need `AHEAD` bytes later; past a panel's end comes the next."""
         if self.rows > MAX_ROWS:
             return
         row = self.tile.columns * PAIR * 2
-        for line in range(0, row * _UNROLL, _LINE):
-            ahead = first + (_AHEAD + line) // row
-            address = T.address_of(w[panel, ahead, line % row // 2])
-            # Read, keep in all caches, data: the arguments of llvm.prefetch.
-            kind = (tirx.IntImm("int32", value) for value in (0, 3, 1))
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *kind))
+        for line in range(0, row * _UNROLL, LINE):
+            ahead = first + (AHEAD + line) // row
+            T.evaluate(prefetch(w[panel, ahead, line % row // 2]))

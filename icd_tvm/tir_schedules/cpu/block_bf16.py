@@ -13,7 +13,12 @@ import numpy.typing as npt
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.bf16_dot import bf16_dot
 from icd_tvm.tir_schedules.cpu.bf16_matmul import PAIR, bf16_cycles, bf16_tile, pack_bf16
-from icd_tvm.tir_schedules.cpu.block_int8 import BlockBuilder, choose_groups, pack_blocks
+from icd_tvm.tir_schedules.cpu.block_int8 import (
+    BlockBuilder,
+    choose_groups,
+    listed_share,
+    pack_blocks,
+)
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
 
 _WIDTHS = (1, 2)
@@ -99,7 +104,7 @@ def choose_bf16_blocks(
         return None, f"{k} rows are no multiple of {PAIR}"
     dense = bf16_cycles(bf16_tile(m, k, n, target), m, k, n)
     tiles = [bf16_tile(m, k, n, target, vectors) for vectors in _WIDTHS]
-    shares = {tile: float(pack_bf16(weight, tile.columns).any(axis=2).mean()) for tile in tiles}
+    shares = {tile: listed_share(pack_bf16(weight, tile.columns)) for tile in tiles}
     work = {tile: bf16_cycles(tile, m, k, n) / dense for tile in tiles}
     return choose_groups(m, shares, work, "bfloat16")
 

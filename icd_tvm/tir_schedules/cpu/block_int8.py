@@ -127,7 +127,7 @@ def choose_block_tile(m: int, weight: npt.NDArray[np.int8], target: Any) -> tupl
         return None, f"{k} rows are no multiple of {QUAD}"
     dense = int8_cycles(int8_tile(m, k, n, target), m, k, n)
     tiles = [int8_tile(m, k, n, target, vectors) for vectors in _WIDTHS]
-    shares = {tile: _share(pack_int8(weight, tile.columns)) for tile in tiles}
+    shares = {tile: listed_share(pack_int8(weight, tile.columns)) for tile in tiles}
     work = {tile: int8_cycles(tile, m, k, n) / dense for tile in tiles}
     return choose_groups(m, shares, work, "byte")
 
@@ -157,7 +157,8 @@ def choose_groups(
     return (best if costs[best] < _MARGIN else None), reason
 
 
-def _share(packed: npt.NDArray[Any]) -> float:
+def listed_share(packed: npt.NDArray[Any]) -> float:
+    """Return the share of the runs of rows [p, runs, values] that are not zero."""
     return float(packed.any(axis=2).mean())
 
 

@@ -20,10 +20,9 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
     AttentionShape,
     HeadTask,
     build_attention,
-    zeros,
 )
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
-from icd_tvm.tir_schedules.cpu.emit import f32, i32, local
+from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat, zeros
 from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 
@@ -209,7 +208,7 @@ class _Head(HeadTask):
         """Return the bytes of words as signed ones, where they came raised."""
         if not self.form.raised:
             return words
-        return T.bitwise_xor(words, T.broadcast(i32(_FLIP), count) if count > 1 else i32(_FLIP))
+        return T.bitwise_xor(words, splat(_FLIP, count) if count > 1 else i32(_FLIP))
 
     def _sum_keys(self) -> None:
         """Keep, for every key, what the queries' zero point adds to its products, negated."""

@@ -186,7 +186,8 @@ class _Rows:
         size = self._bytes
         for line in range(count):
             channel = (first + line) * (LINE * int(self.data.shape[-1]) // size)
-            prefetch(self.data[batch, head, slot + AHEAD // size, channel], locality=2)
+            element = self.data[batch, head, slot + AHEAD // size, channel]
+            T.evaluate(prefetch(element, locality=2))
 
 
 class _Run:

@@ -24,14 +24,26 @@ def i32(value: int) -> Any:
     return tirx.IntImm("int32", value)
 
 
-def prefetch(element: Any, locality: int = 3) -> None:
-    """Fetch the cache line of a buffer's element; one past the end of the buffer does no harm.
+def splat(value: float, lanes: int) -> Any:
+    """Return a vector of one number: int32 of an int, float32 of a float."""
+    return T.broadcast(i32(value) if isinstance(value, int) else f32(value), lanes)
 
-    A locality of 3 is level 1 of the caches, of 2 level 2.
+
+def zeros(dtype: str, lanes: int) -> Any:
+    """Return a vector of zeros."""
+    number = tirx.IntImm if dtype.startswith("int") else tirx.FloatImm
+    return T.broadcast(number(dtype, 0), lanes)
+
+
+def prefetch(element: Any, locality: int = 3) -> Any:
+    """Return the call that fetches the cache line of a buffer's element.
+
+    One past the end of the buffer does no harm. A locality of 3 is level 1 of the caches, of 2
+    level 2.
     """
     # Read, locality, data: the arguments of llvm.prefetch.
     kind = (i32(value) for value in (0, locality, 1))
-    T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *kind))
+    return tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *kind)
 
 
 def local(*shape: int, dtype: str = "float32") -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T
@@ -16,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm._tvm import i64, tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
-from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
+from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch, splat
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 from icd_tvm.tir_schedules.target import vector_bits
@@ -151,7 +152,9 @@ def pack_narrow(
     """
     matrix_shape(values)
     if form.bits >= _FLOATS:
-        floats = _bfloat16(values) if form.bits == 16 else values.astype(np.float32)
+        floats: npt.NDArray[Any] = values.astype(np.float32)
+        if form.bits == 16:
+            floats = floats.astype(ml_dtypes.bfloat16).view(np.uint16)
         return [_panels(floats, columns)]
     stored = values.astype(np.int32) - form.low
     least, most = (0, 15) if form.bits == 4 else (-128, 127)
@@ -209,12 +212,6 @@ def pack_skipping(
     table = _panels(scale.astype(np.float32), columns)
     packed = data.reshape(len(data), steps * SKIP_ROWS, columns)
     return form, [np.ascontiguousarray(packed), table, rows.astype(np.int32)]
-
-
-def _bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """Round to nearest, ties to even."""
-    bits = values.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 def _panels(table: npt.NDArray[Any], columns: int) -> npt.NDArray[Any]:
@@ -313,7 +310,7 @@ class _NarrowBuilder(TileBuilder):
         first = tirx.floordiv(first, i64(per_row))
         for line in range(0, row * (count // per_row), LINE):
             ahead = first + (AHEAD + line) // row
-            prefetch(w[panel, ahead, line % row // size])
+            T.evaluate(prefetch(w[panel, ahead, line % row // size]))
 
     def _widened(self, inputs: list[Any], place: Any, t: int) -> Any:
         """Return row ``first + t`` of a vector of columns as floats."""
@@ -322,24 +319,18 @@ class _NarrowBuilder(TileBuilder):
             return inputs[1][panel, first + t, self.run(c)]
         if self.form.bits == 16:
             upper = inputs[1][panel, first + t, self.run(c)].astype(f"int32x{lanes}")
-            return T.reinterpret(f"float32x{lanes}", T.shift_left(upper, _all(16, lanes)))
+            return T.reinterpret(f"float32x{lanes}", T.shift_left(upper, splat(16, lanes)))
         if self.form.bits == 8:
             value = inputs[1][panel, first + t, self.run(c)].astype(f"float32x{lanes}")
-            return value if self.form.low == 0 else value + _all(float(self.form.low), lanes)
+            return value if self.form.low == 0 else value + splat(float(self.form.low), lanes)
         eight = inputs[1][panel, tirx.floordiv(first, i64(_NIBBLES)), self.run(c)]
-        nibble = T.shift_right(eight, _all(4 * t, lanes)) if t else eight
+        nibble = T.shift_right(eight, splat(4 * t, lanes)) if t else eight
         if lanes != 16:
-            value = T.bitwise_and(nibble, _all(15, lanes)).astype(f"float32x{lanes}")
-            return value + _all(float(self.form.low), lanes)
+            value = T.bitwise_and(nibble, splat(15, lanes)).astype(f"float32x{lanes}")
+            return value + splat(float(self.form.low), lanes)
         # The sixteen numbers a nibble can stand for fit a register; the permutation ignores
         # all but four bits of each index.
         numbers = T.ramp(tirx.IntImm("int32", self.form.low), tirx.IntImm("int32", 1), lanes)
         permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.sf.512")
         table = numbers.astype(f"float32x{lanes}")
         return T.call_llvm_pure_intrin(f"float32x{lanes}", permute, table, nibble)
-
-
-def _all(value: float, lanes: int) -> Any:
-    if isinstance(value, int):
-        return T.broadcast(tirx.IntImm("int32", value), lanes)
-    return T.broadcast(tirx.FloatImm("float32", value), lanes)

@@ -16,16 +16,15 @@ from icd_tvm._tvm import i64, tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
-from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_cycles
+from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 # 2**31 - 1 over the largest product of an unsigned and a signed byte.
 MAX_DEPTH = (2**31 - 1) // (255 * 128)
 QUAD = 4
 _UNROLL = 4
-_LINE = 64
 _MARK = "icd.int8_matmul"
-_MAX_VECTORS = 8
 
 
 def int8_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -> Tile:
@@ -48,15 +47,7 @@ def int8_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None) -
     ConfigError
         If the target has no int8 dot product.
     """
-    dot = dot_product(target)
-    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
-    tiles = [
-        Tile(rows, width, dot.lanes)
-        for width in widths
-        for rows in range(1, min(m, dot.registers) + 1)
-        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
-    ]
-    return min(tiles, key=lambda t: (int8_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
+    return dot_tile(dot_product(target), m, -(-k // QUAD), n, vectors)
 
 
 def int8_cycles(tile: Tile, m: int, k: int, n: int) -> float:
@@ -196,14 +187,12 @@ class _Int8Builder(TileBuilder):
         if self.panels == 1 or row_tiles == 1:
             return
         width = self.tile.columns * QUAD
-        lines = -(-_UNROLL * width // (_LINE * row_tiles))
+        lines = -(-_UNROLL * width // (LINE * row_tiles))
         for line in range(lines):
-            start = (group * lines + line) * _LINE
+            start = (group * lines + line) * LINE
             ahead = self.quads + tirx.floordiv(start, width)
-            address = T.address_of(w[panel, ahead, tirx.floormod(start, width)])
-            # Read, into L2, data: the arguments of llvm.prefetch.
-            kind = (tirx.IntImm("int32", value) for value in (0, 2, 1))
-            T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, *kind))
+            element = w[panel, ahead, tirx.floormod(start, width)]
+            T.evaluate(prefetch(element, locality=2))
 
     def _four_bytes(self, x: Any, row: Any, first: Any, count: int) -> Any:
         """Return up to four bytes of a row as one int32; none past its end is read."""

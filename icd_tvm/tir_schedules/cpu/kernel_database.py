@@ -31,6 +31,9 @@ _PACKAGE = Path(__file__).parents[2]
 # What makes a kernel, and how it is timed.
 _CODE = ("tir_schedules/cpu", "tir_schedules/target.py")
 
+# What a record is asked by.
+_KEY_FIELDS = ("machine", "code", "threads", "target", "shape", "rows")
+
 Question = Mapping[str, Any]
 Record = dict[str, Any]
 
@@ -143,8 +146,7 @@ def _canonical(fields: Mapping[str, Any]) -> str:
 
 
 def _question(record: Record) -> str:
-    known = ("machine", "code", "threads", "target", "shape", "rows")
-    return _canonical({name: record.get(name) for name in known})
+    return _canonical({name: record[name] for name in _KEY_FIELDS})
 
 
 def _parse(line: bytes) -> Record | None:
@@ -154,8 +156,11 @@ def _parse(line: bytes) -> Record | None:
         if record["format"] != FORMAT:
             return {} if record["format"].startswith("icd/kernel-times/") else None
         seconds = record["seconds"]
-        sound = seconds.keys() == record["rows"].keys() and all(
-            isinstance(value, float) and 0 < value < math.inf for value in seconds.values()
+        sound = (
+            record.keys() >= set(_KEY_FIELDS)
+            and isinstance(record["shape"], list)
+            and seconds.keys() == record["rows"].keys()
+            and all(isinstance(value, float) and 0 < value < math.inf for value in seconds.values())
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None

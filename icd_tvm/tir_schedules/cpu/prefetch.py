@@ -10,20 +10,9 @@ from __future__ import annotations
 from math import ceil
 from typing import Any
 
-from tvm.script.ir_builder import tirx as T
-
 from icd_tvm._tvm import Var, i64, s_tir, tirx, tvm_ffi
+from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
 from icd_tvm.tir_schedules.cpu.tile import TILE_ATTR, Tile
-
-# Arguments of llvm.prefetch: read, keep in L2, data.
-_READ_TO_L2 = (0, 2, 1)
-_LINE_BYTES = 64
-
-
-def prefetch(element: Any) -> Any:
-    """Return the call that fetches the line of ``element`` into L2."""
-    kind = (tirx.IntImm("int32", value) for value in _READ_TO_L2)
-    return tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *kind)
 
 
 def prefetch_next_panel(sch: Any) -> Any:
@@ -65,14 +54,15 @@ def prefetch_next_panel(sch: Any) -> Any:
 def _fetches(weight: Any, panel: Any, turn: Any, turns: int) -> list[Any]:
     """Return what one of ``turns`` turns on a panel fetches of the next one."""
     panels, k, columns = (int(extent) for extent in weight.ty.shape)
-    line = _LINE_BYTES // 4
+    line = LINE // 4
     lines = ceil(k * columns / line)
     following = tirx.min(panel + 1, i64(panels - 1))
     count = ceil(lines / turns)
     fetches = []
     for position in range(count):
         flat = tirx.min(turn * count + position, i64(lines - 1)) * line
-        fetches.append(prefetch(weight[following, flat // columns, flat % columns]))
+        element = weight[following, flat // columns, flat % columns]
+        fetches.append(prefetch(element, locality=2))
     return [tirx.Evaluate(fetch) for fetch in fetches]
 
 

@@ -65,6 +65,32 @@ def choose_tile(m: int, k: int, n: int, target: Any, vectors: int | None = None)
         for rows in range(1, min(m, registers) + 1)
         if rows * width + width + 2 <= registers or rows == 1
     ]
+    return _fastest(tiles, m, k, n)
+
+
+def dot_tile(dot: Any, m: int, steps: int, n: int, vectors: int | None = None) -> Tile:
+    """Return the register tile with the least modelled cycles for products of runs along K.
+
+    Parameters
+    ----------
+    dot : DotProduct or Bf16Dot
+        Knows its lanes and registers, and how many of these a tile needs.
+    m, steps, n : int
+        Rows of the output, runs in a row of X, columns of the output.
+    vectors : int, optional
+        Fixes the width of the tile.
+    """
+    widths = range(1, _MAX_VECTORS + 1) if vectors is None else (vectors,)
+    tiles = [
+        Tile(rows, width, dot.lanes)
+        for width in widths
+        for rows in range(1, min(m, dot.registers) + 1)
+        if dot.needs(rows, width) <= dot.registers or (rows, width) == (1, widths[0])
+    ]
+    return _fastest(tiles, m, steps, n)
+
+
+def _fastest(tiles: list[Tile], m: int, k: int, n: int) -> Tile:
     return min(tiles, key=lambda t: (tile_cycles(t, m, k, n), abs(t.vectors - 3), -t.rows))
 
 

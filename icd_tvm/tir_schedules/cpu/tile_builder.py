@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import ScheduleRule, i64, s_tir, tirx
+from icd_tvm._tvm import ScheduleRule, i64, s_tir
 from icd_tvm.tir_schedules.cpu.dense import (
     OUT_EWISE_FUSABLE,
     ravel_index,
@@ -16,6 +16,7 @@ from icd_tvm.tir_schedules.cpu.dense import (
     unravel_index,
 )
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
+from icd_tvm.tir_schedules.cpu.emit import zeros
 from icd_tvm.tir_schedules.cpu.tile import (
     TILE_ATTR,
     Lead,
@@ -92,8 +93,7 @@ class TileBuilder:
 
     def clear(self, sums: Any) -> None:
         """Set the sums of a tile to zero."""
-        zero = tirx.IntImm if self.dtype.startswith("int") else tirx.FloatImm
-        vector = T.broadcast(zero(self.dtype, 0), self.tile.lanes)
+        vector = zeros(self.dtype, self.tile.lanes)
         self.each_vector(
             self.tile.rows, lambda r, c: T.buffer_store(sums, vector, [r, self.run(c)])
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import tvm
+from icd_tvm.errors import OutputError
 from icd_tvm.files import default_cache
 from icd_tvm.steps import steps
 from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
@@ -85,7 +87,7 @@ def _times(rows: dict[str, int], shape: Shape, target: Any) -> dict[str, float]:
     question = {"target": str(target), "shape": list(shape), "rows": rows}
     key = json.dumps(question, sort_keys=True)
     if key not in _TIMES:
-        database = _database(default_cache() / FILE_NAME)
+        database = _database(_place())
         times = database.get(question)
         _USED["damaged lines"] = database.damaged
         _USED["kernel comparisons read"] += times is not None
@@ -96,6 +98,14 @@ def _times(rows: dict[str, int], shape: Shape, target: Any) -> dict[str, float]:
             _USED["kernel comparisons timed"] += 1
         _TIMES[key] = times
     return _TIMES[key]
+
+
+def _place() -> Path:
+    """Return the file of the database; without a home folder one that keeps nothing."""
+    try:
+        return default_cache() / FILE_NAME
+    except OutputError:
+        return Path(os.devnull)
 
 
 @cache

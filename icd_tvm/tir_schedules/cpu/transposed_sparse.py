@@ -32,8 +32,7 @@ from icd_tvm.tir_schedules.cpu.dense import (
     unravel_index,
 )
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
-from icd_tvm.tir_schedules.cpu.emit import f32
-from icd_tvm.tir_schedules.cpu.prefetch import prefetch
+from icd_tvm.tir_schedules.cpu.emit import f32, prefetch
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.tile import (
     TILE_ATTR,
@@ -416,7 +415,7 @@ def _emit_tile(
         # from the hardware: without this a multiply takes a third longer than on warm weights.
         # Single columns read a line in sixteen steps, which it sees.
         if s.v > 1:
-            T.evaluate(prefetch(data[following, step, start % s.v]))
+            T.evaluate(prefetch(data[following, step, start % s.v], locality=2))
 
         def add(c: Any, r: Any) -> None:
             product = data[group, step, start % s.v + c] * turned[(*panel, row, r)]
