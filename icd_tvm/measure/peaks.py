@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from icd_tvm._tvm import tvm, tvm_ffi
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.environment import last_level_cache_bytes
-from icd_tvm.tir_schedules.cpu.emit import AHEAD
+from icd_tvm.tir_schedules.cpu.emit import AHEAD, prefetch
 from icd_tvm.tir_schedules.target import vector_bits
 
 # Chains of fused multiply-adds that do not wait for each other: latency 4, two ports, some room.
@@ -162,9 +162,7 @@ def _row_sums(lanes: int, parts: int, steps: int) -> Any:
                     kept[chain, lane] = T.float32(0)
             for step in range(steps):
                 for chain in T.unroll(_CHAINS):
-                    # Past the end of the buffer it does no harm.
-                    line = T.address_of(rows[part, step + ahead, chain, 0])
-                    T.evaluate(T.call_intrin("void", "tirx.prefetch", line, 0, 3, 1))
+                    T.evaluate(prefetch(rows[part, step + ahead, chain, 0]))
                     for lane in T.vectorized(lanes):
                         kept[chain, lane] = kept[chain, lane] + rows[part, step, chain, lane]
             for chain in T.unroll(_CHAINS):
