@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -21,3 +22,12 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Train last: jax starts threads, which must not be there when a later test forks."""
     items.sort(key=lambda item: item.path.name == "test_recipes.py")
+
+
+@pytest.fixture(autouse=True)
+def free_thread() -> Iterator[None]:
+    """Undo that TVM binds the thread that starts its pool: two test processes shared one CPU."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    yield
+    if usable is not None:
+        os.sched_setaffinity(0, usable)
