@@ -18,6 +18,8 @@ os.environ.pop("ICD_CACHE_DIR", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="icd-test-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+USABLE = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Train last: jax starts threads, which must not be there when a later test forks."""
@@ -27,7 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def free_thread() -> Iterator[None]:
     """Undo that TVM binds the thread that starts its pool: two test processes shared one CPU."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     yield
-    if usable is not None:
-        os.sched_setaffinity(0, usable)
+    if USABLE is not None:
+        os.sched_setaffinity(0, USABLE)
