@@ -1,7 +1,8 @@
 """The work of a decoding step: products of few rows against memory, and whole steps against peers.
 
 "gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
-share of its bandwidth, of the bytes that must be read. With eight rows the float multiply-adds
+share of its bandwidth, of the bytes that must be read: above 1 where a product reads faster than
+it. With eight rows the float multiply-adds
 alone may take longer than the bytes: "most" is the share that the two measured peaks allow.
 
 "step" is one token of SmolLM2-135M with int8 weights and a full KV cache of floats, beside other
