@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from converter_check import run_ort
+from cpu_targets import HOST, RUNNABLE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from quant_models import example as inputs
@@ -39,11 +40,9 @@ from icd_tvm.tir_schedules.cpu.elementwise import ElementwiseRule
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile import Tile, flat_rows
 from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
-from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
+from icd_tvm.tir_schedules.target import host_target, parse_target
 
 Array = np.ndarray
-HOST = host_target(1)
-RUNNABLE = ["x86-64-v3", "x86-64", *(["x86-64-v4"] if vector_bits(HOST) == 512 else [])]
 native = pytest.mark.skipif(not has_bf16(HOST), reason="this CPU has no AVX512_BF16")
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 sizes = st.integers(1, 70)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
-from test_cpu_kernels import SCALAR_CALL, SCALES, apply, byte_reference
+from test_cpu_kernels import SCALAR_CALL, SCALES, apply, byte_reference, few
 
 from icd_tvm._tvm import tvm
 from icd_tvm.tir_schedules.cpu import vector_math
@@ -27,7 +27,6 @@ from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
 Array = np.ndarray
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 POINT = 117
 
 

@@ -14,7 +14,7 @@ from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
 HOST = host_target(1)
-needs_vnni = pytest.mark.skipif(not dot_product(HOST).vnni, reason="no vpdpbusd here")
+needs_vnni = pytest.mark.skipif(not dot_product(HOST).native, reason="no vpdpbusd here")
 
 
 @needs_vnni

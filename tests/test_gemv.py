@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cpu_targets import HOST, RUNNABLE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -27,9 +28,6 @@ from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
 
 Array = np.ndarray
-HOST = host_target(1)
-# Code for AVX-512 runs only where the CPU has it.
-RUNNABLE = ["x86-64-v3", "x86-64", *(["x86-64-v4"] if vector_bits(HOST) == 512 else [])]
 few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

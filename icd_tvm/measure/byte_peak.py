@@ -36,7 +36,7 @@ def byte_peak(target: Any) -> float:
         If the target has no ``vpdpbusd``: what replaces it would be moved out of the loop.
     """
     dot = dot_product(target)
-    if not dot.vnni:
+    if not dot.native:
         raise ConfigError(f"{target} has no vpdpbusd", "there is no byte peak to measure")
     parts = _PARTS * int(tvm_ffi.get_global_func("runtime.NumThreads")())
     run = compile_kernel(_chains(dot, parts), target)["main"]

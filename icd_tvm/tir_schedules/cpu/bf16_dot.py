@@ -10,7 +10,7 @@ code is made. LLVM's intrinsics want real bfloat16, so they are called by functi
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm._tvm import tirx, tvm
 from icd_tvm.errors import ConfigError
 from icd_tvm.tir_schedules.cpu.emit import splat
+from icd_tvm.tir_schedules.cpu.lane_dot import LaneDot
 from icd_tvm.tir_schedules.target import vector_bits
 
 _DOT, _ROUND = "icd_dpbf16ps", "icd_cvtneps2bf16"
@@ -42,51 +43,31 @@ _HIGH_HALF = -65536
 
 
 @dataclass(frozen=True)
-class Bf16Dot:
-    """How a target multiplies pairs of bfloat16.
-
-    Attributes
-    ----------
-    lanes : int
-        float32 sums of a vector register.
-    native : bool
-        Whether it has ``vdpbf16ps``.
-    """
-
-    lanes: int
-    native: bool
-
-    @property
-    def registers(self) -> int:
-        """Vector registers of the target."""
-        return 32 if self.lanes == 16 else 16
-
-    def needs(self, rows: int, vectors: int) -> int:
-        """Return the registers a tile takes: sums, weights, and the row that is multiplied."""
-        return rows * vectors + (vectors + 2 if self.native else 2 * vectors + 3)
+class Bf16Dot(LaneDot):
+    """How a target multiplies pairs of bfloat16; native is ``vdpbf16ps``."""
 
     def imported(self) -> AbstractContextManager[Any]:
         """Return the scope in which `add` and `rounded` may be emitted."""
         if not self.native:
-            return nullcontext()
+            return super().imported()
         scope: AbstractContextManager[Any] = T.attr(
             0, "pragma_import_llvm", tvm.ir.StringImm(_LLVM)
         )
         return scope
 
-    def add(self, total: Any, pair: Any, weight: Any) -> Any:
-        """Return ``total[j] + pair[0] * weight[j][0] + pair[1] * weight[j][1]``.
+    def add(self, total: Any, word: Any, weight: Any) -> Any:
+        """Return ``total[j] + word[0] * weight[j][0] + word[1] * weight[j][1]``.
 
         Parameters
         ----------
         total : float32 x lanes
-        pair : int32
+        word : int32
             Two bfloat16, the first in the low half.
         weight : int32 x lanes, or uint16 x (2 * lanes)
             Two bfloat16 a lane.
         """
         weight = T.reinterpret(f"int32x{self.lanes}", weight)
-        row = T.broadcast(pair, self.lanes)
+        row = T.broadcast(word, self.lanes)
         if self.native:
             return tirx.call_pure_extern("float32x16", _DOT, total, row, weight)
         for half in (_high, _low):

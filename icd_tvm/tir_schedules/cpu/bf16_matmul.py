@@ -9,17 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import i64
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot
-from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.bf16_dot import bf16_dot
+from icd_tvm.tir_schedules.cpu.dense import pack_panels
 from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
+from icd_tvm.tir_schedules.cpu.run_builder import RunBuilder
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
-from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 PAIR = 2
-_UNROLL = 4
 _NEGATIVE_ZERO = 0x8000
 
 
@@ -91,64 +89,23 @@ def pack_bf16(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.uint16]:
     ShapeError
         If ``weight`` is not a matrix of float32.
     """
-    k, n = matrix_shape(weight)
     if weight.dtype != np.float32:
         raise ShapeError(f"a weight of {weight.dtype} is not rounded", "pass float32")
-    pairs, panels = -(-k // PAIR), -(-n // columns)
-    padded = np.zeros((pairs * PAIR, panels * columns), np.uint16)
     bits = weight.astype(ml_dtypes.bfloat16).view(np.uint16)
     # Masking leaves negative zeros: their bits would count as a value.
-    padded[:k, :n] = np.where(bits == _NEGATIVE_ZERO, np.uint16(0), bits)
-    split = padded.reshape(pairs, PAIR, panels, columns)
-    return np.ascontiguousarray(split.transpose(2, 0, 3, 1)).reshape(panels, pairs, -1)
+    return pack_panels(np.where(bits == _NEGATIVE_ZERO, np.uint16(0), bits), columns, PAIR)
 
 
-class _Bf16Builder(TileBuilder):
+class _Bf16Builder(RunBuilder):
     name = "bf16_matmul"
+    length = PAIR
+    types = ("uint16", "uint16", "float32")
 
-    def __init__(self, shape: Lead, k: int, tile: Tile, dot: Bf16Dot) -> None:
-        super().__init__(shape, k, tile, "float32")
-        self.dot, self.pairs = dot, -(-k // PAIR)
-
-    def parameters(self) -> dict[str, tuple[Lead, str]]:
-        return {
-            "X": ((*self.shape, self.k), "uint16"),
-            "W": ((self.panels, self.pairs, self.tile.columns * PAIR), "uint16"),
-        }
-
-    def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
-        whole = self.k // PAIR
-        with self.dot.imported():
-            if whole >= _UNROLL:
-                with T.serial(i64(whole // _UNROLL)) as outer:
-                    self._prefetch(inputs[1], at[0], outer * _UNROLL)
-                    with T.unroll(i64(_UNROLL)) as inner:
-                        self._step(inputs, sums, (batch, *at), outer * _UNROLL + inner, PAIR)
-            for pair in range(whole // _UNROLL * _UNROLL, self.pairs):
-                count = min(PAIR, self.k - pair * PAIR)
-                self._step(inputs, sums, (batch, *at), i64(pair), count)
-
-    def _step(self, inputs: list[Any], sums: Any, place: Any, pair: Any, count: int) -> None:
-        """Add the products of up to two rows of W."""
-        (x, w), (batch, panel, first), lanes = inputs, place, self.tile.lanes
-        with T.unroll(i64(self.tile.rows)) as r:
-            two = self._two(x, self.row(batch, first + r), pair * PAIR, count)
-            with T.unroll(i64(self.tile.vectors)) as c:
-                here = (r, self.run(c * lanes))
-                weight = w[panel, pair, self.run(c * lanes * PAIR, lanes * PAIR)]
-                T.buffer_store(sums, self.dot.add(sums[here], two, weight), [*here])
-
-    def _two(self, x: Any, row: Any, first: Any, count: int) -> Any:
-        """Return up to two numbers of a row as one int32; none past its end is read."""
-        if count == PAIR:
-            return T.reinterpret("int32", x[(*row, self.run(first, PAIR))])
-        return x[(*row, first)].astype("int32")
-
-    def _prefetch(self, w: Any, panel: Any, first: Any) -> None:
+    def prefetch(self, w: Any, at: Any, outer: Any) -> None:
         """Fetch what few rows need `AHEAD` bytes later; past a panel's end comes the next."""
         if self.rows > MAX_ROWS:
             return
         row = self.tile.columns * PAIR * 2
-        for line in range(0, row * _UNROLL, LINE):
-            ahead = first + (AHEAD + line) // row
-            T.evaluate(prefetch(w[panel, ahead, line % row // 2]))
+        for line in range(0, row * self.unroll, LINE):
+            ahead = outer * self.unroll + (AHEAD + line) // row
+            T.evaluate(prefetch(w[at[0], ahead, line % row // 2]))

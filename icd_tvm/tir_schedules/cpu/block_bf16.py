@@ -1,6 +1,6 @@
 """Block-sparse matmul of bfloat16: groups of columns that skip the pairs of rows they do not need.
 
-The frame is that of :mod:`icd_tvm.tir_schedules.cpu.block_int8`, with pairs instead of quads.
+The frame is that of :mod:`icd_tvm.tir_schedules.cpu.block_runs`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import numpy.typing as npt
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.bf16_dot import bf16_dot
 from icd_tvm.tir_schedules.cpu.bf16_matmul import PAIR, bf16_cycles, bf16_tile, pack_bf16
-from icd_tvm.tir_schedules.cpu.block_int8 import (
+from icd_tvm.tir_schedules.cpu.block_runs import (
     BlockBuilder,
+    RunProduct,
     choose_groups,
-    listed_share,
     pack_blocks,
 )
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
-
-_WIDTHS = (1, 2)
 
 
 def block_bf16_matmul(
@@ -99,21 +97,11 @@ def choose_bf16_blocks(
     reason : str
         Modelled share of the dense kernel's time.
     """
-    k, n = weight.shape
-    if k % PAIR:
-        return None, f"{k} rows are no multiple of {PAIR}"
-    dense = bf16_cycles(bf16_tile(m, k, n, target), m, k, n)
-    tiles = [bf16_tile(m, k, n, target, vectors) for vectors in _WIDTHS]
-    shares = {tile: listed_share(pack_bf16(weight, tile.columns)) for tile in tiles}
-    work = {tile: bf16_cycles(tile, m, k, n) / dense for tile in tiles}
-    return choose_groups(m, shares, work, "bfloat16")
+    dense = RunProduct("bfloat16", PAIR, bf16_tile, bf16_cycles, pack_bf16)
+    return choose_groups(m, weight, target, dense)
 
 
 class _Builder(BlockBuilder):
     name = "block_bf16_matmul"
-    group = PAIR
+    length = PAIR
     types = ("uint16", "uint16", "float32")
-
-    def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
-        with self.dot.imported():
-            super().emit_sums(inputs, sums, batch, at)

@@ -1,7 +1,7 @@
 """Block-sparse matmul of bytes: groups of columns that skip the K-quads they do not need.
 
-A quad is four consecutive rows of W, what one byte product takes. A group is one or two vectors
-of columns; it lists the quads in which any of its columns is not zero.
+A quad is four consecutive rows of W, what one byte product takes; the frame is that of
+:mod:`icd_tvm.tir_schedules.cpu.block_runs`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import i64
 from icd_tvm.errors import ShapeError
+from icd_tvm.tir_schedules.cpu.block_runs import (
+    BlockBuilder,
+    RunProduct,
+    choose_groups,
+    pack_blocks,
+)
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
-from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.int8_matmul import (
     MAX_DEPTH,
     QUAD,
@@ -24,14 +27,6 @@ from icd_tvm.tir_schedules.cpu.int8_matmul import (
     pack_int8,
 )
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
-from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
-
-# Reading the index of a quad, and X out of order: as for the fp32 row lists on Zen 5.
-_INDEX_COST = 1.08
-_MARGIN = 0.97
-_WIDTHS = (1, 2)
-# Row lists have space for a multiple of this, so that similar weights share a function.
-_SPACE = 16
 
 
 def block_int8_matmul(
@@ -67,7 +62,7 @@ def block_int8_matmul(
         raise ShapeError(
             f"k = {k} must be a multiple of {QUAD} up to {MAX_DEPTH}", "use the dense kernel"
         )
-    return BlockBuilder((*lead, m, n), k, space, tile, dot_product(target)).build()
+    return _Builder((*lead, m, n), k, space, tile, dot_product(target)).build()
 
 
 def pack_block_int8(
@@ -93,18 +88,6 @@ def pack_block_int8(
     return pack_blocks(pack_int8(weight, columns))
 
 
-def pack_blocks(packed: npt.NDArray[Any]) -> tuple[Any, Any, Any]:
-    """Return counts, lists and values of the runs of rows [p, runs, values] that are not zero."""
-    used = packed.any(axis=2)
-    counts = used.sum(axis=1).astype(np.int32)
-    space = min(used.shape[1], -(-max(1, int(counts.max())) // _SPACE) * _SPACE)
-    # A stable sort brings the used quads to the front and keeps their order.
-    order = np.argsort(~used, axis=1, kind="stable")[:, :space]
-    listed = np.take_along_axis(used, order, axis=1)
-    values = np.take_along_axis(packed, order[:, :, None], axis=1) * listed[:, :, None]
-    return counts, np.where(listed, order, 0).astype(np.int32), values.astype(packed.dtype)
-
-
 def choose_block_tile(m: int, weight: npt.NDArray[np.int8], target: Any) -> tuple[Tile | None, str]:
     """Return the tile of the block-sparse kernel where it is faster than the dense one.
 
@@ -122,84 +105,11 @@ def choose_block_tile(m: int, weight: npt.NDArray[np.int8], target: Any) -> tupl
     reason : str
         Modelled share of the dense kernel's time.
     """
-    k, n = weight.shape
-    if k % QUAD:
-        return None, f"{k} rows are no multiple of {QUAD}"
-    dense = int8_cycles(int8_tile(m, k, n, target), m, k, n)
-    tiles = [int8_tile(m, k, n, target, vectors) for vectors in _WIDTHS]
-    shares = {tile: listed_share(pack_int8(weight, tile.columns)) for tile in tiles}
-    work = {tile: int8_cycles(tile, m, k, n) / dense for tile in tiles}
-    return choose_groups(m, shares, work, "byte")
+    dense = RunProduct("byte", QUAD, int8_tile, int8_cycles, pack_int8)
+    return choose_groups(m, weight, target, dense)
 
 
-def choose_groups(
-    m: int, shares: dict[Tile, float], work: dict[Tile, float], what: str
-) -> tuple[Tile | None, str]:
-    """Return the tile of least modelled time, or None where the dense kernel has it, and why.
-
-    Parameters
-    ----------
-    m : int
-        Rows of X.
-    shares : dict of Tile to float
-        Share of the runs of rows that groups as wide as the tile list.
-    work : dict of Tile to float
-        Cycles of the dense product on that tile, over those on its best one.
-    what : str
-        Names the product in the reason.
-    """
-    # Few rows take the time of the bytes, whatever the tile.
-    costs = {
-        tile: shares[tile] * (1.0 if m <= MAX_ROWS else work[tile]) * _INDEX_COST for tile in shares
-    }
-    best = min(costs, key=costs.__getitem__)
-    reason = f"model: groups of {best.columns} take {costs[best]:.2f} of the dense {what} product"
-    return (best if costs[best] < _MARGIN else None), reason
-
-
-def listed_share(packed: npt.NDArray[Any]) -> float:
-    """Return the share of the runs of rows [p, runs, values] that are not zero."""
-    return float(packed.any(axis=2).mean())
-
-
-class BlockBuilder(TileBuilder):
-    """Emits a product that skips runs of rows; a run is what one dot product takes.
-
-    Attributes
-    ----------
-    group : int
-        Rows of a run.
-    types : tuple of str
-        Elements of X, of W and of the sums.
-    """
-
+class _Builder(BlockBuilder):
     name = "block_int8_matmul"
-    group = QUAD
+    length = QUAD
     types = ("uint8", "int8", "int32")
-
-    def __init__(self, shape: Lead, k: int, space: int, tile: Tile, dot: Any) -> None:
-        super().__init__(shape, k, tile, self.types[2])
-        self.space, self.dot = space, dot
-
-    def parameters(self) -> dict[str, tuple[Lead, str]]:
-        """Return the shape and type of each parameter but Y, X first."""
-        return {
-            "X": ((*self.shape, self.k), self.types[0]),
-            "counts": ((self.panels,), "int32"),
-            "quads": ((self.panels, self.space), "int32"),
-            "W": ((self.panels, self.space, self.tile.columns * self.group), self.types[1]),
-        }
-
-    def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
-        """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile."""
-        (x, counts, quads, w), (panel, first) = inputs, at
-        width = self.tile.lanes * self.group
-        with T.serial(counts[panel]) as step:
-            start = T.bind(quads[panel, step].astype("int64") * self.group)
-            with T.unroll(i64(self.tile.rows)) as r:
-                row = self.row(batch, first + r)
-                four = T.reinterpret("int32", x[(*row, self.run(start, self.group))])
-                with T.unroll(i64(self.tile.vectors)) as c:
-                    here = (r, self.run(c * self.tile.lanes))
-                    weight = w[panel, step, self.run(c * width, width)]
-                    T.buffer_store(sums, self.dot.add(sums[here], four, weight), [*here])

@@ -72,11 +72,35 @@ def pack_dense(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.float32
     ShapeError
         If ``weight`` is not a matrix.
     """
+    return pack_panels(weight.astype(np.float32), columns)
+
+
+def pack_panels(weight: npt.NDArray[Any], columns: int, run: int = 1) -> npt.NDArray[Any]:
+    """Return ``weight`` cut into panels of columns and runs of rows, zero where it is padded.
+
+    Parameters
+    ----------
+    weight : array [K, N]
+    columns : int
+        Panel width P.
+    run : int
+        Rows of a column that are neighbours.
+
+    Returns
+    -------
+    array [ceil(N / P), ceil(K / run), P * run]
+
+    Raises
+    ------
+    ShapeError
+        If ``weight`` is not a matrix.
+    """
     k, n = matrix_shape(weight)
-    panels = -(-n // columns)
-    padded = np.zeros((k, panels * columns), np.float32)
-    padded[:, :n] = weight
-    return np.ascontiguousarray(padded.reshape(k, panels, columns).transpose(1, 0, 2))
+    runs, panels = -(-k // run), -(-n // columns)
+    padded = np.zeros((runs * run, panels * columns), weight.dtype)
+    padded[:k, :n] = weight
+    split = padded.reshape(runs, run, panels, columns).transpose(2, 0, 3, 1)
+    return np.ascontiguousarray(split).reshape(panels, runs, columns * run)
 
 
 class DenseRule(ScheduleRule):

@@ -15,6 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import tirx, tvm
 from icd_tvm.errors import ConfigError
+from icd_tvm.tir_schedules.cpu.lane_dot import LaneDot
 from icd_tvm.tir_schedules.target import vector_bits
 
 _VNNI = "llvm.x86.avx512.vpdpbusd.{bits}"
@@ -27,44 +28,29 @@ _EVEN_BYTES = 0x00FF00FF
 
 
 @dataclass(frozen=True)
-class DotProduct:
+class DotProduct(LaneDot):
     """How a target multiplies bytes.
 
     Attributes
     ----------
     intrinsic : str
         Name of the LLVM intrinsic.
-    lanes : int
-        32-bit sums of a vector register.
-    vnni : bool
-        Whether the intrinsic takes bytes, so that no unpacking is needed.
     """
 
     intrinsic: str
-    lanes: int
-    vnni: bool
 
-    @property
-    def registers(self) -> int:
-        """Vector registers of the target."""
-        return 32 if self.lanes == 16 else 16
-
-    def needs(self, rows: int, vectors: int) -> int:
-        """Return the registers a tile takes: sums, weights, and the row that is multiplied."""
-        return rows * vectors + (vectors + 2 if self.vnni else 2 * vectors + 3)
-
-    def add(self, total: Any, four: Any, weight: Any) -> Any:
-        """Return ``total[j] + sum_b four[b] * weight[j, b]`` as a vector expression.
+    def add(self, total: Any, word: Any, weight: Any) -> Any:
+        """Return ``total[j] + sum_b word[b] * weight[j, b]`` as a vector expression.
 
         Parameters
         ----------
         total : int32 x lanes
-        four : int32
+        word : int32
             Four uint8, the first in the lowest byte.
         weight : int8 x (4 * lanes)
         """
-        row = T.broadcast(four, self.lanes)
-        if self.vnni:
+        row = T.broadcast(word, self.lanes)
+        if self.native:
             bytes_ = T.reinterpret(f"int8x{4 * self.lanes}", row)
             return self._call(total, bytes_, weight)
         pairs = T.reinterpret(f"int16x{2 * self.lanes}", weight)
@@ -97,7 +83,7 @@ def dot_product(target: Any) -> DotProduct:
     if bits == 512 and not has("avx512bw", target):
         bits = 256
     vnni = has("avx512vnni", target) if bits == 512 else has("avxvnni", target)
-    return DotProduct(_VNNI.format(bits=bits) if vnni else _MADD[bits], bits // 32, vnni)
+    return DotProduct(bits // 32, vnni, _VNNI.format(bits=bits) if vnni else _MADD[bits])
 
 
 def _half(row: Any, shift: int) -> Any:

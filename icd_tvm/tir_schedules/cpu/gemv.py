@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import i64, tirx
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cpu.dense import matrix_shape
+from icd_tvm.tir_schedules.cpu.dense import matrix_shape, pack_panels
 from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch, splat
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
@@ -155,7 +155,7 @@ def pack_narrow(
         floats: npt.NDArray[Any] = values.astype(np.float32)
         if form.bits == 16:
             floats = floats.astype(ml_dtypes.bfloat16).view(np.uint16)
-        return [_panels(floats, columns)]
+        return [pack_panels(floats, columns)]
     stored = values.astype(np.int32) - form.low
     least, most = (0, 15) if form.bits == 4 else (-128, 127)
     if stored.min() < least or stored.max() > most:
@@ -169,7 +169,10 @@ def pack_narrow(
         packed = (parts << shifts).sum(axis=1, dtype=np.uint32).view(np.int32)
     else:
         packed = stored.astype(np.int8)
-    return [_panels(packed, columns), *(_panels(t.astype(np.float32), columns) for t in tables)]
+    return [
+        pack_panels(packed, columns),
+        *(pack_panels(t.astype(np.float32), columns) for t in tables),
+    ]
 
 
 def pack_skipping(
@@ -201,7 +204,9 @@ def pack_skipping(
     k, _ = matrix_shape(values)
     if k % SKIP_ROWS:
         raise ShapeError(f"{k} rows are no multiple of {SKIP_ROWS}", "pad the weight")
-    runs = _panels(values.astype(np.int8), columns).reshape(-1, k // SKIP_ROWS, SKIP_ROWS, columns)
+    runs = pack_panels(values.astype(np.int8), columns).reshape(
+        -1, k // SKIP_ROWS, SKIP_ROWS, columns
+    )
     kept = runs.any(axis=(2, 3))
     steps = max(1, int(kept.sum(axis=1).max()))
     # A stable sort of "left out" puts the kept runs first, in their order.
@@ -209,17 +214,9 @@ def pack_skipping(
     data = np.take_along_axis(runs, order[:, :, None, None], axis=1)
     rows = np.where(np.take_along_axis(kept, order, axis=1), order * SKIP_ROWS, 0)
     form = NarrowWeight(8, k, steps=steps)
-    table = _panels(scale.astype(np.float32), columns)
+    table = pack_panels(scale.astype(np.float32), columns)
     packed = data.reshape(len(data), steps * SKIP_ROWS, columns)
     return form, [np.ascontiguousarray(packed), table, rows.astype(np.int32)]
-
-
-def _panels(table: npt.NDArray[Any], columns: int) -> npt.NDArray[Any]:
-    rows, n = table.shape
-    panels = -(-n // columns)
-    padded = np.zeros((rows, panels * columns), table.dtype)
-    padded[:, :n] = table
-    return np.ascontiguousarray(padded.reshape(rows, panels, columns).transpose(1, 0, 2))
 
 
 class _NarrowBuilder(TileBuilder):

@@ -12,18 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import i64, tirx
+from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cpu.dense import matrix_shape
-from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
+from icd_tvm.tir_schedules.cpu.dense import pack_panels
+from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
+from icd_tvm.tir_schedules.cpu.run_builder import RunBuilder
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
-from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 # 2**31 - 1 over the largest product of an unsigned and a signed byte.
 MAX_DEPTH = (2**31 - 1) // (255 * 128)
 QUAD = 4
-_UNROLL = 4
 _MARK = "icd.int8_matmul"
 
 
@@ -116,14 +115,9 @@ def pack_int8(weight: npt.NDArray[Any], columns: int) -> npt.NDArray[np.int8]:
     ShapeError
         If ``weight`` is not a matrix of int8.
     """
-    k, n = matrix_shape(weight)
     if weight.dtype != np.int8:
         raise ShapeError(f"a packed weight must be int8, not {weight.dtype}", "quantise it first")
-    quads, panels = -(-k // QUAD), -(-n // columns)
-    padded = np.zeros((quads * QUAD, panels * columns), np.int8)
-    padded[:k, :n] = weight
-    split = padded.reshape(quads, QUAD, panels, columns)
-    return np.ascontiguousarray(split.transpose(2, 0, 3, 1)).reshape(panels, quads, -1)
+    return pack_panels(weight, columns, QUAD)
 
 
 def unpack_int8(packed: npt.NDArray[np.int8], k: int, n: int) -> npt.NDArray[np.int8]:
@@ -140,44 +134,12 @@ def unpack_int8(packed: npt.NDArray[np.int8], k: int, n: int) -> npt.NDArray[np.
     return np.ascontiguousarray(split.reshape(quads * QUAD, -1)[:k, :n])
 
 
-class _Int8Builder(TileBuilder):
+class _Int8Builder(RunBuilder):
     name = "int8_matmul"
+    length = QUAD
+    types = ("uint8", "int8", "int32")
 
-    def __init__(self, shape: Lead, k: int, tile: Tile, dot: DotProduct) -> None:
-        super().__init__(shape, k, tile, "int32")
-        self.dot, self.quads = dot, -(-k // QUAD)
-
-    def parameters(self) -> dict[str, tuple[Lead, str]]:
-        width = self.tile.columns * QUAD
-        return {
-            "X": ((*self.shape, self.k), "uint8"),
-            "W": ((self.panels, self.quads, width), "int8"),
-        }
-
-    def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
-        x, w = inputs
-        panel, first = at
-        whole = self.k // QUAD
-
-        def step(quad: Any, count: int) -> None:
-            with T.unroll(i64(self.tile.rows)) as r:
-                four = self._four_bytes(x, self.row(batch, first + r), quad * QUAD, count)
-                with T.unroll(i64(self.tile.vectors)) as c:
-                    here = (r, self.run(c * self.tile.lanes))
-                    start = c * (self.tile.lanes * QUAD)
-                    weight = w[panel, quad, self.run(start, self.tile.lanes * QUAD)]
-                    T.buffer_store(sums, self.dot.add(sums[here], four, weight), [*here])
-
-        if whole >= _UNROLL:
-            groups = whole // _UNROLL
-            with T.serial(i64(groups)) as outer:
-                self._prefetch(w, panel, tirx.floordiv(first, self.tile.rows) * groups + outer)
-                with T.unroll(i64(_UNROLL)) as inner:
-                    step(outer * _UNROLL + inner, QUAD)
-        for quad in range(whole // _UNROLL * _UNROLL, self.quads):
-            step(i64(quad), min(QUAD, self.k - quad * QUAD))
-
-    def _prefetch(self, w: Any, panel: Any, group: Any) -> None:
+    def prefetch(self, w: Any, at: Any, outer: Any) -> None:
         """Fetch a part of the next panel, which lies behind this one; each row tile its own.
 
         The weights of a model come from beyond L2: 16 rows of 768 take a seventh less time so. A
@@ -186,20 +148,13 @@ class _Int8Builder(TileBuilder):
         row_tiles = self.rows // self.tile.rows
         if self.panels == 1 or row_tiles == 1:
             return
+        panel, first = at
+        groups = self.k // QUAD // self.unroll
+        group = tirx.floordiv(first, self.tile.rows) * groups + outer
         width = self.tile.columns * QUAD
-        lines = -(-_UNROLL * width // (LINE * row_tiles))
+        lines = -(-self.unroll * width // (LINE * row_tiles))
         for line in range(lines):
             start = (group * lines + line) * LINE
-            ahead = self.quads + tirx.floordiv(start, width)
+            ahead = self.runs + tirx.floordiv(start, width)
             element = w[panel, ahead, tirx.floormod(start, width)]
             T.evaluate(prefetch(element, locality=2))
-
-    def _four_bytes(self, x: Any, row: Any, first: Any, count: int) -> Any:
-        """Return up to four bytes of a row as one int32; none past its end is read."""
-        if count == QUAD:
-            return T.reinterpret("int32", x[(*row, self.run(first, QUAD))])
-        value = x[(*row, first)].astype("int32")
-        for byte in range(1, count):
-            more = x[(*row, first + byte)].astype("int32")
-            value = T.bitwise_or(value, T.shift_left(more, tirx.IntImm("int32", 8 * byte)))
-        return value

@@ -73,7 +73,7 @@ def dot_tile(dot: Any, m: int, steps: int, n: int, vectors: int | None = None) -
 
     Parameters
     ----------
-    dot : DotProduct or Bf16Dot
+    dot : LaneDot
         Knows its lanes and registers, and how many of these a tile needs.
     m, steps, n : int
         Rows of the output, runs in a row of X, columns of the output.
