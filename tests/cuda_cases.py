@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cuda_emulation import numpy_dtype
 
+from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import (
@@ -195,6 +196,13 @@ def other_rules() -> list[Rule]:
     found += [decode_attention_rule(*sizes, cache=cache) for *sizes, cache in DECODES.values()]
     found += [conv_step_rule(*sizes) for sizes in CONVS.values()]
     return found + [scan_step_rule(*sizes) for sizes in SCANS.values()]
+
+
+def plant(patch: pytest.MonkeyPatch, right: str, wrong: str, *families: str) -> None:
+    """Put a mistake into the kernels' sources; one of these families holds what is right."""
+    original = source_kernel.source_of
+    assert any(right in original(family) for family in families)
+    patch.setattr(source_kernel, "source_of", lambda family: original(family).replace(right, wrong))
 
 
 def finish(sums: np.ndarray, epilogue: Epilogue, given: dict[str, np.ndarray]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cuda_cases import EPS, ORDERS, needs, needs_compiler
+from cuda_cases import EPS, ORDERS, needs, needs_compiler, plant
 from cuda_emulation import Emulated, numpy_dtype
 
 from icd_tvm.adapters.kv_quant import (
@@ -16,7 +16,6 @@ from icd_tvm.adapters.kv_quant import (
     quantize_pages,
     quantize_rows,
 )
-from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.decode_attention import paged_attention_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Rule
 
@@ -149,11 +148,8 @@ def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong = MISTAKES[mistake]
-    original, case = source_kernel.source_of, CASES["int8 by channel"]
-    assert right in original("decode_attention")
-    monkeypatch.setattr(
-        source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
-    )
+    case = CASES["int8 by channel"]
+    plant(monkeypatch, right, wrong, "decode_attention")
     with pytest.raises(AssertionError, match="worst"):
         check(case, Emulated(case.rule().kernels, tmp_path))
 

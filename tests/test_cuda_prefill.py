@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cuda_cases import EPS, ORDERS, close, needs, needs_compiler
+from cuda_cases import EPS, ORDERS, close, needs, needs_compiler, plant
 from cuda_emulation import Emulated, numpy_dtype
 
-from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.mamba_step import scan_step_rule
 from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import Rule
@@ -166,11 +165,8 @@ def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong = MISTAKES[mistake]
-    original, case = source_kernel.source_of, CASES["conv, chunks"]
-    assert right in original("prefill_scan")
-    monkeypatch.setattr(
-        source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
-    )
+    case = CASES["conv, chunks"]
+    plant(monkeypatch, right, wrong, "prefill_scan")
     broken = Emulated(case.rule().kernels, tmp_path)
     with pytest.raises(AssertionError, match=r"worst|not equal"):
         check(case, broken)

@@ -16,6 +16,7 @@ from cuda_cases import (
     finish,
     needs,
     needs_compiler,
+    plant,
     product_rules,
 )
 from cuda_emulation import Emulated, numpy_dtype
@@ -23,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import (
@@ -181,12 +181,9 @@ def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong, noticed, name = MISTAKES[mistake]
-    original, case = source_kernel.source_of, PLANTED[name]
-    monkeypatch.setattr(
-        source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
-    )
+    case = PLANTED[name]
     kernels = case.rule().kernels
-    assert any(right in original(kernel.family) for kernel in kernels)
+    plant(monkeypatch, right, wrong, *(kernel.family for kernel in kernels))
     broken = Emulated(kernels, tmp_path)
     with pytest.raises(AssertionError, match=noticed):
         check_gemm(case, broken) if isinstance(case, Gemm) else check_gemv(case, broken)

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from cuda_cases import FULL, ORDERS, close, finish, needs, needs_compiler
+from cuda_cases import FULL, ORDERS, close, finish, needs, needs_compiler, plant
 from cuda_emulation import Emulated, numpy_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 
 from icd_tvm.errors import TransformError
-from icd_tvm.tir_schedules.cuda import source_kernel
 from icd_tvm.tir_schedules.cuda.gemm_24 import (
     TILES_24,
     gemm_24_rule,
@@ -108,11 +107,7 @@ def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong, noticed = MISTAKES[mistake]
-    original = source_kernel.source_of
-    assert right in original("gemm_24")
-    monkeypatch.setattr(
-        source_kernel, "source_of", lambda family: original(family).replace(right, wrong)
-    )
+    plant(monkeypatch, right, wrong, "gemm_24")
     with pytest.raises(AssertionError, match=noticed):
         check(CASES["16 rows"], Emulated(CASES["16 rows"].rule().kernels, tmp_path))
 
