@@ -2,8 +2,8 @@
 
 "gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
 share of its bandwidth, of the bytes that must be read: above 1 where a product reads faster than
-it. With eight rows the float multiply-adds
-alone may take longer than the bytes: "most" is the share that the two measured peaks allow.
+it. With eight rows the float multiply-adds alone may take longer than the bytes: "most" is the
+share that the two measured peaks allow.
 
 "step" is one token of SmolLM2-135M with int8 weights and a full KV cache of floats, beside other
 runtimes with weights of 8 bits on the same graph, which hands the cache in and out; llama.cpp, at
@@ -149,18 +149,11 @@ def step_feeds(slots: int) -> dict[str, np.ndarray]:
 
     They do not change the time; large ones would make a chaos of it, whose outputs tell nothing.
     """
-    from icd_tvm.models.decoder import SMOLLM2, cache_states
+    from kv_step import feeds
 
-    rng = np.random.default_rng(0)
-    shape = (1, SMOLLM2.kv_heads, slots, SMOLLM2.depth)
     return {
-        "input_ids": np.array([[100]]),
-        "position_ids": np.array([[slots - 1]]),
-        "cache_length": np.array([slots - 1]),
-        **{
-            past: SPREAD * rng.standard_normal(shape, dtype=np.float32)
-            for past, _ in cache_states(SMOLLM2)
-        },
+        name: SPREAD * array if array.dtype == np.float32 else array
+        for name, array in feeds(slots).items()
     }
 
 

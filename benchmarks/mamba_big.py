@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from icd_tvm._tvm import apply_pass, tvm_ffi
+from icd_tvm._tvm import apply_pass
 from icd_tvm.adapters.sparsity import parse_sparsity
 from icd_tvm.measure.environment import fingerprint
 from icd_tvm.measure.latency import interleave
@@ -59,6 +59,7 @@ from icd_tvm.relax_passes.layer_rules import parse_layer_rules
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.relax_passes.verify_layout import difference
 from icd_tvm.runtime.build import Built, build
+from icd_tvm.runtime.prepare import set_pool_threads
 from icd_tvm.tir_schedules.target import host_target
 
 SIZES = {
@@ -226,7 +227,7 @@ def run(arguments: argparse.Namespace) -> Record:
     config = SIZES[arguments.size]
     if arguments.layers:
         config = replace(config, layers=arguments.layers)
-    tvm_ffi.get_global_func("runtime.config_threadpool")(1, arguments.threads)
+    set_pool_threads(arguments.threads)
     stages = Stages()
     record: Record = {"size": arguments.size, "layers": config.layers, "env": fingerprint()}
     record |= {

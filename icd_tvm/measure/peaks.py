@@ -54,8 +54,8 @@ def machine_peaks(target: Any) -> dict[str, Any]:
 def memory_reader(target: Any) -> tuple[Callable[[], Any], int]:
     """Return a call that reads memory once, in order, and the bytes it reads.
 
-    To be timed in turns with what is compared to the bandwidth. It is no upper bound: products were
-    seen to read a quarter faster.
+    To be timed in turns with what is compared to the bandwidth: alone, it finds a part of what it
+    reads in the last-level cache.
 
     Parameters
     ----------

@@ -231,12 +231,7 @@ class _Rewriter(PyExprMutator):
         *lead, m, k = static_shape(x) or ()
         form, values, tables = narrow_form(weight)
         tile = narrow_tile(flat_rows(tuple(lead), m)[1], self._target)
-        parts = ["", ".scale", ".zero_point"]
-        packed = pack_narrow(values, tables, form, tile.columns)
-        if form == NarrowWeight(8, k) and k % SKIP_ROWS == 0:
-            skipping, fewer = pack_skipping(values, tables[0], tile.columns)
-            if skipping.steps * SKIP_ROWS <= _DENSE * k:
-                form, packed, parts = skipping, fewer, ["", ".scale", ".rows"]
+        form, packed, parts = _packed(form, values, tables, tile.columns)
         names = [f"{weight.name}{part}" for part in parts]
         rows = form.steps * SKIP_ROWS or k
         self._kernels[node] = f"narrow, {rows} rows of {form.bits} bits"
@@ -346,3 +341,15 @@ class _Rewriter(PyExprMutator):
 
     def _call(self, func: Any, name: str, args: list[Any], like: Any) -> Any:
         return self.builder_.emit(call_func(self.builder_, func, name, args, like))
+
+
+def _packed(
+    form: NarrowWeight, values: Any, tables: list[Any], columns: int
+) -> tuple[NarrowWeight, list[Any], tuple[str, ...]]:
+    """Return how a narrow weight is stored, its constants, and what follows its name in theirs."""
+    k = len(values)
+    if form == NarrowWeight(8, k) and k % SKIP_ROWS == 0:
+        skipping, fewer = pack_skipping(values, tables[0], columns)
+        if skipping.steps * SKIP_ROWS <= _DENSE * k:
+            return skipping, fewer, ("", ".scale", ".rows")
+    return form, pack_narrow(values, tables, form, columns), ("", ".scale", ".zero_point")

@@ -74,7 +74,7 @@ class QuantizeAttention:
         """Return a clone of ``mod`` with the operands quantised and dequantised."""
         mod = mod.clone()
         bf16 = self.method == "bf16"
-        products, refusals = attention_products(mod["main"], HEAD_STEP if bf16 else _QUAD)
+        products, refusals = attention_products(mod["main"], bf16=bf16)
         found: dict[Any, list[_Code]] = {}
         self.entries = [_entry(node, why=why) for node, why in refusals.items()]
         flow = Dataflow(mod["main"])
@@ -105,15 +105,15 @@ class QuantizeAttention:
 
 
 def attention_products(
-    func: Any, columns: int = _QUAD
+    func: Any, *, bf16: bool = False
 ) -> tuple[list[AttentionProducts], dict[str, str]]:
     """Find the attentions of a function whose products can take narrow operands.
 
     Parameters
     ----------
     func : relax.Function
-    columns : int
-        The kernel takes heads of a multiple of so many columns.
+    bf16 : bool
+        Whether the operands are bfloat16 instead of bytes.
 
     Returns
     -------
@@ -129,25 +129,25 @@ def attention_products(
         if flow.call(var, "relax.nn.softmax") is None:
             continue
         try:
-            products.append(_products(flow, names, var, columns))
+            products.append(_products(flow, names, var, bf16))
         except Refused as refusal:
             refusals[str(var.name)] = str(refusal)
     return products, refusals
 
 
 def _products(
-    flow: Dataflow, names: dict[Any, Any], probabilities: Any, columns: int
+    flow: Dataflow, names: dict[Any, Any], probabilities: Any, bf16: bool
 ) -> AttentionProducts:
     softmax, _ = match_softmax(flow, probabilities)
     product, _, _ = match_scores(flow, softmax.args[0])
     values = user_of(flow, probabilities, "relax.matmul", "the probabilities")
     heads = static_shape(product.args[0])
-    if columns != _QUAD and heads is not None and heads[-2] == 1:
+    if bf16 and heads is not None and heads[-2] == 1:
         raise Refused("one query: a decode step reads its cache as it is kept")
-    if heads is None or heads[-1] % columns:
+    if heads is None or heads[-1] % (HEAD_STEP if bf16 else _QUAD):
         what = "byte products take columns in fours"
-        if columns != _QUAD:
-            what = f"bfloat16 products take columns in runs of {columns}"
+        if bf16:
+            what = f"bfloat16 products take columns in runs of {HEAD_STEP}"
         raise Refused(f"heads of shape {heads}: {what}")
     if not flow.call(values, "relax.matmul").args[0].same_as(probabilities):
         raise Refused("the probabilities are not the left operand of the product")

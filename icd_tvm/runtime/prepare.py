@@ -29,11 +29,11 @@ def prepare(config: Config) -> tuple[Any, list[Transform]]:
     if config.quality.metric is not None:
         parse_quality(config.quality.metric)
     if config.threads:
-        _set_threads(config.threads)
+        set_pool_threads(config.threads)
     return target, transforms
 
 
-def _set_threads(count: int) -> None:
+def set_pool_threads(count: int) -> None:
     """Size TVM's pool, and leave the calling thread free to move.
 
     TVM binds the caller to a CPU. Threads that start later inherit that: those of a BLAS that is
