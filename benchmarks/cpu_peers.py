@@ -5,11 +5,12 @@ process of its own too, with the same threads and inputs. The ratio that counts 
 fastest peer of the case, by medians and by minima.
 
     pip install 'icd_tvm[peers]'      # DeepSparse: a Python of its own, ICD_PYTHON_DEEPSPARSE
-    python benchmarks/cpu_peers.py --only minilm [--quick] [--full] [--threads 1 2]
+    python benchmarks/cpu_peers.py --only minilm [--rounds 200] [--full] [--threads 1 2]
         [--out docs/results/cpu-peers.json]
-    python benchmarks/cpu_peers.py --only gemm [--quick] [--out docs/results/cpu-gemm.json]
+    python benchmarks/cpu_peers.py --only gemm [--out docs/results/cpu-gemm.json]
 
-Products also get their share of the measured peak, and what two threads gain over one.
+A record that is there keeps the lines that are not measured again. Products also get their share of
+the measured peak, and what two threads gain over one.
 """
 
 from __future__ import annotations
@@ -125,20 +126,25 @@ def model_cases(folder: Path, full: bool) -> Iterator[Case]:
         ("bert-base", (*single, *(more if full else ()))),
     ):
         for seq, batch in sizes:
-            path = folder / f"{model}-{seq}-{batch}.onnx"
-            command = ["-m", "icd_tvm.models", model, "--seq", str(seq), "--batch", str(batch)]
-            subprocess.run(
-                [sys.executable, *command, "-o", str(path)], check=True, stdout=subprocess.DEVNULL
-            )
+            path = str(folder / f"{model}-{seq}-{batch}.onnx")
             name = f"{model} S={seq} batch {batch}"
             quant = ("--quant", W8A8)
             both = (*INT8_PEERS, "openvino-bf16")
-            yield Case(f"{name} fp32", "dense", 0.95, FLOAT_PEERS, (str(path),))
-            bf16 = (str(path), "--quant", "bf16:attention")
+            yield Case(f"{name} fp32", "dense", 0.95, FLOAT_PEERS, (path,))
+            bf16 = (path, "--quant", "bf16:attention")
             yield Case(f"{name} bf16", "linear", 1.0, BF16_PEERS, bf16)
-            yield Case(f"{name} W8A8", "linear", 0.95, both, (str(path), *quant))
-            unit = (str(path), "--sparsity", UNIT, *quant)
+            yield Case(f"{name} W8A8", "linear", 0.95, both, (path, *quant))
+            unit = (path, "--sparsity", UNIT, *quant)
             yield Case(f"{name} {UNIT} + W8A8", "iterative", 0.65, both, unit)
+
+
+def export(path: Path) -> None:
+    """Write the model that the file is named after; products are written when they are listed."""
+    if path.exists():
+        return
+    model, seq, batch = path.stem.rsplit("-", 2)
+    command = ["-m", "icd_tvm.models", model, "--seq", seq, "--batch", batch, "-o", str(path)]
+    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 
 def run(case: Case, threads: int, rounds: int, folder: Path) -> dict[str, Any]:
@@ -185,32 +191,44 @@ def show(line: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    arguments = parsed()
+    print("| case | threads | median ms | ours / fastest peer (median / min) | bar | |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    lines = kept(arguments.out)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for case, threads in product(chosen(arguments, folder), arguments.threads):
+            export(Path(case.flags[0]))
+            line = run(case, threads, arguments.rounds, Path(tempfile.mkdtemp(dir=folder)))
+            lines[case.name, threads] = {**line, **figures(line)}
+            print(show(lines[case.name, threads]), flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps([*lines.values()], indent=1) + "\n")
+    print("", *summary([*lines.values()]), sep="\n")
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="40 rounds instead of 200")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one")
+    parser.add_argument("--rounds", type=int, default=200, help="of each case, turn by turn")
     parser.add_argument("--full", action="store_true", help="batches of 8 at every length too")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, help="JSON of all lines")
-    arguments = parser.parse_args()
-    rounds = 40 if arguments.quick else 200
-    print("| case | threads | median ms | ours / fastest peer (median / min) | bar | |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    lines = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        only = arguments.only.lower()
-        # Making a model takes seconds.
-        models = () if only.startswith("gemm") else model_cases(folder, arguments.full)
-        for case in chain(gemm_cases(folder), sparse_cases(folder), models):
-            if only not in case.name.lower():
-                continue
-            for threads in arguments.threads:
-                line = run(case, threads, rounds, folder / f"run-{len(lines)}")
-                lines.append({**line, **figures(line)})
-                print(show(lines[-1]), flush=True)
-                if arguments.out:
-                    arguments.out.write_text(json.dumps(lines, indent=1) + "\n")
-    print("", *summary(lines), sep="\n")
+    return parser.parse_args()
+
+
+def chosen(arguments: argparse.Namespace, folder: Path) -> list[Case]:
+    """Return the cases whose name contains one of the words."""
+    cases = chain(gemm_cases(folder), sparse_cases(folder), model_cases(folder, arguments.full))
+    words = [word.lower() for word in arguments.only]
+    return [case for case in cases if any(word in case.name.lower() for word in words)]
+
+
+def kept(record: Path | None) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the lines of the record by case and threads; none if it is not there."""
+    if record is None or not record.exists():
+        return {}
+    return {(line["case"], line["threads"]): line for line in json.loads(record.read_text())}
 
 
 if __name__ == "__main__":

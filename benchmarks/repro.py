@@ -118,7 +118,7 @@ CPU = (
     Step("acceptance", "benchmarks/acceptance.py --out {out}", 1500, gates.acceptance,
          (MINILM, needs_data)),
     Step("cpu-peers",
-         "benchmarks/cpu_peers.py --quick --threads 1 --only 'minilm S=128 batch 1'"
+         "benchmarks/cpu_peers.py --rounds 40 --threads 1 --only 'minilm S=128 batch 1'"
          " --out {out}/cpu-peers-minilm.json",
          500, gates.cpu_peers, (MINILM,),
          long="benchmarks/cpu_peers.py --only minilm --out {out}/cpu-peers-minilm.json"),
