@@ -16,6 +16,7 @@ from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.emit import f32, local
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
+from icd_tvm.tir_schedules.cpu.scan_terms import POWER, SCALED, is_held, spare_states, terms
 
 # Attribute of the PrimFunc: what it was made from, as JSON.
 SCAN_PROGRAM = "icd.scan_program"
@@ -32,6 +33,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Min": tirx.min,
     "Neg": lambda a: -a,
     "Exp": vector_math.exp,
+    POWER: vector_math.exp2,
     "Log": vector_math.log,
     "Sqrt": te.sqrt,
     "Abs": te.abs,
@@ -123,7 +125,7 @@ class _Scan:
         backwards: tuple[bool, ...],
         flipped: tuple[bool, ...],
     ) -> None:
-        self.program, self.length = program, length
+        self.program, self.length = spare_states(program), length
         self.backwards, self.flipped = backwards, flipped
         *self.outer, self.channels, self.states = program.state
         self.lanes = _lanes(self.channels)
@@ -152,12 +154,13 @@ class _Scan:
         self.new = local(lanes)
         self.early = local(max(1, len(program.early)), lanes)
         self.late = local(max(1, len(program.late)), lanes)
-        self.held = {i: local(states, lanes) for i in range(len(self.operands)) if self._hold(i)}
+        self.held = {key: local(states, lanes) for key in self._held()}
         with T.serial(states) as n, T.vectorized(lanes) as x:
             T.buffer_store(self.state, self.start[self._index(0, n, x)], [n, x])
-        for i, buffer in self.held.items():
+        for (i, factor), buffer in self.held.items():
             with T.serial(states) as n, T.vectorized(lanes) as x:
-                T.buffer_store(buffer, self.operands[i][self._operand_index(i, 0, n, x)], [n, x])
+                value = self.operands[i][self._operand_index(i, 0, n, x)]
+                T.buffer_store(buffer, value if factor == 1.0 else value * f32(factor), [n, x])
         with T.serial(self.length) as t:
             self._step(t)
         with T.serial(states) as n, T.vectorized(lanes) as x:
@@ -183,10 +186,17 @@ class _Scan:
         along = (scanned, *self.program.operands[i].axes)
         return [own if use else 0 for own, use in zip(full, along, strict=True)]
 
-    def _hold(self, i: int) -> bool:
-        """Tell whether an operand is copied into scratch memory before the first step."""
-        operand = self.program.operands[i]
-        return not isinstance(operand.source, int) and operand.axes[-2]
+    def _held(self) -> list[tuple[int, float]]:
+        """Return the operands that are copied into scratch memory, each with its factor."""
+        found = [self._key(term) for term in terms(self.program)]
+        return sorted({key for key in found if key is not None})
+
+    def _key(self, term: Term) -> tuple[int, float] | None:
+        """Return which copy in scratch memory a leaf reads, if any."""
+        if term.op == SCALED:
+            return term.place, term.number
+        held = term.op == "operand" and is_held(self.program.operands[term.place])
+        return (term.place, 1.0) if held else None
 
     def _step(self, t: Any) -> None:
         program, lanes = self.program, self.lanes
@@ -234,8 +244,9 @@ class _Scan:
             return self.new[x]
         if term.op in ("early", "late"):
             return (self.early if term.op == "early" else self.late)[term.place, x]
-        if term.place in self.held:
-            return self.held[term.place][n, x]
+        key = self._key(term)
+        if key is not None:
+            return self.held[key][n, x]
         return self.operands[term.place][self._operand_index(term.place, t, n, x)]
 
 
