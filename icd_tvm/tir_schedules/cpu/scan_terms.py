@@ -68,7 +68,7 @@ def _spared(term: Term, program: ScanProgram) -> Term:
         return _power(term, program)
     if term.op != "Mul":
         return term
-    return _product(sorted(_factors(term), key=lambda factor: _by_state(factor, program)))
+    return _product(sorted(_factors(term), key=lambda factor: by_state(factor, program)))
 
 
 def _power(term: Term, program: ScanProgram) -> Term:
@@ -94,7 +94,7 @@ def _product(factors: list[Term]) -> Term:
     return first
 
 
-def _by_state(term: Term, program: ScanProgram) -> bool:
+def by_state(term: Term, program: ScanProgram) -> bool:
     """Tell whether a term differs between the states of a channel."""
     leaves = [part for part in _parts(term) if not part.args]
     return any(
