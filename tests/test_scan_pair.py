@@ -10,7 +10,7 @@ import pytest
 from converter_check import array_model, run_ort
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import helper
+from onnx import helper, numpy_helper
 from test_converters_ssm import kernels, mamba_body, mamba_feeds, mamba_weights, scan_node, value
 from test_cpu_lowering import calls, execute
 from test_state_space_lowering import few, mamba, reference, targets
@@ -21,6 +21,7 @@ from icd_tvm.relax_passes.fuse_scan_pair import FuseScanPair
 from icd_tvm.tir_schedules.cpu.scan_pair import kept_bytes, scan_pair
 from icd_tvm.tir_schedules.cpu.selective_scan import operand_shape
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
+from icd_tvm.tir_schedules.target import parse_target
 
 CHANNELS, STATES = 32, 4
 
@@ -120,6 +121,23 @@ def test_other_pairs_stay(model: onnx.ModelProto, reason: str | None) -> None:
     assert fuse.fused == 0
     assert [*fuse.refusals] == (["sum"] if reason else [])
     assert all(reason in text for text in fuse.refusals.values())
+
+
+def test_outputs_that_are_broadcast_stay() -> None:
+    model = both()
+    last = model.graph.node.pop()
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "middle"))
+    model.graph.node.append(helper.make_node("Unsqueeze", ["y0", "middle"], ["tall"]))
+    model.graph.node.append(helper.make_node("Add", ["y1", "tall"], ["y"], name=last.name))
+    fuse = FuseScanPair()
+    fuse(import_onnx(model).mod)
+    assert (fuse.fused, fuse.refusals) == (0, {})
+
+
+def test_a_pair_compiles_for_aarch64() -> None:
+    func = scan_pair(mamba(32, 4), 5, (False,) * 6)
+    text = compile_kernel(func, parse_target("aarch64", 1)).mod.inspect_source("asm")
+    assert "fmla" in text
 
 
 def test_what_is_kept() -> None:

@@ -211,7 +211,7 @@ def test_a_row_that_is_not_there_is_not_read() -> None:
 
 
 def test_the_constants_keep_their_names() -> None:
-    fused = FuseDepthwiseConv()(module(convolved(False, 16, 4, padding=[1, 2]), x=(9, 16)))
+    fused = FuseDepthwiseConv()(module(convolved(False, 16, 4), x=(9, 16)))
     weight, added = filters(16, 4)
     found = constants(fused)
     np.testing.assert_array_equal(found["w"], weight[:, 0].T)

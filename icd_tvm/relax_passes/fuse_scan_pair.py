@@ -87,7 +87,9 @@ class _Fuser(PyExprMutator):
 
     def _pair(self, call: Any) -> tuple[_Scan, _Scan] | None:
         """Return the two scans that are added, the one whose output is not turned first."""
-        if not is_call(call, "relax.add"):
+        if not is_call(call, "relax.add") or static_shape(call) is None:
+            return None
+        if any(static_shape(arg) != static_shape(call) for arg in call.args):
             return None
         found = [self._scan(arg) for arg in call.args]
         if found[0] is None or found[1] is None or found[0].flipped == found[1].flipped:

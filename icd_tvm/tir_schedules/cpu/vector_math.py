@@ -152,7 +152,7 @@ def log(x: Any) -> Any:
 
 
 def softplus(x: Any) -> Any:
-    """Return ``log(1 + e ** x)`` to 4 ulp, without an overflow; zero below -87."""
+    """Return ``log(1 + e ** x)`` to 3 ulp, without an overflow; zero below -87."""
     power = exp(-te.abs(x))
     return tirx.max(f32(0.0), x) + power * _horner(_LOG1P, power)
 
