@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cpu_targets import HOST, RUNNABLE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import special
@@ -662,10 +663,11 @@ def test_bad_attention_shapes_are_refused() -> None:
 # Vector maths
 
 SCALAR_CALL = re.compile(r"call\w*\s+\w*(exp|log|erf|tanh|floor)f?@PLT")
+EVERY_TARGET = [HOST, *(parse_target(name, 1) for name in RUNNABLE)]
 
 
-def apply(function: Callable[[Any], Any], x: Array) -> tuple[Array, str]:
-    target = host_target(1)
+def apply(function: Callable[[Any], Any], x: Array, target: Any = None) -> tuple[Array, str]:
+    target = target or host_target(1)
     placeholder = te.placeholder((i64(x.size),), "float32")
     y = te.compute((i64(x.size),), lambda i: function(placeholder[i]))
     func = schedule(te.create_prim_func([placeholder, y]), target)
@@ -696,6 +698,42 @@ def test_vector_functions_are_accurate_and_make_no_call(
 
 def test_the_search_for_scalar_calls_finds_one() -> None:
     assert SCALAR_CALL.search(apply(te.erf, np.zeros(64, np.float32))[1])
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET, ids=["host", *RUNNABLE])
+@pytest.mark.parametrize(
+    ("function", "exact", "least", "most"),
+    [
+        (vector_math.exp, np.exp, -86.9, 88.7),
+        (vector_math.exp2, np.exp2, -125.4, 127.9),
+        (vector_math.softplus, lambda x: np.logaddexp(0, x), -86.9, 1e30),
+    ],
+)
+def test_powers_are_accurate_from_end_to_end(
+    function: Any, exact: Any, least: float, most: float, target: Any
+) -> None:
+    x = np.concatenate([np.linspace(least, min(most, 128), 65536), np.geomspace(1e-30, most, 64)])
+    x = np.minimum(x, most).astype(np.float32)
+    actual, asm = apply(function, x, target)
+    np.testing.assert_allclose(actual, exact(x.astype(np.float64)), rtol=3e-7, atol=0)
+    assert not SCALAR_CALL.search(asm)
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET, ids=["host", *RUNNABLE])
+@pytest.mark.parametrize(("function", "top"), [(vector_math.exp, 88.7), (vector_math.exp2, 127.9)])
+def test_powers_at_their_limits(function: Any, top: float, target: Any) -> None:
+    x = np.array([-np.inf, -1e30, -127, 0, -0.0, top, 1e30, np.inf, np.nan, -np.nan], np.float32)
+    actual, _ = apply(function, np.resize(x, 80), target)
+    np.testing.assert_array_equal(actual[:5], [0, 0, 0, 1, 1])
+    assert actual[5] > 2e38
+    assert (actual[6:8] > 3.4e38).all()
+    assert np.isnan(actual[8:10]).all()
+
+
+def test_a_nan_passes_with_any_bits() -> None:
+    bits = np.array([0x7F800001, 0x7FC00001, 0xFF812345, 0x7FFFFFFF] * 16, np.uint32)
+    for function in (vector_math.exp, vector_math.exp2, vector_math.softplus, vector_math.sigmoid):
+        assert np.isnan(apply(function, bits.view(np.float32))[0]).all()
 
 
 def test_exp_at_its_limits() -> None:

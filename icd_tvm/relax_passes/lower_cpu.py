@@ -10,14 +10,18 @@ from icd_tvm.relax_passes.fold_scales import FoldScales
 from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_bf16_matmul import FuseBf16Matmul
 from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
+from icd_tvm.relax_passes.fuse_depthwise_conv import FuseDepthwiseConv
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.fuse_quantized_output import FuseQuantizedOutput
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
+from icd_tvm.relax_passes.fuse_scan_pair import FuseScanPair
+from icd_tvm.relax_passes.fuse_softplus import FuseSoftplus
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
 from icd_tvm.relax_passes.pack_weights import PackWeights
 from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
 from icd_tvm.relax_passes.share_tensors import vm_pipeline
 from icd_tvm.relax_passes.shorten_erf import ShortenErf
+from icd_tvm.relax_passes.slice_splits import SliceSplits
 from icd_tvm.relax_passes.vector_legalize import legalize_map
 from icd_tvm.tir_schedules.cpu import cpu_rules
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
@@ -77,6 +81,10 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             FuseQuantizedOutput(target),
             ShortenErf(),
             FuseBf16Matmul(target),
+            FuseScanPair(),
+            FuseDepthwiseConv(),
+            FuseSoftplus(),
+            SliceSplits(),
             # Constant weights are laid out for the kernel that reads them.
             SelectKernels(target, force=kernels, tune=tune),
             PackWeights(target),

@@ -16,11 +16,12 @@ from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.emit import f32, local
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
+from icd_tvm.tir_schedules.cpu.scan_terms import POWER, SCALED, is_held, spare_states, terms
 
 # Attribute of the PrimFunc: what it was made from, as JSON.
 SCAN_PROGRAM = "icd.scan_program"
 _MAX_LANES = 16
-_MAX_UNROLLED = 32
+MAX_UNROLLED = 32
 _STATE = -1
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -32,6 +33,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Min": tirx.min,
     "Neg": lambda a: -a,
     "Exp": vector_math.exp,
+    POWER: vector_math.exp2,
     "Log": vector_math.log,
     "Sqrt": te.sqrt,
     "Abs": te.abs,
@@ -71,7 +73,7 @@ def selective_scan(
     with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
         T.func_name("selective_scan")
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE})
-        scan = _Scan(program, length, backwards, flipped)
+        scan = ScanEmitter(program, length, backwards, flipped)
         scan.declare()
         with T.parallel(scan.tasks) as task, T.sblock("scan"):
             scan.emit(task)
@@ -113,8 +115,8 @@ def output_shape(program: ScanProgram, output: int, length: int) -> tuple[int, .
     return (length, *program.state[:-1], program.state[-1] if inner else 1)
 
 
-class _Scan:
-    """Emits the statements of the kernel."""
+class ScanEmitter:
+    """Emits the statements of a kernel; those of `selective_scan` if no method is replaced."""
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class _Scan:
         backwards: tuple[bool, ...],
         flipped: tuple[bool, ...],
     ) -> None:
-        self.program, self.length = program, length
+        self.program, self.length = spare_states(program), length
         self.backwards, self.flipped = backwards, flipped
         *self.outer, self.channels, self.states = program.state
         self.lanes = _lanes(self.channels)
@@ -133,35 +135,52 @@ class _Scan:
         """Declare the arguments."""
         program, length = self.program, self.length
         whole = (1, *program.state)
-        self.start = _argument("start", whole)
+        self.start = argument("start", whole)
         self.operands = [
-            _argument(f"operand{i}", operand_shape(program, operand, length))
+            argument(f"operand{i}", operand_shape(program, operand, length))
             for i, operand in enumerate(program.operands)
         ]
         self.outputs = [
-            _argument(f"output{i}", output_shape(program, i, length))
+            argument(f"output{i}", output_shape(program, i, length))
             for i in range(len(program.outputs))
         ]
-        self.final = _argument("final", whole)
+        self.final = argument("final", whole)
 
     def emit(self, task: Any) -> None:
         """Emit one task: the whole time of one vector of channels."""
+        self.scratch(task)
+        self.load(self.start)
+        with T.serial(self.length) as t:
+            self.step(t)
+        with T.serial(self.states) as n, T.vectorized(self.lanes) as x:
+            T.buffer_store(self.final, self.state[n, x], self._index(0, n, x))
+
+    def scratch(self, task: Any) -> None:
+        """Make the buffers of a task, and fill those that stay as they are."""
         program, states, lanes = self.program, self.states, self.lanes
         self.place = self._task_place(task)
         self.state = local(states, lanes)
         self.new = local(lanes)
         self.early = local(max(1, len(program.early)), lanes)
         self.late = local(max(1, len(program.late)), lanes)
-        self.held = {i: local(states, lanes) for i in range(len(self.operands)) if self._hold(i)}
-        with T.serial(states) as n, T.vectorized(lanes) as x:
-            T.buffer_store(self.state, self.start[self._index(0, n, x)], [n, x])
-        for i, buffer in self.held.items():
+        self.held = {key: local(states, lanes) for key in self._held()}
+        for (i, factor), buffer in self.held.items():
             with T.serial(states) as n, T.vectorized(lanes) as x:
-                T.buffer_store(buffer, self.operands[i][self._operand_index(i, 0, n, x)], [n, x])
-        with T.serial(self.length) as t:
-            self._step(t)
-        with T.serial(states) as n, T.vectorized(lanes) as x:
-            T.buffer_store(self.final, self.state[n, x], self._index(0, n, x))
+                value = self.operands[i][self._operand_index(i, 0, n, x)]
+                T.buffer_store(buffer, value if factor == 1.0 else value * f32(factor), [n, x])
+
+    def load(self, start: Any) -> None:
+        """Fill the state."""
+        with T.serial(self.states) as n, T.vectorized(self.lanes) as x:
+            T.buffer_store(self.state, start[self._index(0, n, x)], [n, x])
+
+    def time(self, turned: bool, t: Any) -> Any:
+        """Return the time at which step ``t`` reads or writes what is turned or not."""
+        return self.length - 1 - t if turned else t
+
+    def store(self, i: int, value: Any, index: list[Any]) -> None:
+        """Emit the store of one value of an output."""
+        T.buffer_store(self.outputs[i], value, index)
 
     def _task_place(self, task: Any) -> list[Any]:
         """Return the index of the task's first channel, one number an axis but the last."""
@@ -177,20 +196,28 @@ class _Scan:
         return [time, *self.place[:-1], self.place[-1] + x, n]
 
     def _operand_index(self, i: int, t: Any, n: Any, x: Any) -> list[Any]:
-        time = self.length - 1 - t if self.backwards[i] else t
+        time = self.time(self.backwards[i], t)
         full = self._index(time, n, x)
         scanned = isinstance(self.program.operands[i].source, int)
         along = (scanned, *self.program.operands[i].axes)
         return [own if use else 0 for own, use in zip(full, along, strict=True)]
 
-    def _hold(self, i: int) -> bool:
-        """Tell whether an operand is copied into scratch memory before the first step."""
-        operand = self.program.operands[i]
-        return not isinstance(operand.source, int) and operand.axes[-2]
+    def _held(self) -> list[tuple[int, float]]:
+        """Return the operands that are copied into scratch memory, each with its factor."""
+        found = [self._key(term) for term in terms(self.program)]
+        return sorted({key for key in found if key is not None})
 
-    def _step(self, t: Any) -> None:
+    def _key(self, term: Term) -> tuple[int, float] | None:
+        """Return which copy in scratch memory a leaf reads, if any."""
+        if term.op == SCALED:
+            return term.place, term.number
+        held = term.op == "operand" and is_held(self.program.operands[term.place])
+        return (term.place, 1.0) if held else None
+
+    def step(self, t: Any) -> None:
+        """Emit one step."""
         program, lanes = self.program, self.lanes
-        loop = T.unroll if self.states <= _MAX_UNROLLED else T.serial
+        loop = T.unroll if self.states <= MAX_UNROLLED else T.serial
         self._clear(self.early, len(program.early))
         self._clear(self.late, len(program.late))
         if program.early:
@@ -198,7 +225,7 @@ class _Scan:
                 self._accumulate(self.early, program.early, t, n)
         with loop(self.states) as n:
             with T.vectorized(lanes) as x:
-                T.buffer_store(self.new, self._value(program.update, t, n, x), [x])
+                T.buffer_store(self.new, self.value(program.update, t, n, x), [x])
             self._accumulate(self.late, program.late, t, n)
             self._write(t, n, inner=True)
             with T.vectorized(lanes) as x:
@@ -213,19 +240,20 @@ class _Scan:
     def _accumulate(self, sums: Any, terms: list[Term], t: Any, n: Any) -> None:
         for j, term in enumerate(terms):
             with T.vectorized(self.lanes) as x:
-                T.buffer_store(sums, sums[j, x] + self._value(term, t, n, x), [j, x])
+                T.buffer_store(sums, sums[j, x] + self.value(term, t, n, x), [j, x])
 
     def _write(self, t: Any, n: Any, *, inner: bool) -> None:
         for i, (term, _, own) in enumerate(self.program.outputs):
             if own != inner:
                 continue
-            time = self.length - 1 - t if self.flipped[i] else t
+            time = self.time(self.flipped[i], t)
             with T.vectorized(self.lanes) as x:
-                T.buffer_store(self.outputs[i], self._value(term, t, n, x), self._index(time, n, x))
+                self.store(i, self.value(term, t, n, x), self._index(time, n, x))
 
-    def _value(self, term: Term, t: Any, n: Any, x: Any) -> Any:
+    def value(self, term: Term, t: Any, n: Any, x: Any) -> Any:
+        """Return a term of state ``n`` of lane ``x`` in step ``t``."""
         if term.op in _FUNCTIONS:
-            return _FUNCTIONS[term.op](*(self._value(arg, t, n, x) for arg in term.args))
+            return _FUNCTIONS[term.op](*(self.value(arg, t, n, x) for arg in term.args))
         if term.op == "number":
             return f32(term.number)
         if term.op == "old":
@@ -234,8 +262,9 @@ class _Scan:
             return self.new[x]
         if term.op in ("early", "late"):
             return (self.early if term.op == "early" else self.late)[term.place, x]
-        if term.place in self.held:
-            return self.held[term.place][n, x]
+        key = self._key(term)
+        if key is not None:
+            return self.held[key][n, x]
         return self.operands[term.place][self._operand_index(term.place, t, n, x)]
 
 
@@ -246,5 +275,6 @@ def _lanes(channels: int) -> int:
     return lanes
 
 
-def _argument(name: str, shape: tuple[int, ...]) -> Any:
+def argument(name: str, shape: tuple[int, ...]) -> Any:
+    """Declare an argument of the kernel that is being built."""
     return T.arg(name, T.Buffer(shape, "float32"))

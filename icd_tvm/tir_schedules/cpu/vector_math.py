@@ -14,14 +14,39 @@ from icd_tvm.tir_schedules.cpu.emit import f32
 
 LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-# exp(r) = 1 + r + r^2 p(r) on |r| <= ln(2) / 2 (Cephes, expf).
+# A sum with it is rounded to a whole number n, and its lowest bits are n + 126, the exponent of
+# 2^(n - 1): one shift makes a factor of it. The polynomials are doubled in return.
+_SHIFT = 1.5 * 2.0**23 + 126.0
+# 2 exp(r) on |r| <= ln(2) / 2: minimax in relative error, 3.2e-9, and exact at 0.
 _EXP = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
+    2.763873432e-3,
+    1.673734002e-2,
+    8.333656192e-2,
+    3.333304226e-1,
+    9.999998808e-1,
+    2.0,
+    2.0,
+)
+# 2 * 2^f on |f| <= 1/2: minimax in relative error, 9.3e-8, and exact at 0.
+_EXP2 = (
+    2.653903095e-3,
+    1.934258081e-2,
+    1.110142171e-1,
+    4.804449379e-1,
+    1.386294007,
+    2.0,
+)
+# log(1 + e) / e on 0 <= e <= 1: minimax in relative error, 3.3e-8, and exact at 0.
+_LOG1P = (
+    5.365407560e-3,
+    -3.006824106e-2,
+    7.920873910e-2,
+    -1.375418156e-1,
+    1.915384680e-1,
+    -2.485721707e-1,
+    3.332132995e-1,
+    -4.999964833e-1,
+    1.0,
 )
 # log(1 + f) = f - f^2 / 2 + f^3 p(f) on sqrt(1/2) <= 1 + f < sqrt(2) (Cephes, logf).
 _LOG = (
@@ -78,18 +103,22 @@ _EXP2_SHORT = (
     6.931218106e-01,
     9.999992613e-01,
 )
-_EXP2_MIN = -126.0
+_EXP2_MIN, _EXP2_MAX = -126.0, 128.0 - 2.0**-17
 
 
 def exp(x: Any) -> Any:
-    """Return ``e ** x`` to 2 ulp; zero below -87.3, saturated near the largest float above."""
+    """Return ``e ** x`` to 2 ulp; zero below -87, saturated near the largest float above."""
     clamped = tirx.min(f32(_EXP_MAX), tirx.max(f32(_EXP_MIN), x))
-    n = te.floor(clamped * f32(LOG2_E) + f32(0.5))
+    n, half = _round(clamped * f32(LOG2_E))
     r = clamped - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW)
-    value = _horner(_EXP, r) * r * r + r + f32(1.0)
-    # Scaling by half the power keeps the exponent in range at both ends.
-    half = tirx.reinterpret("float32", (n.astype("int32") + 126) << 23)
-    return value * half * f32(2.0)
+    return _horner(_EXP, r) * half
+
+
+def exp2(x: Any) -> Any:
+    """Return ``2 ** x`` to 3 ulp; zero below -125.5, saturated near the largest float above."""
+    clamped = tirx.min(f32(_EXP2_MAX), tirx.max(f32(_EXP2_MIN), x))
+    n, half = _round(clamped)
+    return _horner(_EXP2, clamped - n) * half
 
 
 def exp2_short(x: Any) -> Any:
@@ -123,8 +152,9 @@ def log(x: Any) -> Any:
 
 
 def softplus(x: Any) -> Any:
-    """Return ``log(1 + e ** x)`` to 1e-7 absolute, without an overflow."""
-    return tirx.max(x, f32(0.0)) + log(f32(1.0) + exp(-te.abs(x)))
+    """Return ``log(1 + e ** x)`` to 3 ulp, without an overflow; zero below -87."""
+    power = exp(-te.abs(x))
+    return tirx.max(f32(0.0), x) + power * _horner(_LOG1P, power)
 
 
 def erf(x: Any) -> Any:
@@ -156,6 +186,14 @@ def to_code(x: Any, zero: Any, dtype: str) -> Any:
     """Return ``round(x) + zero`` saturated to int8 or uint8; halves go to even."""
     low, high = (0, 255) if dtype == "uint8" else (-128, 127)
     return tirx.max(tirx.min(te.round(x) + zero, f32(high)), f32(low)).astype(dtype)
+
+
+def _round(x: Any) -> tuple[Any, Any]:
+    """Return n, which is x rounded, and ``2 ** (n - 1)``, for n from -126 (then zero) to 128."""
+    bits = tirx.reinterpret("int32", x + f32(_SHIFT))
+    # By way of the bits, because TVM simplifies (x + c) - c to x.
+    n = tirx.reinterpret("float32", bits) - f32(_SHIFT)
+    return n, tirx.reinterpret("float32", bits << 23)
 
 
 def _odd(x: Any, coefficients: tuple[float, ...], limit: float) -> Any:
