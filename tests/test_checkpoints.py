@@ -198,4 +198,4 @@ def test_typeseg_is_whole() -> None:
     model = build("typeseg", seq=32)
     onnx.checker.check_model(model)
     assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [32]
-    assert metadata(model) == {"weights": "trained"}
+    assert metadata(model) == {"weights": "trained", "text": "bytes"}
