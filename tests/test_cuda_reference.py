@@ -24,6 +24,8 @@ from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue
 
 PARTS = replace(TILES[5], splits=2)
 GELU = Epilogue("gelu", bias=True)
+# Nothing but codes, which are right or wrong.
+EXACT = ("codes", "int8 to int8")
 RULES = {
     "fp8": gemm_rule(20, 64, 96, FP8, epilogue=FULL, tile=TILES[4]),
     "strays": gemm_rule(20, 64, 96, "float16", live=4, strays=70, tile=TILES[4]),
@@ -75,7 +77,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 def test_reference_tells_right_from_wrong(name: str, emulated: Emulated) -> None:
     trial = make_trial(RULES[name])
     found = run_rule(RULES[name], trial.inputs, emulated.run)
-    assert 0 < trial.check(found) <= 1
+    share = trial.check(found)
+    assert share <= 1
+    assert share > 0 or name in EXACT
     for output, expected in trial.expected.items():
         spoilt = found[output].copy()
         spoilt[(expected.rows[-1], *(-1,) * (spoilt.ndim - 1))] += np.asarray(1, spoilt.dtype)

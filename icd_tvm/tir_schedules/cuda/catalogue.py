@@ -119,7 +119,7 @@ def _int8(m: int, arch: str) -> list[Entry]:
             gemm_rule(m, n, k, "int8", out="int8", rows="none", codes=one, **options),
         ),
         Entry(f"bert codes {m} rows by row", quantize_rule(m, n, "float16", by_row)),
-        Entry(f"bert codes {m} rows", quantize_rule(m, k, "float16", one)),
+        Entry(f"bert codes {m} rows", quantize_rule(m, k, "float16", RowCodes(0.03, -12))),
         Entry(
             f"bert layer norm {m} rows fp16 and codes by row",
             norm_rule(m, k, "float16", "float16", 1e-12, centre=True, beta=True, codes=by_row),
