@@ -41,7 +41,7 @@ def measure_models(device: CudaDevice, models: Models, clock: Clock) -> dict[str
             continue
         try:
             runs = models.runs(name)
-            values = compare(models, runs, models.cases[name]["allowed"])
+            values = compare(models, runs, models.cases[name].get("allowed", ALLOWED))
             found[name] = {"values": values, **time_arms(device, runs), **_sizes(models, name)}
         except Exception as error:
             found[name] = f"not measured: {type(error).__name__}: {error}"
