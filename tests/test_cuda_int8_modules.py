@@ -1,8 +1,7 @@
-"""Quantised models with int8 products on CUDA: what is matched, fused, refused and computed."""
+"""Quantised encoders with int8 products on CUDA, every kernel executed, against ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,303 +12,23 @@ import tvm
 from converter_check import run_ort
 from cuda_cases import needs_compiler, plant
 from cuda_modules import EmulatedModule, launches, selected
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from int8_modules import PLAIN, everything
 from quant_models import quantised_twin
 from relax_models import constants
 from tvm import relax
 
-from icd_tvm._tvm import apply_pass, const_name, named_const, tvm_ffi
-from icd_tvm.adapters.quant import parse_quant
+from icd_tvm._tvm import apply_pass, const_name
 from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.cuda_graph import captured, for_graph
-from icd_tvm.relax_passes.int8_product import CodesCall, Int8Product, codes_call, int8_product
-from icd_tvm.relax_passes.layer_rules import parse_layer_rules
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
-from icd_tvm.relax_passes.mark_int8_products import MarkInt8Products
-from icd_tvm.relax_passes.select_cuda_kernels import CUDA_KERNELS_ATTR, read_cuda_kernels
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.tir_schedules.target import cuda_target
 
-op = relax.op
-BATCH, SEQ, ROWS, K, N = 2, 8, 4, 32, 64
+BATCH, SEQ = 2, 8
 TARGET = cuda_target("sm_90")
-PLAIN = tvm.target.Target({"kind": "llvm", "opt-level": 0})
 TEXTS = ("int8:w8a8", "int8:w8a8-dynamic")
-Emit = Callable[..., Any]
-
-
-def array(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def module(
-    body: Callable[[Emit, Any], Any], rows: int = ROWS, builder: relax.BlockBuilder | None = None
-) -> tvm.IRModule:
-    """Return ``main(x)`` with what ``body`` makes of it."""
-    x = relax.Var("x", relax.TensorType((1, rows, K), "float32"))
-    builder = builder or relax.BlockBuilder()
-    with builder.function("main", [x]):
-        with builder.dataflow():
-            out = builder.emit_output(body(builder.emit, x))
-        builder.emit_func_output(out)
-    return builder.get()
-
-
-def static(
-    emit: Emit,
-    x: Any,
-    step: float = 0.02,
-    point: int = 120,
-    dtype: str = "uint8",
-    seed: int = 0,
-    scales: np.ndarray | None = None,
-) -> Any:
-    """Return x times a weight, both quantised by constant scales."""
-    rng = np.random.default_rng(seed)
-    values = rng.integers(-127, 128, (int(x.ty.shape[-1]), N)).astype(np.int8)
-    if scales is None:
-        scales = (rng.random(N) / 500 + 0.001).astype(np.float32)
-    by = named_const(np.float32(step), "x.scale"), named_const(np.asarray(point, dtype), "x.zero")
-    codes = emit(op.quantize(x, *by, axis=1, out_dtype=dtype))
-    weight = op.dequantize(
-        named_const(values, "w"), named_const(scales, "w.scale"), relax.const(0, "int8"), axis=1
-    )
-    return emit(op.matmul(emit(op.dequantize(codes, *by, axis=1)), emit(weight)), "product")
-
-
-# -- what is marked
-
-
-def test_marked_product_is_the_expected_one() -> None:
-    # Powers of two: what is multiplied at once here is exact, in whatever order.
-    scales = (2.0 ** -np.arange(1, N + 1)).clip(2.0**-12).astype(np.float32)
-    before = module(lambda emit, x: static(emit, x, 0.25, scales=scales))
-    copy = tvm.ir.load_json(tvm.ir.save_json(before))
-    mark = MarkInt8Products("sm_90")
-    after = apply_pass(mark, before)
-    tvm.ir.assert_structural_equal(before, copy)
-    assert (mark.marked, mark.refused) == (["product"], {})
-    weight = constants(before)["w"]
-
-    def body(emit: Emit, x: Any) -> Any:
-        step, point = named_const(np.float32(0.25), ""), named_const(np.asarray(-8, np.int8), "")
-        codes = emit(CodesCall(x, step, point).call())
-        offset = scales * np.float32(0.25) * 8 * weight.sum(0)
-        parts = (weight, scales * np.float32(0.25), offset.astype(np.float32))
-        return emit(Int8Product(codes, *(named_const(part, "") for part in parts)).call())
-
-    tvm.ir.assert_structural_equal(after, module(body))
-    assert set(constants(after)) == {"w", "w.scale", "w.zero_sums"}
-
-
-class OnNumpy:
-    """Packed functions that compute what marked calls stand for."""
-
-    def __enter__(self) -> None:
-        tvm_ffi.register_global_func("icd.int8_codes", self._codes, override=True)
-        tvm_ffi.register_global_func("icd.int8_product", self._product, override=True)
-
-    def __exit__(self, *_: Any) -> None:
-        for name in ("icd.int8_codes", "icd.int8_product"):
-            tvm_ffi.registry.remove_global_func(name)
-
-    @staticmethod
-    def _codes(*tensors: Any) -> None:
-        x = tensors[0].numpy()
-        if tensors[1].numpy().ndim == 0:
-            step, point = tensors[1].numpy(), tensors[2].numpy().astype(int)
-            tensors[3].copyfrom(np.clip(np.rint(x / step) + point, -128, 127).astype(np.int8))
-            return
-        rows = x.reshape(-1, x.shape[-1])
-        low, high = np.minimum(rows.min(1), 0), np.maximum(rows.max(1), 0)
-        step = (high - low) / np.float32(255)
-        step = np.where(step == 0, np.float32(1), step)
-        zero = np.rint(-low / step) - 128
-        codes = np.clip(np.rint(rows / step[:, None]) + zero[:, None], -128, 127)
-        for tensor, made in zip(tensors[1:], (step, zero, codes), strict=True):
-            tensor.copyfrom(made.reshape(tensor.numpy().shape).astype(tensor.numpy().dtype))
-
-    @staticmethod
-    def _product(*tensors: Any) -> None:
-        codes, weight, scale, offset, *rows, out = (tensor.numpy() for tensor in tensors)
-        sums = codes.astype(np.int64) @ weight.astype(np.int64)
-        if rows:
-            step, zero = (row.astype(float).reshape(*codes.shape[:-1], 1) for row in rows)
-            found = (sums - zero * offset) * step * scale.astype(float)
-        else:
-            found = sums * scale.astype(float) + offset
-        tensors[-1].copyfrom(found.astype(np.float32).reshape(out.shape))
-
-
-def run(mod: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    machine = relax.VirtualMachine(tvm.compile(mod, PLAIN), tvm.cpu())
-    names = [str(param.name) for param in mod["main"].params]
-    return machine["main"](*(tvm.runtime.tensor(feeds[name]) for name in names)).numpy()
-
-
-@settings(max_examples=20)
-@given(
-    step=st.floats(1e-3, 0.5),
-    point=st.integers(0, 255),
-    signed=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_codes_of_one_step_stay_what_they_are(
-    step: float, point: int, signed: bool, seed: int
-) -> None:
-    dtype = "int8" if signed else "uint8"
-    before = module(lambda emit, x: static(emit, x, step, point - 128 * signed, dtype, seed))
-    feeds = {"x": 3 * array(1, ROWS, K, seed=seed)}
-    with OnNumpy():
-        found = run(apply_pass(MarkInt8Products("sm_90"), before), feeds)
-    wanted = run(before, feeds)
-    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max() + 1e-6)
-
-
-def test_codes_of_rows_are_finer_than_those_of_the_tensor() -> None:
-    def body(emit: Emit, x: Any) -> Any:
-        return emit(op.matmul(x, named_const(array(K, N), "w")), "product")
-
-    spec = parse_quant("int8:w8a8-dynamic")
-    floats = module(body)
-    before = apply_pass(ApplyQuant(parse_layer_rules(["*=int8:w8a8-dynamic"], spec, parse_quant)),
-                        floats)  # fmt: skip
-    mark = MarkInt8Products("sm_90")
-    after = apply_pass(mark, before)
-    assert mark.refused == {}
-    # A row that is far larger than the others takes their codes only where all rows share one step.
-    x = array(1, ROWS, K, seed=1) * np.array([[[100], [1], [1], [0.1]]], np.float32)
-    with OnNumpy():
-        found = run(after, {"x": x})[0]
-    exact, rough = run(floats, {"x": x})[0], run(before, {"x": x})[0]
-    errors = [np.linalg.norm(y - exact, axis=1) for y in (found, rough)]
-    assert (errors[0] <= 1.1 * errors[1]).all()
-    assert (errors[0][1:] < 0.1 * errors[1][1:]).all()
-    assert (errors[0] <= 0.02 * np.linalg.norm(exact, axis=1)).all()
-
-
-# -- what is left, and why
-
-
-def rescaled(emit: Emit, x: Any) -> Any:
-    """Return a product whose input is dequantised by another scale than it was quantised by."""
-    zero = relax.const(0, "int8")
-    codes = emit(op.quantize(x, relax.const(np.float32(0.1)), zero, out_dtype="int8"))
-    data = emit(op.dequantize(codes, relax.const(np.float32(0.2)), zero))
-    weight = op.dequantize(
-        relax.const(np.ones((K, N), np.int8)), relax.const(np.float32(1)), zero, axis=1
-    )
-    return emit(op.matmul(data, emit(weight)), "product")
-
-
-def columns(count: int) -> Callable[[Emit, Any], Any]:
-    def body(emit: Emit, x: Any) -> Any:
-        return emit(op.matmul(x, named_const(array(K, count), "w")), "product")
-
-    return body
-
-
-REFUSED = {
-    "columns": ("int8:w8a8-dynamic", columns(60), ROWS, "60 columns are not whole pieces"),
-    "row": ("int8:w8a8-dynamic", columns(64), 1, "one row"),
-    "zero points": ("int8:w8a8-dynamic:asym", columns(64), ROWS, "zero points that int8 cannot"),
-    "scales": (None, rescaled, ROWS, "by another scale"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_float16_with_a_reason(name: str) -> None:
-    text, body, rows, reason = REFUSED[name]
-    mod = module(body, rows)
-    if text is not None:
-        rules = parse_layer_rules([f"*={text}"], parse_quant(text), parse_quant)
-        mod = apply_pass(ApplyQuant(rules), mod)
-    after, chosen = selected(mod)
-    assert read_cuda_kernels(after) == chosen.choices
-    [(node, choice)] = chosen.choices.items()
-    assert node == "product"
-    assert reason in choice.reason
-    assert "no product of int8" in choice.reason
-
-
-def test_weights_alone_are_left_to_others() -> None:
-    rules = parse_layer_rules(["*=int8"], parse_quant("int8"), parse_quant)
-    mod = apply_pass(ApplyQuant(rules), module(columns(64)))
-    mark = MarkInt8Products("sm_90")
-    assert CUDA_KERNELS_ATTR not in (apply_pass(mark, mod).attrs or {})
-    assert (mark.marked, mark.refused) == ([], {})
-
-
-# -- what is fused
-
-
-def biased(emit: Emit, y: Any, seed: int = 0) -> Any:
-    return emit(op.add(y, named_const(array(N, seed=seed), "b")), "biased")
-
-
-def test_bias_takes_up_zero_points() -> None:
-    after, chosen = selected(module(lambda emit, x: biased(emit, static(emit, x))))
-    assert {name: one.kind for name, one in chosen.choices.items()} == {
-        "x_codes": "codes", "product": "gemm"}  # fmt: skip
-    assert chosen.choices["product"].fused == ("bias",)
-    assert chosen.choices["product"].reason == "int8, dense"
-    found, known = constants(after), constants(module(static))
-    sums = known["w"].sum(0, dtype=np.int64)
-    expected = array(N) + np.float32(0.02) * 8 * known["w.scale"] * sums
-    np.testing.assert_allclose(found["b"], expected, rtol=1e-5, atol=1e-6)
-
-
-def hidden(emit: Emit, x: Any, *, twice: bool = False) -> Any:
-    """Return two products with a ReLU between them; it is read once more if ``twice``."""
-    inner = emit(op.nn.relu(biased(emit, static(emit, x))), "inner")
-    outer = static(emit, inner, 0.05, 0, seed=1)
-    return relax.Tuple([outer, inner]) if twice else outer
-
-
-@pytest.mark.parametrize("twice", [False, True])
-def test_product_writes_codes_that_alone_are_read(twice: bool) -> None:
-    _, chosen = selected(module(lambda emit, x: hidden(emit, x, twice=twice)))
-    first = chosen.choices["product"]
-    assert first.fused == ("bias", "relu", *(() if twice else ("codes",)))
-    assert ("inner_codes" in chosen.choices) == twice
-
-
-def normed(emit: Emit, x: Any, *, early: bool = False, alone: bool = False) -> Any:
-    """Return a norm, its product, and the norm added to that; ``early``: it is also read before."""
-    y = emit(
-        op.nn.layer_norm(x, named_const(array(K), "g"), named_const(array(K), "h"), [-1]), "normed"
-    )
-    more = emit(op.exp(y)) if early else y
-    product = static(emit, y)
-    return product if alone else relax.Tuple([product, more])
-
-
-@pytest.mark.parametrize(
-    ("options", "kinds"),
-    [
-        ({}, {"normed": "layer_norm", "product": "gemm"}),
-        ({"alone": True}, {"normed": "layer_norm", "product": "gemm"}),
-        ({"early": True}, {"normed": "layer_norm", "normed_codes": "codes", "product": "gemm"}),
-    ],
-)
-def test_norm_writes_codes_beside_its_result(
-    options: dict[str, bool], kinds: dict[str, str]
-) -> None:
-    after, chosen = selected(module(lambda emit, x: normed(emit, x, **options)))
-    relax.analysis.well_formed(after)
-    assert {name: one.kind for name, one in chosen.choices.items()} == kinds
-    [kernel] = [k for k in chosen.kernels.values() if k.family == "norm"]
-    outputs = [argument.name for argument in kernel.arguments[-kernel.outputs :]]
-    assert outputs == {1: ["codes"], 2: ["codes", "out"]}.get(
-        len(outputs) if not options.get("early") else 0, ["out"]
-    )
-    assert ("codes" in outputs) == (not options.get("early"))
-
-
-# -- whole encoders
 
 
 def bert(layers: int = 1) -> onnx.ModelProto:
@@ -334,7 +53,7 @@ def quantised(text: str, layers: int = 1) -> tuple[onnx.ModelProto, Any]:
     """Return a model and its module with every product quantised."""
     model = bert(layers)
     mod = import_onnx(model).mod
-    rules = parse_layer_rules([f"*={text}"], parse_quant(text), parse_quant)
+    rules = everything(text)
     statistics = calibrate(
         mod, quant_requests(mod, rules), [feeds_of(seed) for seed in (1, 2)], PLAIN
     )
@@ -424,32 +143,3 @@ def weights_of(mod: Any) -> list[str]:
 
     relax.analysis.post_order_visit(mod["main"], visit)
     return found
-
-
-def test_live_blocks_of_codes_are_listed() -> None:
-    weight = array(K * 6, N * 2)
-    for group in range(2):
-        for block in range(group, 12, 2):
-            weight[block * 16 : block * 16 + 16, group * 64 : group * 64 + 64] = 0
-
-    def body(emit: Emit, x: Any) -> Any:
-        wide = emit(op.concat([x] * 6, axis=2))
-        return emit(op.matmul(wide, named_const(weight, "w")), "product")
-
-    spec = parse_quant("int8:w8a8-dynamic")
-    rules = parse_layer_rules(["*=int8:w8a8-dynamic"], spec, parse_quant)
-    after, chosen = selected(apply_pass(ApplyQuant(rules), module(body)))
-    choice = chosen.choices["product_float"]
-    assert (choice.kind, choice.live, choice.reason) == ("gemm", 8, "int8, live blocks")
-    assert constants(after)["w"].size == 2 * N * 8 * 16
-
-
-def test_parts_of_calls_are_read_again() -> None:
-    after = apply_pass(MarkInt8Products("sm_90"), module(static))
-    values = [b.value for block in after["main"].body.blocks for b in block.bindings]
-    [codes] = filter(None, map(codes_call, values))
-    [product] = filter(None, map(int8_product, values))
-    assert codes.values == (pytest.approx(0.02), -8)
-    assert (product.rows, product.array.shape) == ((), (K, N))
-    assert codes_call(product.call()) is None
-    assert int8_product(relax.const(0.0)) is None
