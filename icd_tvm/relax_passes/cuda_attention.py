@@ -60,6 +60,8 @@ def _planned(flow: Dataflow, match: AttentionMatch, shared: SharedValues, dtype:
     made = rule({}, dtype)
     require(made.kernels, made.reason)
     reason = "one product made queries, keys and values" if "qkv" in rows else "three products"
+    # No kernel here multiplies codes; float16 is finer than they are.
+    reason += "; its codes are left out" if match.codes else ""
     return Planned(match.result, found, rule, "attention", f"{dtype}, {reason}")
 
 
