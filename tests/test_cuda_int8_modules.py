@@ -23,6 +23,7 @@ from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_quant import ApplyQuant, quant_requests
 from icd_tvm.relax_passes.cuda_graph import captured, for_graph
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
+from icd_tvm.relax_passes.mark_int8_products import MarkInt8Products
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.tir_schedules.target import cuda_target
 
@@ -74,6 +75,17 @@ def on_onnx_runtime(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> np.
 @pytest.fixture(scope="module", params=TEXTS)
 def encoder(request: pytest.FixtureRequest) -> tuple[str, onnx.ModelProto, Any]:
     return request.param, *quantised(request.param)
+
+
+def test_model_that_arrives_quantised_is_marked(
+    encoder: tuple[str, onnx.ModelProto, Any],
+) -> None:
+    text, model, mod = encoder
+    twin = import_onnx(quantised_twin(model, constants(mod), kind_of(text))).mod
+    marks = [MarkInt8Products("sm_90") for _ in range(2)]
+    for mark, one in zip(marks, (mod, twin), strict=True):
+        apply_pass(mark, one)
+        assert (len(mark.marked), mark.refused) == (6, {})
 
 
 @needs_compiler

@@ -259,6 +259,32 @@ def test_norm_writes_codes_beside_its_result(
     assert ("codes" in outputs) == (not options.get("early"))
 
 
+def test_norm_writes_codes_of_one_step_and_leaves_others() -> None:
+    def body(emit: Emit, x: Any) -> Any:
+        parts = [named_const(array(K), name) for name in "gh"]
+        y = emit(op.nn.layer_norm(x, *parts, [-1]), "normed")
+        return relax.Tuple([static(emit, y), static(emit, y, 0.5, seed=1)])
+
+    _, chosen = selected(module(body))
+    kinds = [one.kind for one in chosen.choices.values()]
+    assert sorted(kinds) == ["codes", "gemm", "gemm", "layer_norm"]
+
+
+def test_codes_are_made_of_rows_that_were_only_reshaped() -> None:
+    def body(emit: Emit, x: Any) -> Any:
+        parts = [named_const(array(K), name) for name in "gh"]
+        y = emit(op.nn.layer_norm(x, *parts, [-1]), "normed")
+        return static(emit, emit(op.reshape(y, (ROWS // 2, 2, K)), "flat"))
+
+    after, chosen = selected(module(body))
+    assert {name: one.kind for name, one in chosen.choices.items()} == {
+        "normed": "layer_norm",
+        "flat_codes": "codes",
+        "product": "gemm",
+    }
+    assert "reshape" not in str(after["main"])
+
+
 def test_live_blocks_of_codes_are_listed() -> None:
     weight = array(K * 6, N * 2)
     for group in range(2):
