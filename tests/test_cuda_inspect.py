@@ -38,6 +38,8 @@ EXP2 = ("ex2.approx.ftz.f32", "MUFU.EX2")
 STATE = ("ld.global.v4.f32", "LDG.E.128")
 # Neighbours at once; and a root that is no approximation.
 NORM = (("ld.global.v2.f32", "LDG.E.64"), ("sqrt.rn.f32", "MUFU.RSQ"))
+# A quotient that is no approximation, rounded to a whole number.
+CODES = [("div.rn.f32", "MUFU.RCP"), ("cvt.rni.f32.f32", "FRND")]
 
 
 def main_kernel(entry: Entry) -> SourceKernel:
@@ -49,6 +51,8 @@ def wanted(entry: Entry, arch: str) -> list[tuple[str, str]]:
     """Return the pairs that the main kernel of a rule must have."""
     if main_kernel(entry).family in ("gemm", "gemm_24", "attention"):
         return [next(pair for word, pair in PRODUCTS.items() if word in entry.name), *COPIES]
+    if main_kernel(entry).family == "quantize":
+        return CODES
     if "prefill" in entry.name:
         return [COPIES[0], EXP2] if "scan" in entry.name else [STATE]
     if "step" in entry.name:

@@ -8,6 +8,7 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import build_models, gates, lift, model_counters, model_times, peers, wheels
-from benchmarks.gpu.arm_modules import MODELS, Arms, Orders
+from benchmarks.gpu.arm_modules import MODELS, Arms, Orders, narrowed
 from benchmarks.gpu.cases import ARMS, INDEX, POOL, UNIT, VECTORS, Case
 from benchmarks.gpu.machine import ArmRun, TvmMachine
 from benchmarks.gpu.models import Models
-from benchmarks.gpu.recipes import Draws, Pool, Recipe, as_json, from_json, realise
+from benchmarks.gpu.recipes import COLUMNS, Draws, Pool, Recipe, as_json, from_json, realise
 from benchmarks.gpu.table import table
 from icd_tvm._tvm import const_name, named_const, relax, tvm
 from icd_tvm.errors import ConfigError, MeasurementError
@@ -31,14 +32,17 @@ from icd_tvm.runtime import bundled_run
 BERT_UNIT = Case("bert-base test", 2, 16, UNIT)
 BERT_VECTORS = Case("bert-base test", 2, 16, VECTORS)
 MAMBA = Case("mamba-2.8b test", 1, 1, UNIT)
-INT8 = Case("bert-base test", 2, 16, UNIT, "int8")
+INT8 = Case("bert-base test", 2, 16, f"{UNIT} + heads", "int8")
+VECTOR = Case("mamba-2.8b test", 1, 1, UNIT, "int8")
 
 
 class OnCpu(build_models.Device):
     """Compiles for the CPU what would be compiled for a GPU; kernels are TVM's own."""
 
     def lower(self, mod: Any, dtype: str) -> Any:
-        return relax.transform.LegalizeOps()(relax.transform.FoldConstant()(mod))
+        # Folded, codes would be other constants than those that are drawn.
+        folded = mod if dtype == "int8" else relax.transform.FoldConstant()(mod)
+        return relax.transform.LegalizeOps()(folded)
 
     def compile(self, mod: Any, path: Path) -> None:
         tvm.compile(mod, tvm.target.Target("llvm")).export_library(str(path))
@@ -76,7 +80,7 @@ class NoGraphs:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models")
-    cases = (BERT_UNIT, BERT_VECTORS, MAMBA, INT8)
+    cases = (BERT_UNIT, BERT_VECTORS, MAMBA, INT8, VECTOR)
     build_models.build_models(place, OnCpu("sm_90"), cases, solver_s=2.0)
     return place
 
@@ -107,7 +111,10 @@ def test_arms_of_drawn_weights_are_one_function(
         assert item["arms"]["dense"]["by"] == "stream (no graphs here)"
     sizes = found[BERT_UNIT.name]["parameter_bytes"]
     assert sizes["iterative"] < 0.7 * sizes["linear"] == 0.7 * sizes["dense"]
-    assert "no int8 products" in found[INT8.name]
+    assert found[INT8.name]["values"]["equal"], found[INT8.name]
+    sizes = found[INT8.name]["parameter_bytes"]
+    assert sizes["iterative"] < 0.7 * sizes["linear"]
+    assert "no int8 products of vectors" in found[VECTOR.name]
     json.dumps(found)
 
 
@@ -138,14 +145,14 @@ class Actual(Draws):
         self._known = {name: a.reshape(-1, a.shape[-1]) for name, a in arrays.items()}
 
 
-@pytest.mark.parametrize("case", [BERT_VECTORS, MAMBA])
+@pytest.mark.parametrize("case", [BERT_VECTORS, MAMBA, replace(BERT_VECTORS, dtype="int8")])
 def test_recipes_make_the_constants_of_cuda_kernels_again(case: Case) -> None:
     arms = Arms(case, Orders(2.0))
     dense = arms.drawn
     packings, names = set[str](), set[str]()
     for name in ("dense", "iterative"):
         mod, codes, _ = arms.make(name)
-        lowered = build_models.Device("sm_90").lower(mod, "float16")
+        lowered = build_models.Device("sm_90").lower(narrowed(mod, case.dtype), case.dtype)
         lifted, constants = lift.lift(lowered, dense)
         assert not lift.big_constants(lifted["main"], dense)
         assert int(lifted["main"].attrs["num_input"]) == len(lowered["main"].params)
@@ -156,10 +163,12 @@ def test_recipes_make_the_constants_of_cuda_kernels_again(case: Case) -> None:
                 recipe = from_json(as_json(known.recipe(const), pool), pool)
                 packings.add(recipe.packing)
                 np.testing.assert_array_equal(realise(recipe, Actual(dense)), const.value.numpy())
-    expected = {"plain", "gemm", "gemm live"} if case is BERT_VECTORS else {"plain", "transposed"}
+    bert = case is not MAMBA
+    expected = {"plain", "gemm", "gemm live"} if bert else {"plain", "transposed"}
+    expected |= set(COLUMNS) if case.dtype == "int8" else set()
     assert expected <= packings
-    merged = sum("+" in name for name in names)
-    assert merged == (MODELS[case.model].layers if case is BERT_VECTORS else 0)
+    merged = sum("+" in name and not name.endswith((".scale", ".sums")) for name in names)
+    assert merged == (MODELS[case.model].layers if bert else 0)
 
 
 def test_what_is_no_weight_is_refused() -> None:
@@ -223,7 +232,7 @@ def test_missing_or_foreign_folders_are_refused(folder: Path, tmp_path: Path) ->
     with pytest.raises(MeasurementError, match="compiled for sm_90, this is sm_80"):
         Models(folder, "sm_80", machine)
     with pytest.raises(MeasurementError, match="no int8 products"):
-        opened(folder).runs(INT8.name)
+        opened(folder).runs(VECTOR.name)
 
 
 def test_no_gpu_is_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +282,7 @@ def test_energy_is_counted_for_each_token(folder: Path, monkeypatch: pytest.Monk
     assert item["conditions"]["sampled_watts"] == pytest.approx(301)
     assert item["conditions"]["celsius"] == [50, 52]
     assert item["conditions"]["throttle_reasons"] == 4
-    assert found[INT8.name].startswith("not measured")
+    assert found[VECTOR.name].startswith("not measured")
     short = model_counters.model_energy(NoGraphs(), opened(folder), Clock(1.0))  # type: ignore[arg-type]
     assert set(short.values()) == {model_counters.NO_TIME}
 
@@ -298,7 +307,7 @@ def test_counters_of_both_arms_in_both_cache_modes(
     assert item["linear, warm"]["summary"]["l2_read_hit_pct"] is None
     assert all(line[line.index("--clock-control") + 1] == "none" for line in lines)
     assert lines[0][-2:] == ["--child", f"{BERT_UNIT.name}/linear"]
-    assert found[INT8.name].startswith("not measured")
+    assert found[VECTOR.name].startswith("not measured")
     monkeypatch.setattr(model_counters.ncu, "missing_ncu", lambda: "ncu is not installed")
     with pytest.raises(MeasurementError, match="not installed"):
         model_counters.model_counters(opened(folder), Clock(480.0), "sm_90")

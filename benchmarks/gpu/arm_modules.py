@@ -14,6 +14,7 @@ import numpy.typing as npt
 from benchmarks.gpu.cases import MAMBA_PART, VECTORS, Case
 from benchmarks.gpu.lift import coded, matrices
 from icd_tvm._tvm import apply_pass
+from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.adapters.sparsity import parse_sparsity
 from icd_tvm.errors import ConfigError
 from icd_tvm.models.__main__ import save_model
@@ -27,6 +28,7 @@ from icd_tvm.models.mamba import (
     mamba_states,
     random_mamba_weights,
 )
+from icd_tvm.relax_passes.apply_quant import ApplyQuant
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
@@ -39,6 +41,10 @@ from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB
 from icd_tvm.tir_schedules.target import host_target
 
 Perms = dict[str, npt.NDArray[Any]]
+# What follows `` + `` in a sparsity, and what it adds to the request.
+HEADS = {"": "", "heads": "; *attention*=unit:0.5"}
+# Of activations, while the model runs: the host draws other weights than those that are here.
+INT8 = "int8:w8a8-dynamic; min-size=0"
 BERT_TEST = replace(BERT_MINI, hidden=128, ffn=512)
 MAMBA_TEST = replace(MAMBA_MINI, hidden=64, state=16, dt_rank=8)
 _PART = replace(
@@ -154,10 +160,19 @@ def _transform(mod: Any, sparsity: str) -> Any:
     if sparsity == VECTORS:
         return scattered_vectors(mod)
     request, _, more = sparsity.partition(" + ")
-    if more:
+    if more not in HEADS:
         raise ConfigError(f"no transform {sparsity!r} here")
-    rules = parse_request(f"{request}; min-size=0", parse_sparsity)
+    rules = parse_request(f"{request}{HEADS[more]}; min-size=0", parse_sparsity)
     return apply_pass(ApplySparsity(rules), mod)
+
+
+def narrowed(mod: Any, dtype: str) -> Any:
+    """Return an arm with codes for the operands of its products where ``dtype`` is int8.
+
+    Scales are those of columns, whatever order the rows are in: arms that are quantised last are
+    those that were put in order last.
+    """
+    return apply_pass(ApplyQuant(parse_request(INT8, parse_quant)), mod) if dtype == "int8" else mod
 
 
 def scattered_vectors(mod: Any, seed: int = 0) -> Any:

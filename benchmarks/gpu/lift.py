@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.gpu.recipes import PACKINGS, Recipe, Source, pack
+from benchmarks.gpu.recipes import COLUMNS, PACKINGS, Recipe, Source, pack
 from icd_tvm._tvm import GenericConst, const_name, relax
 from icd_tvm.errors import MeasurementError
 from icd_tvm.relax_passes.replace_constants import replace_constants, rewrite_constants
@@ -37,10 +37,16 @@ def big_constants(func: Any, drawn: Collection[str] = ()) -> list[Any]:
 def joined(name: str, drawn: Collection[str]) -> tuple[str, ...]:
     """Return the weights that a constant is named after, side by side; none if one is not drawn.
 
-    `MergeSharedInput` joins the names of weights by ``+``.
+    `MergeSharedInput` joins the names of weights by ``+``; what products of int8 keep beside a
+    weight is named after it.
     """
-    names = (name,) if name in drawn else tuple(name.split("+"))
+    names = (name,) if name in drawn else tuple(map(_weight_of, name.split("+")))
     return names if all(one in drawn for one in names) else ()
+
+
+def _weight_of(name: str) -> str:
+    weight, _, part = name.rpartition(".")
+    return weight if part in COLUMNS else name
 
 
 def _bytes(const: Any) -> int:
@@ -169,7 +175,9 @@ def _matrix(array: Array) -> Array:
 def _packing(whole: Array, array: Array, dtype: str) -> str:
     """Return the packing that makes ``array`` of a matrix, or an empty string."""
     for packing in PACKINGS:
-        if packing.startswith("gemm") and array.ndim != 4:
+        if (packing.startswith("gemm") and array.ndim != 4) or (
+            packing in COLUMNS and array.ndim != 1
+        ):
             continue
         if packing.startswith("gemv") and dtype == "float32":
             continue

@@ -41,7 +41,7 @@ def measure_models(device: CudaDevice, models: Models, clock: Clock) -> dict[str
             continue
         try:
             runs = models.runs(name)
-            values = compare(models, runs)
+            values = compare(models, runs, models.cases[name].get("allowed", ALLOWED))
             found[name] = {"values": values, **time_arms(device, runs), **_sizes(models, name)}
         except Exception as error:
             found[name] = f"not measured: {type(error).__name__}: {error}"
@@ -54,7 +54,7 @@ def _sizes(models: Models, name: str) -> dict[str, Any]:
     return {"tokens": case["tokens"], "parameter_bytes": sizes, "orders": case["orders"]}
 
 
-def compare(models: Models, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
+def compare(models: Models, runs: Mapping[str, ArmRun], allowed: float = ALLOWED) -> dict[str, Any]:
     """Return how far the first output of each arm is from that of the identity arm.
 
     The dense arm is another function: of it only that all values are finite is said.
@@ -70,10 +70,10 @@ def compare(models: Models, runs: Mapping[str, ArmRun]) -> dict[str, Any]:
         if arm not in ("identity", "dense")
     }
     finite = all(bool(np.isfinite(value).all()) for value in first.values()) and size > 0
-    equal = finite and all(value <= ALLOWED for value in differences.values())
+    equal = finite and all(value <= allowed for value in differences.values())
     return {
         "relative_differences": differences,
-        "allowed": ALLOWED,
+        "allowed": allowed,
         "finite": finite,
         "equal": equal,
     }

@@ -3,7 +3,8 @@
 Libraries of the suite take their weights as parameters, because random weights cannot be compressed
 and a slot on a GPU host takes files of a few MiB. A recipe holds what random numbers do not: which
 rows and columns of the drawn weight lie where, what is pruned, and how the kernel wants it packed.
-All arms of a case draw the same numbers, so they compute the same function. Needs numpy only.
+All arms of a case draw the same numbers, so they compute the same function. int8 weights are
+quantised here, by column, as `ApplyQuant` does. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from icd_tvm.adapters.quant_scales import FORMATS, block_scales, encode
 from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, live_blocks, pack_weight
 from icd_tvm.tir_schedules.cuda.gemv import pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 
 Array = npt.NDArray[Any]
-PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live")
+# What products of int8 keep beside a weight: a number for each of its columns.
+COLUMNS = ("scale", "sums")
+PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live", *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Arra
     ----------
     whole : [K, N]
     packing : str
-        One of :data:`PACKINGS`; ``live``: blocks of zeros are left out.
+        One of :data:`PACKINGS`; ``live``: blocks of zeros are left out; ``scale`` and ``sums``: of
+        the int8 codes of each column.
     shape : tuple of int
         Of the parameter; the third size of a ``gemm`` packing is the columns of its blocks.
     dtype : str
@@ -117,7 +122,12 @@ def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Arra
     ValueError
         If the matrix does not fit the shape.
     """
-    rounded = whole.astype(numpy_dtype(dtype), copy=False)
+    if packing in COLUMNS:
+        codes, scale = quantised(whole)
+        made = scale if packing == "scale" else codes.sum(axis=0, dtype=np.int64)
+        return made.astype(dtype).reshape(shape)
+    rounded = quantised(whole)[0] if dtype == "int8" else whole
+    rounded = rounded.astype(numpy_dtype(dtype), copy=False)
     if packing == "transposed":
         rounded = rounded.T
     elif packing.startswith("gemm"):
@@ -127,6 +137,13 @@ def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Arra
         blocks = live_blocks(rounded, LIVE_COLUMNS) if packing.endswith("live") else None
         rounded = pack_vectors(rounded, dtype, blocks)
     return np.asarray(rounded.reshape(shape), order="C")
+
+
+def quantised(whole: Array) -> tuple[Array, Array]:
+    """Return the int8 codes of a matrix, and float32 scales of its columns: ``int8:channel``."""
+    dense, form = whole.astype(np.float64), FORMATS["int8"]
+    scale, zero = block_scales(dense, form, "ptq-minmax", symmetric=True)
+    return encode(dense, scale, zero, form), scale
 
 
 class Pool:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from icd_tvm.measure.reference_codes import expected_codes, expected_row_codes
 from icd_tvm.tir_schedules.cuda.gemm import SLAB, unpack_weight
 from icd_tvm.tir_schedules.cuda.gemm_24 import TwoFour, unpack_two_four
 from icd_tvm.tir_schedules.cuda.gemv import unpack_int4
-from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule, numpy_dtype
+from icd_tvm.tir_schedules.cuda.source_kernel import Argument, Rule, SourceKernel, numpy_dtype
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
@@ -81,8 +82,13 @@ def make_trial(rule: Rule, seed: int = 0, rows: int = 64) -> Trial:
         return _decode(inputs, out)
     chosen = np.sort(rng.permutation(out.shape[0])[:rows])
     if family == "norm":
-        return _norm(inputs, out, chosen, last.eps)
-    return (_gemv if family == "gemv" else _gemm)(inputs, out, chosen, last.activation)
+        return _norm(inputs, last, chosen)
+    if family == "quantize":
+        y = inputs["x"][chosen].astype(np.float64)
+        return Trial(inputs, _coded(y, np.zeros_like(y), chosen, last))
+    if family == "gemv":
+        return _gemv(inputs, out, chosen, last.activation)
+    return _gemm(inputs, last, chosen)
 
 
 def _random(argument: Argument, rng: Random) -> Array:
@@ -106,6 +112,8 @@ def _random(argument: Argument, rng: Random) -> Array:
         return np.full(shape, -1, np.int32)  # set by _decode, which knows the capacity
     if name == "mask":
         return np.where(rng.random(shape) < 0.2, -np.inf, 0).astype(np.float32)
+    if name in ("row_zero", "column_sums"):
+        return rng.integers(-128, 128, shape).astype(np.float32)
     if name.endswith(("scale", "scales")):
         return (rng.random(shape) / 64).astype(np.float32)
     if name == "a" and dtype == np.float32:
@@ -134,8 +142,8 @@ def _rounded(values: Array, dtype: str, terms: int, scale: float) -> Array:
     )
 
 
-def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
-    a, packed = inputs["a"], inputs["w"]
+def _gemm(inputs: Arrays, kernel: SourceKernel, rows: Array) -> Trial:
+    a, packed, out = inputs["a"], inputs["w"], kernel.arguments[-1]
     k, n = a.shape[1], out.shape[1]
     slabs = inputs.get("slabs")
     if slabs is not None:
@@ -148,10 +156,18 @@ def _gemm(inputs: Arrays, out: Argument, rows: Array, activation: str) -> Trial:
     if "stray_list" in inputs:
         w = w + _strays(inputs, k, n, a.dtype)
     sums, scale = a[rows].astype(np.float64) @ w, 4.0 * float(np.abs(w).max())
-    if "row_scale" in inputs:
-        factor = inputs["row_scale"][rows].astype(np.float64)[:, None] * inputs["column_scale"]
-        sums, scale = sums * factor, (127 * 127 if a.dtype == np.int8 else scale) / 64**2
-    y = _finish(sums, inputs, rows, activation)
+    if "row_zero" in inputs:
+        sums = sums - np.outer(inputs["row_zero"][rows].astype(np.float64), inputs["column_sums"])
+    if "column_scale" in inputs:
+        ones = np.ones(len(a), np.float32)
+        by_row = inputs.get("row_scale", ones)[rows].astype(np.float64)
+        sums = sums * by_row[:, None] * inputs["column_scale"]
+        largest = by_row.max() * 127 * (255 if "row_zero" in inputs else 127) / 64
+        scale = largest if a.dtype == np.int8 else scale / 64**2
+    y = _finish(sums, inputs, rows, kernel.activation)
+    if out.dtype == "int8":
+        coded = expected_codes(y, _rounded(y, "float32", k, scale), *kernel.codes)
+        return Trial(inputs, {"c": Expected(rows, *coded)})
     return Trial(inputs, {"c": Expected(rows, y, _rounded(y, out.dtype, k, scale))})
 
 
@@ -241,16 +257,28 @@ def _decode(inputs: Arrays, out: Argument) -> Trial:
     return Trial(inputs, {"out": Expected(np.arange(len(y)), y, allowed)})
 
 
-def _norm(inputs: Arrays, out: Argument, rows: Array, eps: float) -> Trial:
+def _coded(y: Array, error: Array, rows: Array, kernel: SourceKernel) -> dict[str, Expected]:
+    found = expected_row_codes(y, error, *kernel.codes)
+    return {name: Expected(rows, *one) for name, one in found.items()}
+
+
+def _norm(inputs: Arrays, kernel: SourceKernel, rows: Array) -> Trial:
     """Only a layer norm has a beta, and subtracts the mean."""
     h = inputs["x"][rows].astype(np.float64)
     if "residual" in inputs:
         h = h + inputs["residual"][rows].astype(np.float64)
     if "beta" in inputs:
         h = h - h.mean(-1, keepdims=True)
-    y = h / np.sqrt((h**2).mean(-1, keepdims=True) + eps) * inputs["gamma"].astype(np.float64)
-    y = y + inputs.get("beta", np.zeros(1)).astype(np.float64)
-    return Trial(inputs, {"out": Expected(rows, y, _rounded(y, out.dtype, h.shape[-1], 1.0))})
+    y = h / np.sqrt((h**2).mean(-1, keepdims=True) + kernel.eps)
+    y = y * inputs["gamma"].astype(np.float64) + inputs.get("beta", np.zeros(1)).astype(np.float64)
+    written = {a.name: a.dtype for a in kernel.arguments[-kernel.outputs :]}
+    expected = {}
+    if "codes" in written:
+        expected = _coded(y, _rounded(y, "float32", h.shape[-1], 1.0), rows, kernel)
+    if "out" in written:
+        allowed = _rounded(y, written["out"], h.shape[-1], 1.0)
+        expected["out"] = Expected(rows, y, allowed)
+    return Trial(inputs, expected)
 
 
 def _append(inputs: Arrays, cache: Argument) -> Trial:

@@ -13,6 +13,7 @@ from icd_tvm.relax_passes.cuda_shared import SharedValues
 from icd_tvm.relax_passes.fuse_attention import AttentionMatch, match_attention
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import Rule
 
 
@@ -59,11 +60,19 @@ def _planned(flow: Dataflow, match: AttentionMatch, shared: SharedValues, dtype:
     made = rule({}, dtype)
     require(made.kernels, made.reason)
     reason = "one product made queries, keys and values" if "qkv" in rows else "three products"
+    # No kernel here multiplies codes; float16 is finer than they are.
+    reason += "; its codes are left out" if match.codes else ""
     return Planned(match.result, found, rule, "attention", f"{dtype}, {reason}")
 
 
-def _rule(sizes: tuple[int, int, int, int, int, str], mask: bool, merged: bool, *_: Any) -> Rule:
-    return attention_rule(*sizes, mask=mask, merged=merged)
+def _rule(
+    sizes: tuple[int, int, int, int, int, str],
+    mask: bool,
+    merged: bool,
+    *_: Any,
+    codes: RowCodes | None = None,
+) -> Rule:
+    return attention_rule(*sizes, mask=mask, merged=merged, codes=codes)
 
 
 def _merged(flow: Dataflow, match: AttentionMatch) -> Mapping[str, Any]:

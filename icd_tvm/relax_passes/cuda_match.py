@@ -11,12 +11,15 @@ from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.axis_rules.trace import state_places
 from icd_tvm.relax_passes.cache_append import CacheAppend, find_appends
 from icd_tvm.relax_passes.cuda_attention import plan_attention
+from icd_tvm.relax_passes.cuda_codes import with_codes
 from icd_tvm.relax_passes.cuda_decode import plan_decode
+from icd_tvm.relax_passes.cuda_int8_products import plan_codes, plan_int8_product
 from icd_tvm.relax_passes.cuda_mamba import plan_conv, plan_scan
 from icd_tvm.relax_passes.cuda_norms import plan_norm
 from icd_tvm.relax_passes.cuda_plan import Planned
 from icd_tvm.relax_passes.cuda_products import plan_product
 from icd_tvm.relax_passes.cuda_shared import SharedValues
+from icd_tvm.relax_passes.int8_product import int8_product
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 
 States = Sequence[tuple[str, str]]
@@ -65,14 +68,19 @@ def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
     found.owned = _moved(flow, func, states)
     found.owned |= {append.result: append.past for append in appends.values()}
     _blocks(flow, found, appends, dtype, arch)
+    made = {var for plan in found.plans.values() for var in plan.results}
+    for var in list(flow.values):
+        found.note(var, plan_codes(flow, var, made))
     wanted = {var for plan in found.plans.values() for var in plan.read() | set(plan.results)}
     for var in list(flow.values):
-        product = plan_product(flow, var, wanted, dtype, arch)
+        codes = plan_int8_product(flow, var, wanted, arch)
+        product = plan_product(flow, var, wanted, dtype, arch) if codes is None else codes
         found.note(var, product, _merged_weights(flow, var))
         if isinstance(product, Planned):
             wanted |= product.read() | set(product.results)
     for var in list(flow.values):
         found.note(var, plan_norm(flow, var, wanted))
+    found.plans = with_codes(flow, found.plans)
     return found
 
 
@@ -100,7 +108,9 @@ def _blocks(
 def _merged_weights(flow: Dataflow, var: Any) -> str:
     """Return the names of the weights of a merged product, which has no name of its own."""
     matmul = flow.bound(var, "relax.matmul")
+    codes = int8_product(flow.values.get(var))
     constant = None if matmul is None else matmul.args[1]
+    constant = constant if codes is None else codes.weight
     label = const_name(constant) if isinstance(constant, GenericConst) else ""
     return label if "+" in label else ""
 

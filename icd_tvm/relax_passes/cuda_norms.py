@@ -18,6 +18,7 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.tir_schedules.cuda.norm import norm_rule
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import Rule
 
 
@@ -77,6 +78,7 @@ def _rule(
     names: tuple[str, ...],
     types: Mapping[str, str],
     out: str,
+    codes: RowCodes | None = None,
 ) -> Rule:
     return norm_rule(
         *sizes,
@@ -86,6 +88,7 @@ def _rule(
         centre=centre,
         beta="beta" in names,
         residual="residual" in names,
+        codes=codes,
     )
 
 

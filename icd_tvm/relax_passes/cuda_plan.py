@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from icd_tvm._tvm import relax
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import Rule
 
 # ``narrow``: the precision of the pass. ``kept``: as the module has it. ``either``: both are read.
-# ``tied``: that of the output.
-Reads = Literal["narrow", "float32", "kept", "either", "tied"]
+# ``asked``: as ``either``, and asked for in the narrow type. ``tied``: that of the output.
+Reads = Literal["narrow", "float32", "kept", "either", "asked", "tied"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Planned:
         Such an output -> the operand that it may replace.
     live : int
         Live blocks in each list; 0 where the weight is dense.
+    codes : RowCodes or None
+        Of a plan that only makes codes: what they stand for.
+    asked : bool
+        Whether the result is asked for in the narrow type by what is now part of the plan.
     """
 
     result: Any
@@ -61,6 +66,8 @@ class Planned:
     states: Mapping[str, Any] = field(default_factory=dict)
     in_place: Mapping[str, str] = field(default_factory=dict)
     live: int = 0
+    codes: RowCodes | None = None
+    asked: bool = False
 
     @property
     def results(self) -> tuple[Any, ...]:
@@ -95,7 +102,8 @@ def narrow_values(plans: Iterable[Planned]) -> set[Any]:
         top(operand.value)
         for plan in found
         for operand in plan.operands.values()
-        if operand.reads == "narrow"
+        if operand.reads in ("narrow", "asked")
     }
+    wanted |= {top(plan.result) for plan in found if plan.asked}
     fixed = {plan.result for plan in found if not plan.flexible}
     return fixed | {plan.result for plan in found if plan.flexible and top(plan.result) in wanted}

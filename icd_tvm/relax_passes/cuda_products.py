@@ -26,14 +26,17 @@ from icd_tvm.relax_passes.relax_graph import (
 from icd_tvm.tir_schedules.cuda.gemm import (
     LIVE_COLUMNS,
     SLAB,
+    RowScales,
     gemm_rule,
     live_blocks,
     pack_weight,
 )
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, choose_tile
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     PLAIN,
+    WIDTHS,
     Epilogue,
     Rule,
     numpy_dtype,
@@ -48,9 +51,9 @@ _ACTIVATIONS = ("gelu", "relu", "silu")
 
 @dataclass(frozen=True)
 class ProductKernels:
-    """The kernels of one product: (epilogue, output type) -> rule, and the constants they read."""
+    """The kernels of one product: (epilogue, output type, codes) -> rule, and their constants."""
 
-    make: Callable[[Epilogue, str], Rule]
+    make: Callable[..., Rule]
     constants: Mapping[str, Array]
     reason: str = ""
 
@@ -62,25 +65,40 @@ def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKern
     if not np.isfinite(rounded.astype(np.float32)).all():
         reason = f"weights beyond the range of {dtype}"
         return ProductKernels(lambda *_: refused(reason), {}, reason)
-    blocks = live_blocks(rounded, LIVE_COLUMNS)
+    blocks = paying_blocks(rounded)
+    if m == 1:
+        return _vector(m, rounded, dtype, arch, blocks)
+    return matrix_kernels(m, rounded, dtype, arch, blocks)
+
+
+def paying_blocks(weight: Array) -> npt.NDArray[np.int32] | None:
+    """Return the live blocks of a weight, or None where lists of them do not pay."""
+    blocks = live_blocks(weight, LIVE_COLUMNS)
     pays = blocks.shape[1] * SLAB <= _PAYS * len(weight) and not weight.shape[1] % LIVE_COLUMNS
-    make = _vector if m == 1 else _matrix
-    return make(m, rounded, dtype, arch, blocks if pays else None)
+    return blocks if pays else None
 
 
-def _matrix(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) -> ProductKernels:
+def matrix_kernels(
+    m: int,
+    weight: Array,
+    dtype: str,
+    arch: str,
+    blocks: npt.NDArray[np.int32] | None,
+    rows: RowScales = "scale",
+) -> ProductKernels:
+    """Return the kernels for ``A[m, K] @ weight``; ``rows`` as for `gemm_rule`."""
     k, n = weight.shape
     live = tile = None
     if blocks is not None:
         live = blocks.shape[1]
-        tile = choose_tile(m, n, live * SLAB * 2 // ROW, arch, columns=LIVE_COLUMNS)
+        k_tiles = int(live * SLAB * WIDTHS[dtype]) // ROW
+        tile = choose_tile(m, n, k_tiles, arch, columns=LIVE_COLUMNS)
 
-    def make(epilogue: Epilogue, out: str) -> Rule:
-        return gemm_rule(
-            m, n, k, dtype, out=out, epilogue=epilogue, arch=arch, live=live, tile=tile
-        )
+    def make(epilogue: Epilogue, out: str, codes: RowCodes | None = None) -> Rule:
+        options: dict[str, Any] = {"live": live, "tile": tile, "rows": rows, "codes": codes}
+        return gemm_rule(m, n, k, dtype, out=out, epilogue=epilogue, arch=arch, **options)
 
-    plain = make(Epilogue(), "float32")
+    plain = make(PLAIN, "float32")
     if not plain.kernels:
         return ProductKernels(make, {}, plain.reason)
     constants = {"w": pack_weight(weight, plain.kernels[0].arguments[1].shape[2], blocks)}
@@ -94,7 +112,7 @@ def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) 
     def make(epilogue: Epilogue, out: str) -> Rule:
         return gemv_rule(n, k, dtype, x=dtype, out=out, epilogue=epilogue, live=live)
 
-    plain = make(Epilogue(), "float32")
+    plain = make(PLAIN, "float32")
     if not plain.kernels:
         return ProductKernels(make, {}, plain.reason)
     constants = {"w": pack_vectors(weight, dtype, blocks)}
@@ -102,7 +120,7 @@ def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) 
 
 
 @dataclass(frozen=True)
-class _Chain:
+class Chain:
     """A product and what was found behind it so far."""
 
     result: Any
@@ -138,14 +156,13 @@ def plan_product(
     kernels = product_kernels(rows, weight, dtype, arch)
     if kernels.reason:
         return kernels.reason
-    chain = _with_activation(flow, _with_bias(flow, var, wanted), wanted)
-    chain = _with_residual(flow, chain, wanted)
+    chain = chain_after(flow, var, wanted)
     source = view_of(flow, matmul.args[0], wanted)
     return _planned(matmul, chain, kernels, source, dtype)
 
 
 def _planned(
-    matmul: Any, chain: _Chain, kernels: ProductKernels, source: View, dtype: str
+    matmul: Any, chain: Chain, kernels: ProductKernels, source: View, dtype: str
 ) -> Planned:
     shape = static_shape(matmul.args[0]) or ()
     vector = prod(shape[:-1]) == 1
@@ -163,10 +180,10 @@ def _planned(
     return Planned(
         result=chain.result,
         operands=found,
-        rule=partial(_rule, kernels.make, chain.epilogue),
+        rule=partial(product_rule, kernels.make, chain.epilogue),
         kind="gemv" if vector else "gemm",
         reason="; ".join(filter(None, (reason, chain.left))),
-        fused=_fused(chain.epilogue),
+        fused=fused_names(chain.epilogue),
         flexible=True,
         live=0 if lists is None else int(lists.shape[1]),
     )
@@ -181,24 +198,39 @@ def _constants(matmul: Any, kernels: ProductKernels) -> dict[str, Operand]:
     }
 
 
-def _rule(
-    make: Callable[[Epilogue, str], Rule], epilogue: Epilogue, _: Mapping[str, str], out: str
+def product_rule(
+    make: Callable[..., Rule],
+    epilogue: Epilogue,
+    _: Mapping[str, str],
+    out: str,
+    codes: RowCodes | None = None,
 ) -> Rule:
-    return make(epilogue, out)
+    """Return the kernels of a plan; ``codes`` where it writes those alone."""
+    return make(epilogue, out) if codes is None else make(epilogue, out, codes)
 
 
 def _size(expr: Any) -> int:
     return prod(static_shape(expr) or (0,))
 
 
-def _fused(epilogue: Epilogue) -> tuple[str, ...]:
+def fused_names(epilogue: Epilogue) -> tuple[str, ...]:
+    """Return what an epilogue computes, in words."""
     activation = epilogue.activation if epilogue.activation != "none" else ""
     found = ("bias" * epilogue.bias, activation, "residual" * epilogue.residual)
     return tuple(filter(None, found))
 
 
-def _with_bias(flow: Dataflow, var: Any, wanted: set[Any]) -> _Chain:
-    chain = _Chain(var)
+def chain_after(flow: Dataflow, var: Any, wanted: set[Any]) -> Chain:
+    """Return what follows the product bound to ``var`` and fits its epilogue.
+
+    ``wanted`` are values that other kernels read, which must therefore exist.
+    """
+    chain = _with_activation(flow, _with_bias(flow, var, wanted), wanted)
+    return _with_residual(flow, chain, wanted)
+
+
+def _with_bias(flow: Dataflow, var: Any, wanted: set[Any]) -> Chain:
+    chain = Chain(var)
     if var in wanted:
         return replace(chain, left="nothing more: another kernel reads the product")
     users = flow.users.get(var, [])
@@ -216,7 +248,7 @@ def _with_bias(flow: Dataflow, var: Any, wanted: set[Any]) -> _Chain:
     return replace(chain, result=users[0], bias=flow.resolve(bias), epilogue=Epilogue(bias=True))
 
 
-def _with_activation(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
+def _with_activation(flow: Dataflow, chain: Chain, wanted: set[Any]) -> Chain:
     found = None if chain.result in wanted else function_after(flow, chain.result, _ACTIVATIONS)
     if found is None:
         return chain
@@ -224,7 +256,7 @@ def _with_activation(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
     return replace(chain, result=result, epilogue=replace(chain.epilogue, activation=name))
 
 
-def _with_residual(flow: Dataflow, chain: _Chain, wanted: set[Any]) -> _Chain:
+def _with_residual(flow: Dataflow, chain: Chain, wanted: set[Any]) -> Chain:
     users = flow.users.get(chain.result, [])
     if chain.result in wanted or chain.left or not users:
         return chain

@@ -95,7 +95,7 @@ class FuseAttention:
 def match_attention(flow: Dataflow, probabilities: Any, target: Any) -> AttentionMatch:
     """Return the attention around the softmax bound to ``probabilities``.
 
-    Without a CPU target operands that are quantised are refused.
+    Without a CPU target nothing is said of what can multiply the codes that are found.
 
     Raises
     ------
@@ -170,12 +170,13 @@ def _codes(found: tuple[Codes | None, ...], target: Any, keys: int) -> tuple[Cod
     codes = tuple(code for code in found if code is not None)
     if not codes:
         return ()
-    require(target is not None, "its operands are quantised")
     require(len(codes) == len(found), "only some operands of its products are quantised")
     types = tuple(code.dtype for code in codes)
     require(types == _CODE_TYPES, f"its operands are {types}, not {_CODE_TYPES}")
     require(not any(code.zero for code in codes[1:]), "the zero point of its keys, values or "
             "probabilities is not 0")  # fmt: skip
+    if target is None:
+        return codes
     require(keys <= MAX_KEYS, f"sums over {keys} keys may overflow")
     try:
         dot_product(target)

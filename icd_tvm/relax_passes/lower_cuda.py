@@ -7,6 +7,7 @@ from typing import Any
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.append_in_place import AppendInPlace
 from icd_tvm.relax_passes.cuda_graph import for_graph, graph_config
+from icd_tvm.relax_passes.mark_int8_products import MarkInt8Products
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.plain_names import PlainNames
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels
@@ -20,8 +21,9 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     arch : str
         ``sm_80`` or ``sm_90``.
     precision : str, optional
-        ``float16`` or ``bfloat16``: round the operands of matmuls with constant weights to it and
-        use tensor cores. All stays float32, by TVM's schedules, if omitted.
+        ``float16`` or ``bfloat16``: use tensor cores for matmuls with constant weights. Operands
+        that are quantised both are multiplied in int8, others are rounded to it. All stays float32,
+        by TVM's schedules, if omitted.
 
     Returns
     -------
@@ -31,6 +33,7 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     rx, gpu = relax.transform, dlight.gpu
     return tvm.transform.Sequential(
         [
+            *_marks(arch, precision),
             rx.FoldConstant(),
             *_kernels(arch, precision),
             # Caches whose append is not part of a kernel.
@@ -53,6 +56,11 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
         ],
         name="icd.cuda",
     )
+
+
+def _marks(arch: str, precision: str | None) -> list[Any]:
+    # Weights would be dequantised where constants are folded.
+    return [] if precision is None else [MarkInt8Products(arch)]
 
 
 def _kernels(arch: str, precision: str | None) -> list[Any]:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
 from icd_tvm.relax_passes.attention_match import Refused
 from icd_tvm.relax_passes.fuse_attention import match_attention
+from icd_tvm.relax_passes.int8_product import Int8Product, int8_product, joined
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     constant_array,
@@ -23,7 +24,10 @@ from icd_tvm.relax_passes.relax_graph import (
 
 @dataclass(frozen=True)
 class _Product:
-    """``x W``, and the bias after it if it has one; ``result`` is the last variable of them."""
+    """``x W``, and the bias after it if it has one; ``result`` is the last variable of them.
+
+    ``codes`` are the parts of a product of int8, whose input is codes.
+    """
 
     matmul: Any
     result: Any
@@ -31,6 +35,7 @@ class _Product:
     weight_name: str
     bias: npt.NDArray[Any] | None = None
     bias_name: str = ""
+    codes: Int8Product | None = None
 
 
 @tvm.transform.module_pass(opt_level=0, name="MergeSharedInput")
@@ -80,11 +85,8 @@ class _Merger(PyExprMutator):
 
     def _emit(self, group: list[_Product]) -> None:
         self._owner.merged += 1
-        source = self.visit_expr(self._flow.values[group[0].matmul].args[0])
-        weight = np.concatenate([one.weight for one in group], axis=1)
-        label = "+".join(one.weight_name for one in group)
         # No operator of the model makes it: its kernel is known by its weights.
-        wide = self.builder_.emit(relax.op.matmul(source, named_const(weight, label)))
+        wide = self.builder_.emit(self._wide(group))
         if any(one.bias is not None for one in group):
             parts = [
                 np.zeros(one.weight.shape[1], np.float32) if one.bias is None else one.bias
@@ -99,17 +101,25 @@ class _Merger(PyExprMutator):
             self._parts[one.result] = relax.op.strided_slice(wide, [axis], [begin], [end])
             begin = end
 
+    def _wide(self, group: list[_Product]) -> Any:
+        codes = [one.codes for one in group if one.codes is not None]
+        if codes:
+            return joined(codes, self.visit_expr).call()
+        source = self.visit_expr(self._flow.values[group[0].matmul].args[0])
+        weight = np.concatenate([one.weight for one in group], axis=1)
+        label = "+".join(one.weight_name for one in group)
+        return relax.op.matmul(source, named_const(weight, label))
+
 
 def _groups(flow: Dataflow) -> list[list[_Product]]:
     """Return the products to merge, each group in program order."""
     by_source: dict[Any, list[_Product]] = {}
     attended = _attended(flow)
     for var, value in flow.values.items():
-        weight = constant_weight(value)
-        source = None if weight is None else value.args[0]
-        if weight is None or not isinstance(source, relax.Var):
+        found = _product(flow, var, value)
+        if found is None:
             continue
-        product = _with_bias(flow, var, value, weight)
+        source, product = found
         rows = int(np.prod((static_shape(source) or ())[:-1]))
         if rows == 1 or product.result in attended:
             key = source if rows == 1 else (source, attended[product.result])
@@ -120,6 +130,16 @@ def _groups(flow: Dataflow) -> list[list[_Product]]:
         for key, group in by_source.items()
         if len(group) == 3 or (len(group) > 1 and isinstance(key, relax.Var))
     ]
+
+
+def _product(flow: Dataflow, var: Any, value: Any) -> tuple[Any, _Product] | None:
+    """Return a product with a constant weight, and the variable that it reads."""
+    codes, weight = int8_product(value), constant_weight(value)
+    if codes is not None:
+        return codes.codes, _with_bias(flow, var, codes.weight, codes.array, codes)
+    if weight is None or not isinstance(value.args[0], relax.Var):
+        return None
+    return value.args[0], _with_bias(flow, var, value.args[1], weight)
 
 
 def _attended(flow: Dataflow) -> dict[Any, Any]:
@@ -138,13 +158,19 @@ def _attended(flow: Dataflow) -> dict[Any, Any]:
     return found
 
 
-def _with_bias(flow: Dataflow, var: Any, call: Any, weight: npt.NDArray[Any]) -> _Product:
-    label = const_name(call.args[1])
+def _with_bias(
+    flow: Dataflow,
+    var: Any,
+    constant: Any,
+    weight: npt.NDArray[Any],
+    codes: Int8Product | None = None,
+) -> _Product:
+    label = const_name(constant)
     user = flow.only_user(var)
     added = flow.bound(user, "relax.add")
     if added is not None:
         _, bias = operands(added)
         array = constant_array(bias, dims=1)
         if array is not None and array.shape == (weight.shape[1],):
-            return _Product(var, user, weight, label, array, const_name(bias))
-    return _Product(var, var, weight, label)
+            return _Product(var, user, weight, label, array, const_name(bias), codes)
+    return _Product(var, var, weight, label, codes=codes)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from icd_tvm._tvm import GenericConst, PyExprMutator, mutator, relax, tvm
 from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.cuda_match import find_kernels
 from icd_tvm.relax_passes.cuda_plan import Operand, Planned, narrow_values
-from icd_tvm.relax_passes.relax_graph import rewrite_functions, static_shape
+from icd_tvm.relax_passes.relax_graph import is_float32, rewrite_functions, static_shape
 from icd_tvm.tir_schedules.cuda.placed import in_place, placed
 from icd_tvm.tir_schedules.cuda.source_kernel import Argument, SourceKernel
 
@@ -44,12 +44,14 @@ class CudaChoice:
 class SelectCudaKernels:
     """Replace what a kernel of `tir_schedules.cuda` computes by calls of it.
 
-    Products with a constant weight take a bias, GELU, ReLU or SiLU and a residual along; encoder
-    and decoding attention, layer and RMS norms, and the two halves of a Mamba step are kernels of
-    their own. Values between two of them have the type ``dtype`` where one of them asks for it; all
-    sums are float32. Opaque states are written in place. Packed constants keep the name of the
-    weight, lists of live blocks are named after it with ``.blocks`` appended. What does not fit
-    stays for TVM. The choices travel with the module as JSON (`read_cuda_kernels`).
+    Products with a constant weight, of int8 where `MarkInt8Products` says so, take a bias, GELU,
+    ReLU or SiLU and a residual along; encoder and decoding attention, layer and RMS norms, and the
+    two halves of a Mamba step are kernels of their own. int8 codes are written by what makes their
+    values where that can be. Values between two kernels have the type ``dtype`` where one of them
+    asks for it; all sums of floats are float32. Opaque states are written in place. Packed
+    constants keep the name of the weight, lists of live blocks are named after it with ``.blocks``
+    appended. What does not fit stays for TVM. The choices travel with the module as JSON
+    (`read_cuda_kernels`); the reasons of passes before this one, which it had there, are kept.
 
     Parameters
     ----------
@@ -74,9 +76,13 @@ class SelectCudaKernels:
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the kernels called."""
-        self.choices, self.kernels = {}, {}
+        self.choices, self.kernels, before = {}, {}, read_cuda_kernels(mod)
         states = opaque_states(mod)
         mod = rewrite_functions(mod, lambda new, func: self._rewriter(new, func, states))
+        for node, refusal in before.items():
+            own = self.choices.get(node)
+            reason = refusal.reason if own is None else f"{own.reason}; {refusal.reason}"
+            self.choices[node] = replace(own or refusal, reason=reason)
         choices = {node: asdict(choice) for node, choice in self.choices.items()}
         mod = relax.transform.DeadCodeElimination()(mod)
         return mod.with_attr(CUDA_KERNELS_ATTR, json.dumps(choices))
@@ -130,6 +136,8 @@ class _Emitter(PyExprMutator):
     def _emit(self, plan: Planned) -> None:
         dtype = self._owner.dtype
         out = dtype if plan.result in self._narrow_results else "float32"
+        if not is_float32(plan.result):
+            out = str(plan.result.ty.dtype)
         types = {name: self._type(one, out) for name, one in plan.operands.items()}
         known = {name: self._read(one, types[name]) for name, one in plan.operands.items()}
         offsets = {name: one.offset for name, one in plan.operands.items()}
@@ -144,7 +152,7 @@ class _Emitter(PyExprMutator):
         if one.reads == "kept":
             tensor = isinstance(one.value, relax.Var | GenericConst)
             return str(one.value.ty.dtype) if tensor else ""
-        if one.reads == "either":
+        if one.reads in ("either", "asked"):
             return self._owner.dtype if one.value in self._narrow else "float32"
         return {"narrow": self._owner.dtype, "tied": out, "float32": "float32"}[one.reads]
 
@@ -197,7 +205,7 @@ class _Emitter(PyExprMutator):
         )
 
     def _result(self, var: Any, value: Any, out: str) -> None:
-        if out == "float32":
+        if out != self._owner.dtype:
             return self._replace(var, value)
         self._narrow[var] = value
         return self._replace(var, self.builder_.emit(relax.op.astype(value, "float32")))

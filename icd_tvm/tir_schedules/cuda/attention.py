@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     Argument,
     Rule,
@@ -24,6 +25,7 @@ def attention_rule(
     *,
     mask: bool = True,
     merged: bool = False,
+    codes: RowCodes | None = None,
 ) -> Rule:
     """Return the kernel of ``softmax(q k^T / sqrt(size) + mask) v``.
 
@@ -37,6 +39,8 @@ def attention_rule(
         Whether a float32[batch, keys] is added to the scores. A query with no key left gives zeros.
     merged : bool
         Whether one argument ``qkv`` [batch, queries, 3, heads, size] holds all three.
+    codes : RowCodes, optional
+        Of one step: ``out`` holds int8 codes of the result.
 
     Returns
     -------
@@ -47,6 +51,8 @@ def attention_rule(
         return refused(f"attention of {dtype} is not made; use float16 or bfloat16")
     if size not in (32, 64, 128):
         return refused(f"heads of {size} are not made; 32, 64 and 128 are")
+    if codes is not None and not codes.step:
+        return refused("a block holds one head: its codes have one step, not one for each row")
     row, stride = size * 2, heads * size
     if merged and queries != keys:
         return refused(f"{queries} queries and {keys} keys do not come from the same rows")
@@ -60,14 +66,17 @@ def attention_rule(
         arguments += [Argument(name, (batch, keys, heads, size), dtype) for name in "kv"]
     if mask:
         arguments.append(Argument("mask", (batch, keys), "float32"))
-    arguments.append(Argument("out", (batch, queries, heads, size), dtype))
+    out = dtype if codes is None else "int8"
+    arguments.append(Argument("out", (batch, queries, heads, size), out))
+    place = "" if codes is None else f", {codes.values}"
     return Rule(
         (
             SourceKernel(
                 family="attention",
-                config=f"icd::AttentionConfig<{operand(dtype)}, {size}>",
+                config=f"icd::AttentionConfig<{operand(dtype)}, {size}"
+                f"{'' if codes is None else ', icd::S8'}>",
                 call=f"icd::attention<G>(out, {rows}, {or_null('mask', mask, 'float')}, "
-                f"{queries}, {keys}, {heads}, {stride}, {size**-0.5!r}f, shared)",
+                f"{queries}, {keys}, {heads}, {stride}, {size**-0.5!r}f, shared{place})",
                 arguments=tuple(arguments),
                 grid=(-(-queries // QUERIES), heads, batch),
                 threads=128,

@@ -7,7 +7,7 @@ heads (Llama 3 8B; Dubey et al., 2024).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from icd_tvm.tir_schedules.cuda.append import append_rule
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
@@ -21,6 +21,8 @@ from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.norm import norm_rule
 from icd_tvm.tir_schedules.cuda.prefill_scan import prefill_conv_rule, prefill_scan_rule
+from icd_tvm.tir_schedules.cuda.quantize import quantize_rule
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, Epilogue, Rule
 
 ROWS = (128, 1024, 4096, 16384)
@@ -94,11 +96,35 @@ def _bert(m: int, arch: str) -> list[Entry]:
     kept = gemm_24_rule(m, n, k, "float16", epilogue=gelu, arch=arch)
     found.append(Entry(f"bert ffn1 {m} rows fp16, 2:4", kept, dense))
     found.append(Entry(f"bert ffn1 {m} rows bf16", bf16))
-    for word, dtype in {"int8": "int8", "fp8": FP8}.items():
-        rule = gemm_rule(m, n, k, dtype, epilogue=gelu, arch=arch)
-        if dtype != FP8 or arch != "sm_80":
-            found.append(Entry(f"bert ffn1 {m} rows {word}", rule))
+    found += _int8(m, arch)
+    if arch != "sm_80":
+        rule = gemm_rule(m, n, k, FP8, epilogue=gelu, arch=arch)
+        found.append(Entry(f"bert ffn1 {m} rows fp8", rule))
     return found
+
+
+def _int8(m: int, arch: str) -> list[Entry]:
+    """A product of codes in the forms that models have it, and what makes the codes."""
+    n, k = LAYERS["ffn1"]
+    gelu, name = EPILOGUES["ffn1"], f"bert ffn1 {m} rows int8"
+    by_row, one = RowCodes(), RowCodes(16.0, -122)
+    options: dict[str, Any] = {"epilogue": gelu, "arch": arch}
+    dense = gemm_rule(m, n, k, "int8", rows="zero", **options)
+    half = gemm_rule(m, n // 2, k, "int8", rows="zero", **options)
+    return [
+        Entry(name, dense),
+        Entry(f"{name}, half of the units", half, name),
+        Entry(
+            f"{name} to int8",
+            gemm_rule(m, n, k, "int8", out="int8", rows="none", codes=one, **options),
+        ),
+        Entry(f"bert codes {m} rows by row", quantize_rule(m, n, "float16", by_row)),
+        Entry(f"bert codes {m} rows", quantize_rule(m, k, "float16", RowCodes(0.03, -12))),
+        Entry(
+            f"bert layer norm {m} rows fp16 and codes by row",
+            norm_rule(m, k, "float16", "float16", 1e-12, centre=True, beta=True, codes=by_row),
+        ),
+    ]
 
 
 def _small_rows(arch: str) -> list[Entry]:

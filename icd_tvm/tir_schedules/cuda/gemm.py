@@ -9,11 +9,13 @@ dense matmul.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, STAGES, GemmTile, choose_tile
+from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
     PLAIN,
@@ -32,6 +34,8 @@ Array = npt.NDArray[np.generic]
 SLAB = 16  # rows of W in a block that is live or dead
 LIVE_COLUMNS = 64  # columns of W in it, where a model's weights are packed
 _SCALED = (FP8, "int8")
+# What belongs to each row of A: nothing, a scale, or a scale and a zero point.
+RowScales = Literal["none", "scale", "zero"]
 
 
 def live_blocks(weight: Array, columns: int) -> npt.NDArray[np.int32]:
@@ -118,6 +122,8 @@ def gemm_rule(
     live: int | None = None,
     strays: int | None = None,
     tile: GemmTile | None = None,
+    rows: RowScales = "scale",
+    codes: RowCodes | None = None,
 ) -> Rule:
     """Return the kernels of ``act(A[m, k] W[k, n] + bias) + residual``.
 
@@ -130,7 +136,8 @@ def gemm_rule(
         are float32 or int32. fp8 and int8 take ``row_scale`` float32[m] and ``column_scale``
         float32[n].
     out : str
-        Of C and the residual: ``float16``, ``bfloat16`` or ``float32``.
+        Of C and the residual: ``float16``, ``bfloat16`` or ``float32``; ``int8`` with ``codes`` and
+        without a residual.
     epilogue : Epilogue
     arch : str
         Whose number of multiprocessors decides the tile.
@@ -140,6 +147,12 @@ def gemm_rule(
         Fours of elements of W outside its live blocks (`pack_strays`), fp16 and bf16 only.
     tile : GemmTile, optional
         Instead of the chosen one.
+    rows : str
+        For fp8 and int8: ``none`` leaves out ``row_scale``; ``zero`` takes besides ``row_zero``
+        float32[m], to be subtracted from the elements of A, and ``column_sums`` float32[n], the
+        sums of the columns of W.
+    codes : RowCodes, optional
+        What the codes of an int8 C stand for, one step for all.
 
     Returns
     -------
@@ -148,6 +161,8 @@ def gemm_rule(
         Arguments by name: ``a``, ``w`` (`pack_weight`), ``slabs`` (`live_blocks`), ``stray_starts``
         and ``stray_list`` (`pack_strays`), ``bias``, ``residual``, scales, ``c``.
     """
+    if reason := _not_coded(out, epilogue, codes):
+        return refused(reason)
     if dtype not in ("float16", "bfloat16", *_SCALED):
         return refused(f"no tensor core product of {dtype} here; use float16, bfloat16 or int8")
     if dtype == FP8 and arch == "sm_80":
@@ -161,10 +176,19 @@ def gemm_rule(
     if strays is not None and (dtype in _SCALED or k > 1 << 16):
         return refused(f"strays of {k} inputs of {dtype}: make them float16, at most 65536 inputs")
     tile = tile or choose_tile(m, n, k_tiles, arch)
-    work = _Work(m, n, k, k_tiles, dtype, out, epilogue, live, strays, tile)
+    work = _Work(m, n, k, k_tiles, dtype, out, epilogue, live, strays, tile, rows, codes)
     before = () if strays is None else (turn_kernel(m, k, work.turned, dtype),)
     after = () if tile.splits == 1 else (work.reduce(),)
     return Rule((*before, work.main(), *after))
+
+
+def _not_coded(out: str, epilogue: Epilogue, codes: RowCodes | None) -> str:
+    """Return why an output is not written as asked for, or an empty string."""
+    if (out == "int8") != (codes is not None):
+        return f"an output of {out} and codes {codes}: int8 has codes, other types have none"
+    if codes is not None and (epilogue.residual or not codes.step):
+        return "codes of C have one step, and no residual is added to them"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -179,6 +203,8 @@ class _Work:
     live: int | None
     strays: int | None
     tile: GemmTile
+    rows: RowScales
+    codes: RowCodes | None
 
     @property
     def turned(self) -> int:
@@ -200,9 +226,30 @@ class _Work:
         """What the epilogue reads."""
         found = self.epilogue.arguments(self.m, self.n, self.out)
         if self.dtype in _SCALED:
-            found.append(Argument("row_scale", (self.m,), "float32"))
+            if self.rows != "none":
+                found.append(Argument("row_scale", (self.m,), "float32"))
             found.append(Argument("column_scale", (self.n,), "float32"))
+            if self._zeros:
+                found.append(Argument("row_zero", (self.m,), "float32"))
+                found.append(Argument("column_sums", (self.n,), "float32"))
         return tuple(found)
+
+    @property
+    def _zeros(self) -> bool:
+        return self.dtype in _SCALED and self.rows == "zero"
+
+    @property
+    def _end(self) -> tuple[str, ...]:
+        """What follows the other arguments of a call: zero points and codes, if there are any."""
+        if not self._zeros and self.codes is None:
+            return ()
+        zeros, sums = (or_null(a, self._zeros, "float") for a in ("row_zero", "column_sums"))
+        values = "icd::Codes{}" if self.codes is None else self.codes.values
+        return (f"icd::GemmEnd{{{zeros}, {sums}, {values}}}",)
+
+    @property
+    def _pair(self) -> tuple[float, float]:
+        return (0.0, 0.0) if self.codes is None else self.codes.pair
 
     @property
     def _finish(self) -> str:
@@ -210,7 +257,7 @@ class _Work:
         return ", ".join(
             (
                 self.epilogue.given,
-                or_null("row_scale", scaled, float32),
+                or_null("row_scale", scaled and self.rows != "none", float32),
                 or_null("column_scale", scaled, float32),
             )
         )
@@ -237,13 +284,15 @@ class _Work:
         ]
         if self.live is not None:
             arguments.append(Argument("slabs", (groups, self.live), "int32"))
-        last = "shared"
+        last = ["shared"]
         if self.strays is not None:
             arguments += self._stray_arguments
             given = f"stray_list, turned, {self.turned}"
-            last = f"shared, icd::Strays{{(const int*)stray_starts, {given}}}"
+            last.append(f"icd::Strays{{(const int*)stray_starts, {given}}}")
         if not split:
             arguments += self._extra
+            last += ["icd::Strays()"] * (self.strays is None and bool(self._end))
+            last += self._end
         out = self._parts if split else Argument("c", (self.m, self.n), self.out)
         arguments.append(out)
         finish = "nullptr, nullptr, nullptr, nullptr" if split else self._finish
@@ -254,7 +303,7 @@ class _Work:
             family="gemm",
             config=self._config,
             call=f"icd::gemm<G>({out.name}, a, w, {slabs}, {finish}, {self.m}, {self.n}, {self.k}, "
-            f"{self.k_tiles}, {last})",
+            f"{self.k_tiles}, {', '.join(last)})",
             arguments=tuple(arguments),
             grid=(groups, -(-self.m // tile.m), tile.splits),
             threads=tile.threads,
@@ -266,14 +315,17 @@ class _Work:
             # mma.sync of fp8 becomes products of fp16 on sm_90.
             unit="int8" if self.dtype == "int8" else "fp16",
             activation="none" if split else self.epilogue.activation,
+            codes=self._pair,
         )
 
     def reduce(self) -> SourceKernel:
         splits, size = self.tile.splits, self.m * self.n
+        parts, sizes = "(const float*)parts", (str(self.m), str(self.n))
+        given = ("c", parts, self._finish, *sizes, *self._end)
         return SourceKernel(
             family="gemm",
             config=self._config,
-            call=f"icd::gemm_reduce<G>(c, (const float*)parts, {self._finish}, {self.m}, {self.n})",
+            call=f"icd::gemm_reduce<G>({', '.join(given)})",
             arguments=(self._parts, *self._extra, Argument("c", (self.m, self.n), self.out)),
             grid=(-(-size // 512), 1, 1),
             threads=256,
@@ -282,4 +334,5 @@ class _Work:
             bytes=size * (4.0 * splits + WIDTHS[self.out]),
             unit="fp32",
             activation=self.epilogue.activation,
+            codes=self._pair,
         )

@@ -112,6 +112,8 @@ class SourceKernel:
         Of the epilogue, where there is one.
     eps : float
         What a norm adds to the mean square.
+    codes : tuple of (float, float)
+        Step and code of 0.0 of an int8 output; a step of 0 where each row has its own.
     """
 
     family: str
@@ -127,6 +129,7 @@ class SourceKernel:
     outputs: int = 1
     activation: str = "none"
     eps: float = 0.0
+    codes: tuple[float, float] = (0.0, 0.0)
 
     @property
     def name(self) -> str:
@@ -222,7 +225,8 @@ def cpp_bool(value: bool) -> str:
 
 def _files(family: str) -> tuple[str, ...]:
     """Return the files of a family, what they need first; `common` is in all."""
-    return ("gemm", family) if family == "gemm_24" else (family,)
+    before = {"gemm_24": "gemm", "quantize": "norm"}.get(family)
+    return (family,) if before is None else (before, family)
 
 
 @cache

@@ -5,8 +5,9 @@
 
 namespace icd {
 
-template <class T_, int D_> struct AttentionConfig {
+template <class T_, int D_, class OUT_ = T_> struct AttentionConfig {
   typedef T_ T;
+  typedef OUT_ Out;
   static const int D = D_, QUERIES = 64, KEYS = 64, THREADS = 128;
   static const int CHUNKS = D / 8, ROW = D * 2;
   static const int TILE = KEYS * ROW;
@@ -119,10 +120,11 @@ ICD_DEVICE void attention_values(AttentionState<G>& state, const float (&s)[8][4
 
 // Grid: x blocks of 64 queries, y head, z batch. q, k, v, out: [batch, rows, heads, D] with `stride`
 // elements from row to row (3 heads D where q, k and v come from one matmul); out is contiguous.
-// `mask`: float32[batch, keys] to be added to the scores, or null.
+// `mask`: float32[batch, keys] to be added to the scores, or null. `codes`: of an int8 out.
 template <class G>
 ICD_DEVICE void attention(void* out, const void* q, const void* k, const void* v, const float* mask,
-                          int queries, int keys, int heads, int stride, float scale, void* shared) {
+                          int queries, int keys, int heads, int stride, float scale, void* shared,
+                          Codes codes = Codes()) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int head = blockIdx.y, batch = blockIdx.z, first_query = blockIdx.x * G::QUERIES;
   const long row = (long)stride * 2;
@@ -172,8 +174,9 @@ ICD_DEVICE void attention(void* out, const void* q, const void* k, const void* v
     long at = (((long)batch * queries + query) * heads + head) * G::D + lane % 4 * 2;
 #pragma unroll
     for (int d = 0; d < G::D / 8; ++d)
-      store_two(typename G::T(), out, at + d * 8, state.out[d][half * 2] * inverse,
-                state.out[d][half * 2 + 1] * inverse);
+      store_two(typename G::Out(), out, at + d * 8,
+                coded(typename G::Out(), state.out[d][half * 2] * inverse, codes),
+                coded(typename G::Out(), state.out[d][half * 2 + 1] * inverse, codes));
   }
 }
 

@@ -162,6 +162,15 @@ ICD_DEVICE void store_two(F16 t, void* p, long i, float a, float b) {
 ICD_DEVICE void store_two(BF16 t, void* p, long i, float a, float b) {
   ((u32*)p)[i / 2] = narrow2(t, a, b);
 }
+// What a code stands for: (code - point) * step.
+struct Codes { float step, point; };
+// The number whose nearest code is stored; other types store the value itself.
+ICD_DEVICE float coded(S8, float x, Codes by) { return rintf(x / by.step) + by.point; }
+template <class T> ICD_DEVICE float coded(T, float x, Codes) { return x; }
+ICD_DEVICE u32 code_of(float x) { return (u32)(int)fminf(fmaxf(rintf(x), -128.0f), 127.0f) & 0xff; }
+ICD_DEVICE void store_two(S8, void* p, long i, float a, float b) {
+  ((u16*)p)[i / 2] = (u16)(code_of(a) | code_of(b) << 8);
+}
 ICD_DEVICE void store_one(F32, void* p, long i, float a) { ((float*)p)[i] = a; }
 ICD_DEVICE void store_one(F16 t, void* p, long i, float a) { ((u16*)p)[i] = narrow(t, a); }
 ICD_DEVICE void store_one(BF16 t, void* p, long i, float a) { ((u16*)p)[i] = narrow(t, a); }

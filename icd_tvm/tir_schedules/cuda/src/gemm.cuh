@@ -115,12 +115,24 @@ ICD_DEVICE void add_strays(float (&acc)[G::WM / 16][G::WN / 8][4], const Strays&
     }
 }
 
+// What only products of int8 have. `row_zero`: the zero points of A, or null; what they add is taken
+// away by the sums of the columns of W. `codes`: of C where it is int8.
+struct GemmEnd {
+  const float* row_zero;
+  const float* column_sums;
+  Codes codes;
+};
+
 // What an epilogue reads for two neighbouring columns, once for all rows.
 template <class G> struct GemmColumns {
-  float2 bias, scale;
+  float2 bias, scale, sums;
   bool scaled;
+  GemmEnd end;
 
-  ICD_DEVICE GemmColumns(const void* bias_, const float* column_scale, int column) {
+  ICD_DEVICE GemmColumns(const void* bias_, const float* column_scale, int column,
+                         GemmEnd end_ = GemmEnd()) {
+    end = end_;
+    sums = end.row_zero ? load_two(F32(), end.column_sums, column) : make_float2(0, 0);
     scaled = column_scale != nullptr;
     bias = G::BIAS && bias_ ? load_two(F32(), bias_, column) : make_float2(0, 0);
     scale = scaled ? load_two(F32(), column_scale, column) : make_float2(1, 1);
@@ -128,18 +140,24 @@ template <class G> struct GemmColumns {
   // int8 and fp8 products are scaled by row of A and column of W.
   ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
                          int row, long at) const {
+    if (end.row_zero) {
+      x -= end.row_zero[row] * sums.x;
+      y -= end.row_zero[row] * sums.y;
+    }
     if (scaled) {
-      x *= row_scale[row] * scale.x;
-      y *= row_scale[row] * scale.y;
+      const float by = row_scale ? row_scale[row] : 1.0f;
+      x *= by * scale.x;
+      y *= by * scale.y;
     }
     x = activate<G::ACT>(x + bias.x);
     y = activate<G::ACT>(y + bias.y);
-    if (G::RESIDUAL) {
+    if constexpr (G::RESIDUAL) {
       float2 more = load_two(typename G::Out(), residual, at);
       x += more.x;
       y += more.y;
     }
-    store_two(typename G::Out(), c, at, x, y);
+    store_two(typename G::Out(), c, at, coded(typename G::Out(), x, end.codes),
+              coded(typename G::Out(), y, end.codes));
   }
 };
 
@@ -148,7 +166,8 @@ template <class G> struct GemmColumns {
 template <class G>
 ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, const void* bias,
                      const void* residual, const float* row_scale, const float* column_scale,
-                     int m, int n, int k, int tiles, void* shared, Strays strays = Strays()) {
+                     int m, int n, int k, int tiles, void* shared, Strays strays = Strays(),
+                     GemmEnd end = GemmEnd()) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int wm = warp / (G::BN / G::WN) * G::WM, wn = warp % (G::BN / G::WN) * G::WN;
   const int per_part = (tiles + G::SPLITS - 1) / G::SPLITS, first = blockIdx.z * per_part;
@@ -194,7 +213,7 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
   for (int j = 0; j < G::WN / 8; ++j) {
     int column = blockIdx.x * G::BN + wn + j * 8 + lane % 4 * 2;
     if (column >= n) continue;
-    const GemmColumns<G> columns(bias, column_scale, column);
+    const GemmColumns<G> columns(bias, column_scale, column, end);
 #pragma unroll
     for (int i = 0; i < G::WM / 16; ++i)
 #pragma unroll
@@ -213,7 +232,8 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
 // Sum of the parts of K, in order, then the epilogue; a thread makes two columns.
 template <class G>
 ICD_DEVICE void gemm_reduce(void* c, const float* parts, const void* bias, const void* residual,
-                            const float* row_scale, const float* column_scale, int m, int n) {
+                            const float* row_scale, const float* column_scale, int m, int n,
+                            GemmEnd end = GemmEnd()) {
   long at = ((long)blockIdx.x * 256 + threadIdx.x) * 2;
   if (at >= (long)m * n) return;
   float x = 0, y = 0;
@@ -223,7 +243,7 @@ ICD_DEVICE void gemm_reduce(void* c, const float* parts, const void* bias, const
     x += two.x;
     y += two.y;
   }
-  const GemmColumns<G> columns(bias, column_scale, (int)(at % n));
+  const GemmColumns<G> columns(bias, column_scale, (int)(at % n), end);
   columns.finish(c, x, y, residual, row_scale, (int)(at / n), at);
 }
 
