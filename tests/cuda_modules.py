@@ -14,6 +14,7 @@ from tvm import relax
 
 from icd_tvm._tvm import PyExprMutator, apply_pass, mutator
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
+from icd_tvm.relax_passes.hold_weight_only import HoldWeightOnly
 from icd_tvm.relax_passes.kernel_calls import kernel_calls
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.relax_graph import is_call
@@ -29,7 +30,8 @@ def selected(
     if states:
         mod = apply_pass(AttachLayoutTags(opaque_states=states), mod)
     chosen = SelectCudaKernels(arch, dtype)
-    merged = apply_pass(MergeSharedInput(), relax.transform.FoldConstant()(mod))
+    folded = relax.transform.FoldConstant()(apply_pass(HoldWeightOnly(dtype), mod))
+    merged = apply_pass(MergeSharedInput(), folded)
     return apply_pass(chosen, merged), chosen
 
 

@@ -15,8 +15,10 @@ from icd_tvm.relax_passes.cuda_decode import plan_decode
 from icd_tvm.relax_passes.cuda_mamba import plan_conv, plan_scan
 from icd_tvm.relax_passes.cuda_norms import plan_norm
 from icd_tvm.relax_passes.cuda_plan import Planned
+from icd_tvm.relax_passes.cuda_prefill import plan_prefill_conv, plan_prefill_scan
 from icd_tvm.relax_passes.cuda_products import plan_product
 from icd_tvm.relax_passes.cuda_shared import SharedValues
+from icd_tvm.relax_passes.cuda_weight_only import plan_weight_only
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 
 States = Sequence[tuple[str, str]]
@@ -48,11 +50,13 @@ class Found:
             self.refusals[label or str(var.name)] = found
 
 
-def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
+def find_kernels(mod: Any, func: Any, states: States, dtype: str, arch: str) -> Found:
     """Return the kernels for a function.
 
     Parameters
     ----------
+    mod : tvm.IRModule
+        Holds the kernels that the function calls already.
     func : relax.Function
         Constants bound and folded.
     states : sequence of (str, str)
@@ -65,9 +69,13 @@ def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
     found.owned = _moved(flow, func, states)
     found.owned |= {append.result: append.past for append in appends.values()}
     _blocks(flow, found, appends, dtype, arch)
+    for var in list(flow.values):
+        found.note(var, plan_prefill_conv(flow, var, dtype))
+        found.note(var, plan_prefill_scan(mod, flow, var, dtype, arch))
     wanted = {var for plan in found.plans.values() for var in plan.read() | set(plan.results)}
     for var in list(flow.values):
-        product = plan_product(flow, var, wanted, dtype, arch)
+        held = plan_weight_only(flow, var, wanted, dtype)
+        product = held or plan_product(flow, var, wanted, dtype, arch)
         found.note(var, product, _merged_weights(flow, var))
         if isinstance(product, Planned):
             wanted |= product.read() | set(product.results)

@@ -7,6 +7,7 @@ from typing import Any
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.append_in_place import AppendInPlace
 from icd_tvm.relax_passes.cuda_graph import for_graph, graph_config
+from icd_tvm.relax_passes.hold_weight_only import HoldWeightOnly
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.plain_names import PlainNames
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels
@@ -31,6 +32,7 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     rx, gpu = relax.transform, dlight.gpu
     return tvm.transform.Sequential(
         [
+            *_held(precision),
             rx.FoldConstant(),
             *_kernels(arch, precision),
             # Caches whose append is not part of a kernel.
@@ -53,6 +55,10 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
         ],
         name="icd.cuda",
     )
+
+
+def _held(precision: str | None) -> list[Any]:
+    return [] if precision is None else [HoldWeightOnly(precision)]
 
 
 def _kernels(arch: str, precision: str | None) -> list[Any]:

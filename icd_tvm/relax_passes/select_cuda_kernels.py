@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from icd_tvm._tvm import GenericConst, PyExprMutator, mutator, relax, tvm
 from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.cuda_match import find_kernels
 from icd_tvm.relax_passes.cuda_plan import Operand, Planned, narrow_values
+from icd_tvm.relax_passes.hold_weight_only import read_refused
 from icd_tvm.relax_passes.relax_graph import rewrite_functions, static_shape
 from icd_tvm.tir_schedules.cuda.placed import in_place, placed
 from icd_tvm.tir_schedules.cuda.source_kernel import Argument, SourceKernel
@@ -44,12 +45,13 @@ class CudaChoice:
 class SelectCudaKernels:
     """Replace what a kernel of `tir_schedules.cuda` computes by calls of it.
 
-    Products with a constant weight take a bias, GELU, ReLU or SiLU and a residual along; encoder
-    and decoding attention, layer and RMS norms, and the two halves of a Mamba step are kernels of
-    their own. Values between two of them have the type ``dtype`` where one of them asks for it; all
-    sums are float32. Opaque states are written in place. Packed constants keep the name of the
-    weight, lists of live blocks are named after it with ``.blocks`` appended. What does not fit
-    stays for TVM. The choices travel with the module as JSON (`read_cuda_kernels`).
+    Products with a constant weight, in floats or held as codes (`HoldWeightOnly`), take a bias,
+    GELU, ReLU or SiLU and a residual along; encoder and decoding attention, layer and RMS norms,
+    and the two halves of a Mamba step are kernels of their own. Values between two of them have the
+    type ``dtype`` where one of them asks for it; all sums are float32. Opaque states are written in
+    place. Packed constants keep the name of the weight, scales and lists of live blocks are named
+    after it with ``.scale`` and ``.blocks`` appended. What does not fit stays for TVM. The choices
+    travel with the module as JSON (`read_cuda_kernels`).
 
     Parameters
     ----------
@@ -82,11 +84,16 @@ class SelectCudaKernels:
         return mod.with_attr(CUDA_KERNELS_ATTR, json.dumps(choices))
 
     def _rewriter(self, mod: Any, func: Any, states: Any) -> Any:
-        found = find_kernels(func, states, self.dtype, self.arch)
+        found = find_kernels(mod, func, states, self.dtype, self.arch)
         for name, plan in found.plans.items():
             self.choices[name] = CudaChoice(plan.kind, plan.live, plan.reason, plan.fused)
         for name, reason in found.refusals.items():
             self.choices[name] = CudaChoice("tvm", 0, reason)
+        for name, why in read_refused(mod).items():
+            known = self.choices.get(name)
+            if known is not None and known.reason.startswith(self.dtype):
+                text = f"{known.reason}; its codes are not read: {why}"
+                self.choices[name] = replace(known, reason=text)
         return _Emitter(mod, list(found.plans.values()), found.owned, self)
 
 
@@ -135,9 +142,11 @@ class _Emitter(PyExprMutator):
         offsets = {name: one.offset for name, one in plan.operands.items()}
         *before, last = plan.rule(types, out).kernels
         for kernel in before:
-            part = kernel.arguments[-1]
-            kind = relax.TensorType(part.shape, part.dtype)
-            known[part.name] = self.builder_.emit(self._call(kernel, known, offsets, [kind]))
+            parts = kernel.arguments[-kernel.outputs :]
+            kinds = [relax.TensorType(part.shape, part.dtype) for part in parts]
+            value = self.builder_.emit(self._call(kernel, known, offsets, kinds))
+            made = [value] if len(parts) == 1 else self._items(value, len(parts))
+            known |= {part.name: one for part, one in zip(parts, made, strict=True)}
         self._finish(plan, last, known, offsets, out)
 
     def _type(self, one: Operand, out: str) -> str:
@@ -180,12 +189,13 @@ class _Emitter(PyExprMutator):
         kinds = [var.ty for var in states.values()] + [relax.TensorType(shape, out)]
         call = self._call(kernel, known, offsets, kinds, list(states) if inside else None)
         value = self.builder_.emit(call, name_hint=str(plan.result.name))
-        made = [value]
-        if states:
-            made = [self.builder_.emit(relax.TupleGetItem(value, i)) for i in range(len(kinds))]
+        made = self._items(value, len(kinds)) if states else [value]
         for var, new in zip(states.values(), made[:-1], strict=True):
             self._replace(var, new)
         self._result(plan.result, made[-1], out)
+
+    def _items(self, value: Any, count: int) -> list[Any]:
+        return [self.builder_.emit(relax.TupleGetItem(value, i)) for i in range(count)]
 
     def _is_owned(self, plan: Planned) -> bool:
         """Tell whether each state that is read is that which the new one replaces."""
