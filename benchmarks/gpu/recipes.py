@@ -18,12 +18,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from icd_tvm.adapters.quant_scales import FORMATS, block_scales, encode
 from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, live_blocks, pack_weight
 from icd_tvm.tir_schedules.cuda.gemv import pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 
 Array = npt.NDArray[Any]
 PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live")
+# Of the constant that holds the scales of a weight's columns.
+SCALES = "scales"
+_INT8 = FORMATS["int8"]
+# Columns that are quantised at once, in float64.
+_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,9 @@ def realise(recipe: Recipe, draws: Draws) -> Array:
     """Return the parameter that a recipe describes."""
     parts = [_taken(source, draws.matrix(source.name)) for source in recipe.sources]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    return pack(whole, recipe.packing, recipe.shape, recipe.dtype)
+    if recipe.packing == SCALES:
+        return quantised(whole)[1].reshape(recipe.shape)
+    return pack(rounded(whole, recipe.dtype), recipe.packing, recipe.shape)
 
 
 def _taken(source: Source, drawn: Array) -> Array:
@@ -100,24 +108,45 @@ def _taken(source: Source, drawn: Array) -> Array:
     return taken if source.alive is None else taken * source.alive
 
 
-def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Array:
+def rounded(whole: Array, dtype: str) -> Array:
+    """Return a float32 matrix [K, N] in a parameter's dtype; int8 are codes."""
+    if dtype == "int8":
+        return quantised(whole)[0]
+    return np.asarray(whole.astype(numpy_dtype(dtype), copy=False))
+
+
+def quantised(whole: Array) -> tuple[Array, Array]:
+    """Return int8 codes [K, N] and float32 scales [N]: what `ApplyQuant` makes of ``int8``.
+
+    A column's scale depends on its largest element alone. Orders of rows and columns, and removed
+    units, which are zero, thus leave both as they are.
+    """
+    codes, scales = np.empty(whole.shape, np.int8), np.empty(whole.shape[1], np.float32)
+    for first in range(0, whole.shape[1], _COLUMNS):
+        part = slice(first, first + _COLUMNS)
+        values = whole[:, part].astype(np.float64)
+        scales[part], zero = block_scales(values, _INT8, "ptq-minmax", True)
+        codes[:, part] = encode(values, scales[part], zero, _INT8)
+    return codes, scales
+
+
+def pack(rounded: Array, packing: str, shape: tuple[int, ...]) -> Array:
     """Return a matrix [K, N] as the parameter's kernel wants it.
 
     Parameters
     ----------
-    whole : [K, N]
+    rounded : [K, N]
+        In the parameter's dtype.
     packing : str
         One of :data:`PACKINGS`; ``live``: blocks of zeros are left out.
     shape : tuple of int
         Of the parameter; the third size of a ``gemm`` packing is the columns of its blocks.
-    dtype : str
 
     Raises
     ------
     ValueError
         If the matrix does not fit the shape.
     """
-    rounded = whole.astype(numpy_dtype(dtype), copy=False)
     if packing == "transposed":
         rounded = rounded.T
     elif packing.startswith("gemm"):
@@ -125,7 +154,7 @@ def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Arra
         rounded = pack_weight(rounded, shape[2], blocks)
     elif packing.startswith("gemv"):
         blocks = live_blocks(rounded, LIVE_COLUMNS) if packing.endswith("live") else None
-        rounded = pack_vectors(rounded, dtype, blocks)
+        rounded = pack_vectors(rounded, str(rounded.dtype), blocks)
     return np.asarray(rounded.reshape(shape), order="C")
 
 
