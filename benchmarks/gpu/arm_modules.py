@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from benchmarks.gpu.cases import MAMBA, MAMBA_SIZES, PART, VECTORS, Case
 from benchmarks.gpu.lift import coded, matrices
-from icd_tvm._tvm import apply_pass
+from icd_tvm._tvm import apply_pass, relax
 from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.adapters.sparsity import parse_sparsity
 from icd_tvm.errors import ConfigError
@@ -34,7 +34,7 @@ from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation
 from icd_tvm.relax_passes.layer_rules import parse_request
-from icd_tvm.relax_passes.replace_constants import replace_constants
+from icd_tvm.relax_passes.replace_constants import replace_constants, rewrite_constants
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.runtime.arms import DENSE, IDENTITY, LINEAR, RANDOM, Arm, linear_arm, ordered_arms
 from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB
@@ -150,7 +150,9 @@ class Arms:
         before, after = (
             orders.of(case, when, mod) for when, mod in zip(WHEN, self._twin, strict=True)
         )
-        self.dense, self._transformed = _modules(case) if self.depth else self._twin
+        self.dense, self._transformed = self._twin
+        if self.depth:
+            self.dense, self._transformed = map(_sharing, _modules(case), self._twin)
         self.drawn, self.coded = Drawn(self.dense), Drawn(self._twin[0]).shapes
         self._orders = (before, after)
         self.counts = {"before": len(before), "after": len(after)}
@@ -208,6 +210,15 @@ def _modules(case: Case, words: int = 0) -> tuple[Any, Any]:
     mod, states = _model(case, replace(config, vocab=words) if words else config)
     dense = apply_pass(AttachLayoutTags(states), mod)
     return dense, _transform(dense, case.sparsity)
+
+
+def _sharing(mod: Any, twin: Any) -> Any:
+    """Return a module that reads the weights of its twin where they are the same."""
+    known, own = matrices(twin), matrices(mod)
+    new = {own[n]: known[n] for n in own if own[n].value.shape == known[n].value.shape}
+    mod = mod.clone()
+    mod["main"] = rewrite_constants(mod["main"], lambda const, var, path: new.get(const, const))
+    return relax.transform.Normalize()(mod)
 
 
 def _model(case: Case, config: BertConfig | MambaConfig) -> tuple[Any, tuple[Any, ...]]:

@@ -202,10 +202,14 @@ class Recogniser:
         names = joined(name, self._arm)
         if not names:
             return ""
+        if name in self._arm and const.value.same_as(self._arm[name].value):
+            return "plain"
         parts = [_matrix(self._arm[n]) for n in names]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        find = _packing if name in self._arm or not name.endswith(_SCALE) else _scales
-        return find(whole, const.value.numpy(), str(const.value.dtype))
+        array, dtype = const.value.numpy(), str(const.value.dtype)
+        if name not in self._arm and name.endswith(_SCALE):
+            return _scales(whole, array, dtype)
+        return _packing(rounded(whole, dtype), array, dtype)
 
     def drawn(self, const: Any) -> bool:
         """Say whether a constant is named after weights that hosts draw."""
@@ -232,9 +236,8 @@ def _scales(whole: Array, array: Array, dtype: str) -> str:
     return SCALES if dtype == "float32" and np.array_equal(quantised(whole)[1], array) else ""
 
 
-def _packing(whole: Array, array: Array, dtype: str) -> str:
-    """Return the packing that makes ``array`` of a matrix, or an empty string."""
-    values = rounded(whole, dtype)
+def _packing(values: Array, array: Array, dtype: str) -> str:
+    """Return the packing that makes ``array`` of a rounded matrix, or an empty string."""
     for packing in PACKINGS:
         if packing.startswith("gemm") and array.ndim != 4:
             continue

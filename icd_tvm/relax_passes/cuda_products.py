@@ -59,7 +59,7 @@ def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKern
     """Return the kernels for ``X[m, K] @ weight`` with operands rounded to ``dtype``."""
     with np.errstate(over="ignore"):
         rounded = weight.astype(numpy_dtype(dtype))
-    if not np.isfinite(rounded.astype(np.float32)).all():
+    if not np.isfinite(rounded).all():
         reason = f"weights beyond the range of {dtype}"
         return ProductKernels(lambda *_: refused(reason), {}, reason)
     make = _vector if m == 1 else _matrix
