@@ -14,6 +14,7 @@ from tvm import relax
 
 from icd_tvm._tvm import PyExprMutator, apply_pass, mutator
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
+from icd_tvm.relax_passes.hold_weight_only import HoldWeightOnly
 from icd_tvm.relax_passes.kernel_calls import kernel_calls
 from icd_tvm.relax_passes.mark_int8_products import MarkInt8Products
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
@@ -30,7 +31,7 @@ def selected(
     if states:
         mod = apply_pass(AttachLayoutTags(opaque_states=states), mod)
     chosen = SelectCudaKernels(arch, dtype)
-    mod = apply_pass(MarkInt8Products(arch), mod)
+    mod = apply_pass(HoldWeightOnly(dtype), apply_pass(MarkInt8Products(arch), mod))
     merged = apply_pass(MergeSharedInput(), relax.transform.FoldConstant()(mod))
     return apply_pass(chosen, merged), chosen
 

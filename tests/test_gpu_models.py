@@ -6,23 +6,25 @@ import json
 import sys
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from gpu_on_cpu import Actual, NoGraphs, OnCpu, machine, opened
 
 from benchmarks.gpu import build_models, gates, lift, model_counters, model_times, peers, wheels
-from benchmarks.gpu.arm_modules import MODELS, Arms, Orders, narrowed
+from benchmarks.gpu.arm_modules import MODELS, Arms, Orders
 from benchmarks.gpu.cases import ARMS, INDEX, POOL, UNIT, VECTORS, Case
-from benchmarks.gpu.machine import ArmRun, TvmMachine
+from benchmarks.gpu.machine import ArmRun
 from benchmarks.gpu.models import Models
 from benchmarks.gpu.recipes import COLUMNS, Draws, Pool, Recipe, as_json, from_json, realise
 from benchmarks.gpu.table import table
-from icd_tvm._tvm import const_name, named_const, relax, tvm
+from icd_tvm._tvm import const_name, named_const
 from icd_tvm.errors import ConfigError, MeasurementError
 from icd_tvm.measure.cuda_timing import PARTS, Clock
 from icd_tvm.measure.energy import EnergyRecord
@@ -33,67 +35,15 @@ BERT_UNIT = Case("bert-base test", 2, 16, UNIT)
 BERT_VECTORS = Case("bert-base test", 2, 16, VECTORS)
 MAMBA = Case("mamba-2.8b test", 1, 1, UNIT)
 INT8 = Case("bert-base test", 2, 16, f"{UNIT} + heads", "int8")
-VECTOR = Case("mamba-2.8b test", 1, 1, UNIT, "int8")
-
-
-class OnCpu(build_models.Device):
-    """Compiles for the CPU what would be compiled for a GPU; kernels are TVM's own."""
-
-    def lower(self, mod: Any, dtype: str) -> Any:
-        # Folded, codes would be other constants than those that are drawn.
-        folded = mod if dtype == "int8" else relax.transform.FoldConstant()(mod)
-        return relax.transform.LegalizeOps()(folded)
-
-    def compile(self, mod: Any, path: Path) -> None:
-        tvm.compile(mod, tvm.target.Target("llvm")).export_library(str(path))
-
-
-class NoGraphs:
-    """A device whose time is the number of calls, in milliseconds, and that captures no graphs."""
-
-    l2_bytes, stream = 64, 0
-
-    def wait(self) -> None:
-        pass
-
-    def graph(self, work: Callable[[], Any]) -> Callable[[], None]:
-        raise MeasurementError("no graphs here")
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        work()
-        return 1e-3
-
-    def empty(self, size: int) -> int:
-        return size
-
-    def copy(self, to: int, source: int, size: int) -> None:
-        assert size == 2 * self.l2_bytes
-
-    def free(self, pointer: int) -> None:
-        pass
-
-    @contextmanager
-    def profiled(self) -> Iterator[None]:
-        yield
+REFUSED = Case("bert-base test", 2, 16, f"{UNIT} + words")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models")
-    cases = (BERT_UNIT, BERT_VECTORS, MAMBA, INT8, VECTOR)
+    cases = (BERT_UNIT, BERT_VECTORS, MAMBA, INT8, REFUSED)
     build_models.build_models(place, OnCpu("sm_90"), cases, solver_s=2.0)
     return place
-
-
-def machine(folder: Path) -> TvmMachine:
-    return TvmMachine(NoGraphs(), folder)  # type: ignore[arg-type]
-
-
-def opened(folder: Path) -> Models:
-    """Return the models, run by the CPU in place of a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundled_run, "find_device", lambda kind, place: tvm.cpu())
-        return Models(folder, "sm_90", machine)
 
 
 def test_arms_of_drawn_weights_are_one_function(
@@ -114,7 +64,7 @@ def test_arms_of_drawn_weights_are_one_function(
     assert found[INT8.name]["values"]["equal"], found[INT8.name]
     sizes = found[INT8.name]["parameter_bytes"]
     assert sizes["iterative"] < 0.7 * sizes["linear"]
-    assert "no int8 products of vectors" in found[VECTOR.name]
+    assert "no transform" in found[REFUSED.name]
     json.dumps(found)
 
 
@@ -137,26 +87,19 @@ def test_a_weight_in_another_order_is_noticed(folder: Path, tmp_path: Path) -> N
     assert values["relative_differences"]["random"] < 1e-4
 
 
-class Actual(Draws):
-    """Draws the weights that the model has."""
-
-    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
-        super().__init__({})
-        self._known = {name: a.reshape(-1, a.shape[-1]) for name, a in arrays.items()}
-
-
 @pytest.mark.parametrize("case", [BERT_VECTORS, MAMBA, replace(BERT_VECTORS, dtype="int8")])
 def test_recipes_make_the_constants_of_cuda_kernels_again(case: Case) -> None:
     arms = Arms(case, Orders(2.0))
     dense = arms.drawn
     packings, names = set[str](), set[str]()
     for name in ("dense", "iterative"):
-        mod, codes, _ = arms.make(name)
-        lowered = build_models.Device("sm_90").lower(narrowed(mod, case.dtype), case.dtype)
+        mod = arms.make(name)[0]
+        lowered = build_models.Device("sm_90").lower(arms.narrowed(mod), case.dtype)
         lifted, constants = lift.lift(lowered, dense)
         assert not lift.big_constants(lifted["main"], dense)
         assert int(lifted["main"].attrs["num_input"]) == len(lowered["main"].params)
-        known, pool = lift.Recogniser(mod, codes, dense), Pool()
+        known = lift.Recogniser(mod, partial(arms.codes, name), dense.shapes)
+        pool = Pool()
         for const in constants:
             if known.drawn(const):
                 names.add(const_name(const))
@@ -173,8 +116,8 @@ def test_recipes_make_the_constants_of_cuda_kernels_again(case: Case) -> None:
 
 def test_what_is_no_weight_is_refused() -> None:
     arms = Arms(BERT_UNIT, Orders(2.0))
-    mod, codes, _ = arms.make("dense")
-    known = lift.Recogniser(mod, codes, arms.drawn)
+    mod = arms.make("dense")[0]
+    known = lift.Recogniser(mod, partial(arms.codes, "dense"), arms.drawn.shapes)
     const = next(iter(lift.matrices(mod).values()))
     changed = named_const(const.value.numpy() + 1, const_name(const))
     with pytest.raises(MeasurementError, match="no weight in a known packing"):
@@ -183,12 +126,12 @@ def test_what_is_no_weight_is_refused() -> None:
 
 def test_joined_weights_are_drawn_one_by_one() -> None:
     arms = Arms(BERT_UNIT, Orders(2.0))
-    mod, codes, _ = arms.make("dense")
-    arrays = arms.drawn
+    mod, arrays = arms.make("dense")[0], arms.drawn
     query = next(name for name in arrays if "query" in name)
     names = [query, query.replace("query", "key"), query.replace("query", "value")]
     joined = np.concatenate([arrays[name] for name in names], axis=1).astype(np.float16)
-    known, const = lift.Recogniser(mod, codes, arrays), named_const(joined, "+".join(names))
+    known = lift.Recogniser(mod, partial(arms.codes, "dense"), arrays.shapes)
+    const = named_const(joined, "+".join(names))
     recipe = known.recipe(const)
     assert [source.name for source in recipe.sources] == names
     np.testing.assert_array_equal(realise(recipe, Actual(arrays)), joined)
@@ -231,8 +174,8 @@ def test_missing_or_foreign_folders_are_refused(folder: Path, tmp_path: Path) ->
             Models(place, "sm_90", machine)
     with pytest.raises(MeasurementError, match="compiled for sm_90, this is sm_80"):
         Models(folder, "sm_80", machine)
-    with pytest.raises(MeasurementError, match="no int8 products"):
-        opened(folder).runs(VECTOR.name)
+    with pytest.raises(MeasurementError, match="no transform"):
+        opened(folder).runs(REFUSED.name)
 
 
 def test_no_gpu_is_a_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +225,7 @@ def test_energy_is_counted_for_each_token(folder: Path, monkeypatch: pytest.Monk
     assert item["conditions"]["sampled_watts"] == pytest.approx(301)
     assert item["conditions"]["celsius"] == [50, 52]
     assert item["conditions"]["throttle_reasons"] == 4
-    assert found[VECTOR.name].startswith("not measured")
+    assert found[REFUSED.name].startswith("not measured")
     short = model_counters.model_energy(NoGraphs(), opened(folder), Clock(1.0))  # type: ignore[arg-type]
     assert set(short.values()) == {model_counters.NO_TIME}
 
@@ -307,7 +250,7 @@ def test_counters_of_both_arms_in_both_cache_modes(
     assert item["linear, warm"]["summary"]["l2_read_hit_pct"] is None
     assert all(line[line.index("--clock-control") + 1] == "none" for line in lines)
     assert lines[0][-2:] == ["--child", f"{BERT_UNIT.name}/linear"]
-    assert found[VECTOR.name].startswith("not measured")
+    assert found[REFUSED.name].startswith("not measured")
     monkeypatch.setattr(model_counters.ncu, "missing_ncu", lambda: "ncu is not installed")
     with pytest.raises(MeasurementError, match="not installed"):
         model_counters.model_counters(opened(folder), Clock(480.0), "sm_90")

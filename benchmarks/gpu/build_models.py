@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.arm_modules import Arms, Orders, narrowed
+from benchmarks.gpu.arm_modules import Arms, Orders
 from benchmarks.gpu.cases import ARMS, CASES, INDEX, NOTES, POOL, Case
 from benchmarks.gpu.lift import STORED_BYTES, Recogniser, lift
 from benchmarks.gpu.model_times import ALLOWED
 from benchmarks.gpu.recipes import Pool, as_json
+from benchmarks.gpu.repeat_layers import Repeated, repeat_layers
 from icd_tvm._tvm import const_name, tvm_ffi
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.relax_passes.verify_layout import order_tolerance
+from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.cross_compile import cross_compile
 from icd_tvm.tir_schedules.target import PRECISIONS, cuda_target
 
@@ -78,8 +80,6 @@ def build_models(
 
 
 def _case(folder: Path, device: Device, case: Case, pool: Pool, orders: Orders) -> dict[str, Any]:
-    if case.dtype == "int8" and case.tokens == 1:
-        raise MeasurementError("a compiled model has no int8 products of vectors on CUDA here")
     arms = Arms(case, orders)
     weights = {
         name: [list(a.shape), *map(float, (a.mean(), a.std(), a.min(), a.max()))]
@@ -87,50 +87,79 @@ def _case(folder: Path, device: Device, case: Case, pool: Pool, orders: Orders) 
     }
     record: dict[str, Any] = {"case": vars(case), "tokens": case.tokens, "weights": weights}
     record |= {"inputs": arms.inputs(), "arms": {}, "orders": arms.counts}
+    record |= {"stands_for": case.stands_for, "allowed": ALLOWED}
     made: list[tuple[Path, Any]] = []
     for name in ARMS:
-        mod, mod_coded, same_as = arms.make(name)
-        if same_as:
-            record["arms"][name] = record["arms"][same_as] | {"same_as": same_as}
-            continue
-        whole = narrowed(mod, case.dtype)
-        record["allowed"] = max(ALLOWED, order_tolerance(whole).value)
-        lowered, constants = lift(device.lower(whole, case.dtype), arms.drawn)
-        # Weights are parameters: arms that differ in them alone are one library.
-        file = next((f for f, known in made if tvm_ffi.structural_equal(known, lowered)), None)
-        if file is None:
-            file = folder / f"{case.stem}-{name}.so"
-            device.compile(lowered, file)
-            made.append((file, lowered))
-        parameters = list(_parameters(constants, Recogniser(mod, mod_coded, arms.drawn), pool))
-        record["arms"][name] = {
-            "library": file.name,
-            "inputs": _inputs(lowered, len(constants)),
-            "parameters": parameters,
-            "parameter_bytes": sum(c.value.numpy().nbytes for c in constants),
-        }
+        about = _arm(device, arms, name, folder / f"{case.stem}-{name}.so", made, pool)
+        known = record["arms"].get(about.get("same_as", ""), {})
+        record["allowed"] = max(record["allowed"], about.pop("allowed", 0.0))
+        record["arms"][name] = known | about
+        if name == DENSE:
+            arms.forget_dense()
     return record
 
 
-def _inputs(lowered: Any, parameters: int) -> list[dict[str, Any]]:
-    params = lowered["main"].params
+def _arm(
+    device: Device, arms: Arms, name: str, file: Path, made: list[tuple[Path, Any]], pool: Pool
+) -> dict[str, Any]:
+    """Return what the host must know of an arm; its weights are free again when this returns."""
+    mod, same_as = arms.make(name)
+    if same_as:
+        return {"same_as": same_as}
+    whole = arms.narrowed(mod)
+    wide, constants = _lowered(device, arms, whole)
+    # Weights are parameters: arms that differ in them alone are one library.
+    library = next((f for f, known in made if tvm_ffi.structural_equal(known, wide.mod)), None)
+    if library is None:
+        library = file
+        device.compile(wide.mod, file)
+        made.append((file, wide.mod))
+    known = Recogniser(mod, lambda: arms.codes(name), arms.drawn.shapes, arms.coded)
+    tolerance = order_tolerance(whole).value
+    del mod, whole
+    known.look(constants)
+    return {
+        "allowed": tolerance,
+        "library": library.name,
+        "inputs": _inputs(wide),
+        "parameters": list(_parameters(constants, wide, known, pool)),
+        "parameter_bytes": sum(
+            const.value.numpy().nbytes * len(places)
+            for const, places in zip(constants, wide.places, strict=True)
+        ),
+    }
+
+
+def _lowered(device: Device, arms: Arms, mod: Any) -> tuple[Repeated, list[Any]]:
+    """Return a lowered arm of all its layers, its constants lifted, and those constants."""
+    lowered, constants = lift(device.lower(mod, arms.dtype), arms.drawn)
+    if arms.depth:
+        return repeat_layers(lowered, constants, arms.depth), constants
+    return Repeated(lowered, tuple((place,) for place in range(len(constants)))), constants
+
+
+def _inputs(wide: Repeated) -> list[dict[str, Any]]:
+    main = wide.mod["main"]
     return [
         {"name": str(p.name), "shape": [int(n) for n in p.ty.shape], "dtype": str(p.ty.dtype)}
-        for p in params[: len(params) - parameters]
+        for p in main.params[: int(main.attrs["num_input"])]
     ]
 
 
-def _parameters(constants: list[Any], known: Recogniser, pool: Pool) -> Iterator[dict[str, Any]]:
-    """Yield a recipe for each parameter, or where its value is kept."""
-    for const in constants:
-        array = const.value.numpy()
+def _parameters(
+    constants: list[Any], wide: Repeated, known: Recogniser, pool: Pool
+) -> Iterator[dict[str, Any]]:
+    """Yield a recipe for each constant, or where its value is kept, and which parameters it is."""
+    for const, places in zip(constants, wide.places, strict=True):
         try:
-            yield as_json(known.recipe(const), pool)
+            made = as_json(known.recipe(const), pool)
         except MeasurementError:
+            array = const.value.numpy()
             # A drawn weight must be drawn in every arm.
             if array.nbytes > STORED_BYTES or known.drawn(const):
                 raise
-            yield {"name": const_name(const), "stored": pool.put(array)}
+            made = {"name": const_name(const), "stored": pool.put(array)}
+        yield made | {"places": list(places)}
 
 
 def small(case: Case) -> Case:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ARMS = ("dense", "identity", "random", "linear", "iterative")
 UNIT, VECTORS = "unit:0.5", "vectors 64x16:0.5"
-# A sixteenth of Mamba-2.8B: layers and rows of its head alike, so that shares of time are those of
-# the whole. 64 layers would need 11 GB of float32 weights where arms are made.
+# Where the device's memory is too small for the whole: a sixteenth, layers and rows of the head
+# alike, so that shares of time are those of the whole.
 MAMBA_PART = 16
+MAMBA, PART = "mamba-2.8b", f"mamba-2.8b/{MAMBA_PART}"
+# Layers and words.
+MAMBA_SIZES = {MAMBA: (64, 50280), PART: (4, 3144)}
 # Files of the folder beside the libraries, and input sets that cold calls take in turn.
 INDEX, POOL, SETS = "models.json", "arrays.npz", 4
 
@@ -20,13 +23,13 @@ class Case:
     Attributes
     ----------
     model : str
-        ``bert-base`` or ``mamba-2.8b``.
+        ``bert-base``, ``mamba-2.8b`` or its part.
     batch, seq : int
         A decode step has one token.
     sparsity : str
         :data:`UNIT` or :data:`VECTORS`; with ``+ heads`` attention heads go as well.
     dtype : str
-        Of the products' operands.
+        Of the products' operands; ``int8``: of a Mamba's weights, beside float16 vectors.
     """
 
     model: str
@@ -38,7 +41,7 @@ class Case:
     @property
     def name(self) -> str:
         """Unique, and short enough for a file."""
-        shape = f"{self.batch}x{self.seq}" if self.model != "mamba-2.8b" else "step"
+        shape = f"{self.batch}x{self.seq}" if self.model not in MAMBA_SIZES else "step"
         return f"{self.model} {shape} {self.sparsity} {self.dtype}"
 
     @property
@@ -51,16 +54,24 @@ class Case:
         """Tokens of one call."""
         return self.batch * self.seq
 
+    @property
+    def stands_for(self) -> str:
+        """The case that this one is measured in place of, where that cannot be; or empty."""
+        return replace(self, model=MAMBA).name if self.model == PART else ""
+
 
 RESIDENT = Case("bert-base", 1, 128, f"{UNIT} + heads", "int8")
 # Most important first: a slot may end at any of them.
 CASES = (
     Case("bert-base", 8, 128, UNIT),
-    Case("mamba-2.8b", 1, 1, UNIT),
+    Case(MAMBA, 1, 1, UNIT),
     Case("bert-base", 8, 128, VECTORS),
-    Case("mamba-2.8b", 1, 1, VECTORS),
+    Case(MAMBA, 1, 1, VECTORS),
+    Case(PART, 1, 1, UNIT),
+    Case(PART, 1, 1, VECTORS),
     RESIDENT,
-    Case("mamba-2.8b", 1, 1, UNIT, "int8"),
+    Case(MAMBA, 1, 1, UNIT, "int8"),
+    Case(MAMBA, 1, 1, VECTORS, "int8"),
     *(
         Case("bert-base", batch, seq, sparsity)
         for sparsity in (UNIT, VECTORS)
@@ -71,7 +82,10 @@ CASES = (
     Case("bert-base", 8, 128, UNIT, "int8"),
 )
 NOTES = {
-    "mamba-2.8b": f"4 of 64 layers, 3,144 of 50,280 words: 1/{MAMBA_PART} of the model",
+    MAMBA: "a decode step of all 64 layers and 50,280 words; what is pruned, its order and the "
+    "drawn numbers are those of three layers: the first, one that stands for all between, the "
+    "last; every layer's weights lie in memory of their own; int8: the projections, not the head",
+    PART: "4 of 64 layers, 3,144 of 50,280 words: measured where the whole is refused",
     "bert-base": "the whole encoder",
     VECTORS: "feed-forward (Mamba: in and out) projections; groups of 64 hidden units, scattered "
     "over their axis, share which 16-row blocks live",

@@ -24,6 +24,9 @@ class Machine(Protocol):
     def tensor(self, array: Array) -> Any:
         """Return an array on the device."""
 
+    def free_bytes(self) -> int | None:
+        """Return the device's free memory; None if it does not say."""
+
     def arrays(self, outputs: Any) -> list[Array]:
         """Wait, and return all outputs as numpy."""
 
@@ -65,6 +68,11 @@ class TvmMachine:
     def tensor(self, array: Array) -> Any:
         """Return an array on the GPU."""
         return self._tvm.runtime.tensor(np.asarray(array, order="C"), self._kind)
+
+    def free_bytes(self) -> int | None:
+        """Return the GPU's free memory; None on the CPU."""
+        found = self._kind.available_global_memory
+        return None if found is None else int(found)
 
     def arrays(self, outputs: Any) -> list[Array]:
         """Wait, and return all outputs as numpy."""

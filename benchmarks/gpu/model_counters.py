@@ -36,6 +36,9 @@ def model_energy(device: CudaDevice, models: Models, clock: Clock) -> dict[str, 
     counter = NvmlDevice()
     found: dict[str, Any] = {}
     for name in models.cases:
+        if models.superfluous(name, found):
+            found[name] = "not measured: the whole model is"
+            continue
         if clock.left("model_energy") < CASE_S:
             found[name] = NO_TIME
             continue

@@ -36,16 +36,24 @@ def measure_models(device: CudaDevice, models: Models, clock: Clock) -> dict[str
     """Compare and time the arms of every case that fits the time."""
     found: dict[str, Any] = {"notes": dict(models.notes)}
     for name in models.cases:
+        if models.superfluous(name, found):
+            found[name] = "not measured: the whole model is"
+            continue
         if clock.over("models"):
             found[name] = "not measured: no time is left"
             continue
         try:
-            runs = models.runs(name)
-            values = compare(models, runs, models.cases[name].get("allowed", ALLOWED))
-            found[name] = {"values": values, **time_arms(device, runs), **_sizes(models, name)}
+            found[name] = _measured(device, models, name)
         except Exception as error:
             found[name] = f"not measured: {type(error).__name__}: {error}"
     return found
+
+
+def _measured(device: CudaDevice, models: Models, name: str) -> dict[str, Any]:
+    """Measure one case; what it held is free again when this returns."""
+    runs = models.runs(name)
+    values = compare(models, runs, models.cases[name].get("allowed", ALLOWED))
+    return {"values": values, **time_arms(device, runs), **_sizes(models, name)}
 
 
 def _sizes(models: Models, name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.cases import Case
+from benchmarks.gpu.cases import MAMBA_SIZES, Case
 from benchmarks.gpu.ratios import summary_of
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.cuda_timing import MAX_SETS, REPEATS, Clock
@@ -119,9 +119,8 @@ def model_peers(cases: Mapping[str, Mapping[str, Any]], clock: Clock) -> dict[st
 def _model_job(torch: Any, case: Case, how: str) -> Callable[[], Any]:
     def job() -> dict[str, Any]:
         make = _bert if case.model.startswith("bert") else _mamba
-        call = make(torch, case)
         with torch.inference_mode():
-            ready = torch.compile(call) if how == "compile" else call
+            ready = make(torch, case, torch.compile if how == "compile" else _as_it_is)
             for _ in range(5):
                 ready()
             torch.cuda.synchronize()
@@ -131,18 +130,23 @@ def _model_job(torch: Any, case: Case, how: str) -> Callable[[], Any]:
     return job
 
 
-def _bert(torch: Any, case: Case) -> Callable[[], Any]:
+def _as_it_is(call: Any) -> Any:
+    return call
+
+
+def _bert(torch: Any, case: Case, wrap: Callable[[Any], Any]) -> Callable[[], Any]:
     nn = torch.nn
     layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
     encoder = nn.TransformerEncoder(layer, 12).half().cuda().eval()
     x = torch.randn((case.batch, case.seq, 768), dtype=torch.half, device="cuda")
-    return lambda: encoder(x)
+    return wrap(lambda: encoder(x))  # type: ignore[no-any-return]
 
 
-def _mamba(torch: Any, case: Case) -> Callable[[], Any]:
-    """Return a decode step of 4 layers of Mamba-2.8B and a sixteenth of its head."""
-    hidden, inner, state, rank, layers, vocab = 2560, 5120, 16, 160, 4, 3144
-    linear = torch.nn.functional.linear
+def _mamba(torch: Any, case: Case, wrap: Callable[[Any], Any]) -> Callable[[], Any]:
+    """Return a decode step of Mamba-2.8B or its part, each layer wrapped alone."""
+    hidden, inner, state, rank = 2560, 5120, 16, 160
+    layers, vocab = MAMBA_SIZES[case.model]
+    linear, norm, silu = (getattr(torch.nn.functional, n) for n in ("linear", "rms_norm", "silu"))
 
     def random(*shape: int) -> Any:
         return torch.randn(shape, dtype=torch.half, device="cuda") * shape[-1] ** -0.5
@@ -157,17 +161,22 @@ def _mamba(torch: Any, case: Case) -> Callable[[], Any]:
     windows = [random(inner, 4) for _ in range(layers)]
     states = [random(inner, state) for _ in range(layers)]
 
+    def layer(x: Any, w_in: Any, w_x: Any, w_dt: Any, w_out: Any, window: Any, h: Any) -> Any:
+        value, gate = linear(norm(x, (hidden,)), w_in).chunk(2)
+        moved = torch.cat([window[:, 1:], value[:, None]], dim=1)
+        value = silu((moved * kernel).sum(1))
+        dt, key, query = linear(value, w_x).split([rank, state, state])
+        dt = torch.nn.functional.softplus(linear(dt, w_dt))[:, None]
+        h = h * torch.exp(dt * decay) + dt * value[:, None] * key
+        return x + linear((h @ query + value) * silu(gate), w_out)
+
+    ready = wrap(layer)
+
     def step() -> Any:
         x = random_input
-        for (w_in, w_x, w_dt, w_out), window, h in zip(weights, windows, states, strict=True):
-            value, gate = linear(torch.nn.functional.rms_norm(x, (hidden,)), w_in).chunk(2)
-            moved = torch.cat([window[:, 1:], value[:, None]], dim=1)
-            value = torch.nn.functional.silu((moved * kernel).sum(1))
-            dt, key, query = linear(value, w_x).split([rank, state, state])
-            dt = torch.nn.functional.softplus(linear(dt, w_dt))[:, None]
-            h = h * torch.exp(dt * decay) + dt * value[:, None] * key
-            x = x + linear((h @ query + value) * torch.nn.functional.silu(gate), w_out)
-        return linear(torch.nn.functional.rms_norm(x, (hidden,)), head)
+        for own, window, h in zip(weights, windows, states, strict=True):
+            x = ready(x, *own, window, h)
+        return linear(norm(x, (hidden,)), head)
 
     random_input = random(hidden)
     return step

@@ -25,9 +25,12 @@ from icd_tvm.tir_schedules.cuda.gemv import pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import numpy_dtype
 
 Array = npt.NDArray[Any]
-# What products of int8 keep beside a weight: a number for each of its columns.
+PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live")
+# What products of codes keep beside a weight: a number for each of its columns.
 COLUMNS = ("scale", "sums")
-PACKINGS = ("plain", "transposed", "gemm", "gemm live", "gemv", "gemv live", *COLUMNS)
+_INT8 = FORMATS["int8"]
+# Columns that are quantised at once, in float64.
+_TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ def realise(recipe: Recipe, draws: Draws) -> Array:
     """Return the parameter that a recipe describes."""
     parts = [_taken(source, draws.matrix(source.name)) for source in recipe.sources]
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-    return pack(whole, recipe.packing, recipe.shape, recipe.dtype)
+    if recipe.packing in COLUMNS:
+        return by_column(whole, recipe.packing).astype(recipe.dtype).reshape(recipe.shape)
+    return pack(rounded(whole, recipe.dtype), recipe.packing, recipe.shape)
 
 
 def _taken(source: Source, drawn: Array) -> Array:
@@ -104,30 +109,51 @@ def _taken(source: Source, drawn: Array) -> Array:
     return taken if source.alive is None else taken * source.alive
 
 
-def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Array:
+def rounded(whole: Array, dtype: str) -> Array:
+    """Return a float32 matrix [K, N] in a parameter's dtype; int8 are codes."""
+    if dtype == "int8":
+        return quantised(whole)[0]
+    return np.asarray(whole.astype(numpy_dtype(dtype), copy=False))
+
+
+def by_column(whole: Array, part: str) -> Array:
+    """Return the scales [N] of a float32 matrix's int8 codes, or the ``sums`` of the codes."""
+    codes, scales = quantised(whole)
+    return scales if part == "scale" else codes.sum(axis=0, dtype=np.int64)
+
+
+def quantised(whole: Array) -> tuple[Array, Array]:
+    """Return int8 codes [K, N] and float32 scales [N]: what `ApplyQuant` makes of ``int8``.
+
+    A column's scale depends on its largest element alone. Orders of rows and columns, and removed
+    units, which are zero, thus leave both as they are.
+    """
+    codes, scales = np.empty(whole.shape, np.int8), np.empty(whole.shape[1], np.float32)
+    for first in range(0, whole.shape[1], _TOGETHER):
+        part = slice(first, first + _TOGETHER)
+        values = whole[:, part].astype(np.float64)
+        scales[part], zero = block_scales(values, _INT8, "ptq-minmax", True)
+        codes[:, part] = encode(values, scales[part], zero, _INT8)
+    return codes, scales
+
+
+def pack(rounded: Array, packing: str, shape: tuple[int, ...]) -> Array:
     """Return a matrix [K, N] as the parameter's kernel wants it.
 
     Parameters
     ----------
-    whole : [K, N]
+    rounded : [K, N]
+        In the parameter's dtype.
     packing : str
-        One of :data:`PACKINGS`; ``live``: blocks of zeros are left out; ``scale`` and ``sums``: of
-        the int8 codes of each column.
+        One of :data:`PACKINGS`; ``live``: blocks of zeros are left out.
     shape : tuple of int
         Of the parameter; the third size of a ``gemm`` packing is the columns of its blocks.
-    dtype : str
 
     Raises
     ------
     ValueError
         If the matrix does not fit the shape.
     """
-    if packing in COLUMNS:
-        codes, scale = quantised(whole)
-        made = scale if packing == "scale" else codes.sum(axis=0, dtype=np.int64)
-        return made.astype(dtype).reshape(shape)
-    rounded = quantised(whole)[0] if dtype == "int8" else whole
-    rounded = rounded.astype(numpy_dtype(dtype), copy=False)
     if packing == "transposed":
         rounded = rounded.T
     elif packing.startswith("gemm"):
@@ -135,15 +161,8 @@ def pack(whole: Array, packing: str, shape: tuple[int, ...], dtype: str) -> Arra
         rounded = pack_weight(rounded, shape[2], blocks)
     elif packing.startswith("gemv"):
         blocks = live_blocks(rounded, LIVE_COLUMNS) if packing.endswith("live") else None
-        rounded = pack_vectors(rounded, dtype, blocks)
+        rounded = pack_vectors(rounded, str(rounded.dtype), blocks)
     return np.asarray(rounded.reshape(shape), order="C")
-
-
-def quantised(whole: Array) -> tuple[Array, Array]:
-    """Return the int8 codes of a matrix, and float32 scales of its columns: ``int8:channel``."""
-    dense, form = whole.astype(np.float64), FORMATS["int8"]
-    scale, zero = block_scales(dense, form, "ptq-minmax", symmetric=True)
-    return encode(dense, scale, zero, form), scale
 
 
 class Pool:

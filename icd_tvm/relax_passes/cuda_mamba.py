@@ -152,10 +152,10 @@ def _scan(
     _, channels, states = shape
     require(static_shape(state) == shape, "it has no state of its own")
     require(static_shape(rates) in ((channels, states), shape), "A has another shape")
-    softplus, (dt, dt_bias) = _step(flow, step, channels)
+    softplus, (dt, dt_bias) = step_before(flow, step, (1, channels))
     x, b = _drive(flow, drive, softplus, channels, states)
     c = _row(flow, product.args[1], states, "C")
-    out, z, d = _tail(flow, var, x, channels)
+    out, z, d = skip_and_gate(flow, var, x, (1, channels))
     made = partial(_scan_rule, channels, states, dtype)
     refusal = made({"b": dtype}, dtype).reason
     require(not refusal, refusal)
@@ -178,10 +178,16 @@ def _scan_rule(channels: int, states: int, dtype: str, types: Mapping[str, str],
     return scan_step_rule(channels, states, dtype, shared=types["b"])
 
 
-def _step(flow: Dataflow, step: Any, channels: int) -> tuple[Any, tuple[View, Any]]:
-    """Return the step after its softplus, and what it is of: (product, bias)."""
-    softplus = view_of(flow, step).root
-    require(static_shape(softplus) == (1, channels), "its step has another shape")
+def step_before(flow: Dataflow, step: Any, shape: tuple[int, int]) -> tuple[Any, tuple[View, Any]]:
+    """Return the step [tokens, channels] after its softplus, and what it is of: (product, bias).
+
+    Raises
+    ------
+    Refused
+        With the reason; `skip_and_gate` too.
+    """
+    channels, softplus = shape[1], view_of(flow, step).root
+    require(static_shape(softplus) == shape, "its step has another shape")
     todo, seen = [softplus], set[Any]()
     while todo:
         var = todo.pop()
@@ -217,19 +223,23 @@ def _row(flow: Dataflow, expr: Any, states: int, what: str) -> View:
     return view_of(flow, expr)
 
 
-def _tail(flow: Dataflow, var: Any, x: Any, channels: int) -> tuple[Any, View, Any]:
-    """Return (result, z, D) of ``(y + D x) silu(z)``."""
-    flat = var
+def skip_and_gate(
+    flow: Dataflow, var: Any, x: Any, shape: tuple[int, int]
+) -> tuple[Any, View, Any]:
+    """Return (result, z, D) of ``(y + D x) silu(z)``, y and x [tokens, channels]."""
+    flat, channels = var, shape[1]
     while (user := flow.only_user(flat)) is not None and _reshaped(flow, user):
         flat = user
-    require(static_shape(flat) == (1, channels), "its output is no row of channels")
+    require(static_shape(flat) == shape, "its output is no row of channels")
     total = need(flow.only_user(flat), "its output is read more than once")
     added = need(flow.bound(total, "relax.add"), "no skip connection follows it")
     skip = next(arg for arg in added.args if not arg.same_as(flat))
     times = need(flow.call(skip, "relax.multiply"), "the skip connection has no D")
     one, d = operands(times)
     is_d = constant_array(d) is not None and static_shape(d) == (channels,)
-    require(is_d and one.same_as(x), "the skip connection is not D x")
+    source, own = view_of(flow, one), view_of(flow, x)
+    same = source.root.same_as(own.root) and source.offset == own.offset
+    require(is_d and same, "the skip connection is not D x")
     result = need(flow.only_user(total), "the sum is read more than once")
     gated = need(flow.bound(result, "relax.multiply"), "no gate follows it")
     gate = next(arg for arg in gated.args if not arg.same_as(total))

@@ -17,8 +17,10 @@ from icd_tvm.relax_passes.cuda_int8_products import plan_codes, plan_int8_produc
 from icd_tvm.relax_passes.cuda_mamba import plan_conv, plan_scan
 from icd_tvm.relax_passes.cuda_norms import plan_norm
 from icd_tvm.relax_passes.cuda_plan import Planned
+from icd_tvm.relax_passes.cuda_prefill import plan_prefill_conv, plan_prefill_scan
 from icd_tvm.relax_passes.cuda_products import plan_product
 from icd_tvm.relax_passes.cuda_shared import SharedValues
+from icd_tvm.relax_passes.cuda_weight_only import plan_weight_only
 from icd_tvm.relax_passes.int8_product import int8_product
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 
@@ -51,11 +53,13 @@ class Found:
             self.refusals[label or str(var.name)] = found
 
 
-def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
+def find_kernels(mod: Any, func: Any, states: States, dtype: str, arch: str) -> Found:
     """Return the kernels for a function.
 
     Parameters
     ----------
+    mod : tvm.IRModule
+        Holds the kernels that the function calls already.
     func : relax.Function
         Constants bound and folded.
     states : sequence of (str, str)
@@ -71,10 +75,14 @@ def find_kernels(func: Any, states: States, dtype: str, arch: str) -> Found:
     made = {var for plan in found.plans.values() for var in plan.results}
     for var in list(flow.values):
         found.note(var, plan_codes(flow, var, made))
+    for var in list(flow.values):
+        found.note(var, plan_prefill_conv(flow, var, dtype))
+        found.note(var, plan_prefill_scan(mod, flow, var, dtype, arch))
     wanted = {var for plan in found.plans.values() for var in plan.read() | set(plan.results)}
     for var in list(flow.values):
-        codes = plan_int8_product(flow, var, wanted, arch)
-        product = plan_product(flow, var, wanted, dtype, arch) if codes is None else codes
+        coded = plan_int8_product(flow, var, wanted, arch)
+        coded = coded or plan_weight_only(flow, var, wanted, dtype)
+        product = coded or plan_product(flow, var, wanted, dtype, arch)
         found.note(var, product, _merged_weights(flow, var))
         if isinstance(product, Planned):
             wanted |= product.read() | set(product.results)

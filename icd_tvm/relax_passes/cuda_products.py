@@ -62,17 +62,15 @@ def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKern
     """Return the kernels for ``X[m, K] @ weight`` with operands rounded to ``dtype``."""
     with np.errstate(over="ignore"):
         rounded = weight.astype(numpy_dtype(dtype))
-    if not np.isfinite(rounded.astype(np.float32)).all():
+    if not np.isfinite(rounded).all():
         reason = f"weights beyond the range of {dtype}"
         return ProductKernels(lambda *_: refused(reason), {}, reason)
-    blocks = paying_blocks(rounded)
-    if m == 1:
-        return _vector(m, rounded, dtype, arch, blocks)
-    return matrix_kernels(m, rounded, dtype, arch, blocks)
+    make = _vector if m == 1 else matrix_kernels
+    return make(m, rounded, dtype, arch, paying_blocks(rounded))
 
 
 def paying_blocks(weight: Array) -> npt.NDArray[np.int32] | None:
-    """Return the live blocks of a weight, or None where lists of them do not pay."""
+    """Return the lists of live blocks of a weight [K, N]; None where they do not pay."""
     blocks = live_blocks(weight, LIVE_COLUMNS)
     pays = blocks.shape[1] * SLAB <= _PAYS * len(weight) and not weight.shape[1] % LIVE_COLUMNS
     return blocks if pays else None
@@ -156,27 +154,47 @@ def plan_product(
     kernels = product_kernels(rows, weight, dtype, arch)
     if kernels.reason:
         return kernels.reason
-    chain = chain_after(flow, var, wanted)
-    source = view_of(flow, matmul.args[0], wanted)
-    return _planned(matmul, chain, kernels, source, dtype)
+    return plan_with(flow, var, wanted, matmul.args[0], kernels, const_name(matmul.args[1]), dtype)
 
 
-def _planned(
-    matmul: Any, chain: Chain, kernels: ProductKernels, source: View, dtype: str
+def plan_with(
+    flow: Dataflow,
+    var: Any,
+    wanted: set[Any],
+    x: Any,
+    kernels: ProductKernels,
+    label: str,
+    words: str,
 ) -> Planned:
-    shape = static_shape(matmul.args[0]) or ()
+    """Return given kernels of the product bound to ``var``, and of what follows it.
+
+    Parameters
+    ----------
+    flow, var, wanted
+        As for `plan_product`.
+    x : relax.Expr
+        Its input.
+    kernels : ProductKernels
+        Without a refusal.
+    label : str
+        Name of the weight.
+    words : str
+        Types, for people.
+    """
+    chain = chain_after(flow, var, wanted)
+    shape, source = static_shape(x) or (), view_of(flow, x, wanted)
     vector = prod(shape[:-1]) == 1
     # A kernel for matrices reads whole rows.
     if not vector and (source.offset or _size(source.root) != prod(shape)):
-        source = View(matmul.args[0])
-    found = _constants(matmul, kernels)
+        source = View(x)
+    found = _constants(label, kernels)
     found["x" if vector else "a"] = Operand(source.root, offset=source.offset)
     if chain.bias is not None:
         found["bias"] = Operand(chain.bias, "kept")
     if chain.residual is not None:
         found["residual"] = Operand(chain.residual, "tied")
     lists = kernels.constants.get("slabs", kernels.constants.get("blocks"))
-    reason = f"{dtype}, {'dense' if lists is None else 'live blocks'}"
+    reason = f"{words}, {'dense' if lists is None else 'live blocks'}"
     return Planned(
         result=chain.result,
         operands=found,
@@ -189,11 +207,10 @@ def _planned(
     )
 
 
-def _constants(matmul: Any, kernels: ProductKernels) -> dict[str, Operand]:
-    label = const_name(matmul.args[1])
-    names = {name: label if name == "w" else f"{label}.blocks" for name in kernels.constants}
+def _constants(label: str, kernels: ProductKernels) -> dict[str, Operand]:
+    ends = {"w": "", "scales": ".scale", "slabs": ".blocks", "blocks": ".blocks"}
     return {
-        name: Operand(named_const(array, names[name]), "kept")
+        name: Operand(named_const(array, f"{label}{ends[name]}"), "kept")
         for name, array in kernels.constants.items()
     }
 

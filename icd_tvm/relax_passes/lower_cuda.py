@@ -7,6 +7,7 @@ from typing import Any
 from icd_tvm._tvm import dlight, relax, tvm
 from icd_tvm.relax_passes.append_in_place import AppendInPlace
 from icd_tvm.relax_passes.cuda_graph import for_graph, graph_config
+from icd_tvm.relax_passes.hold_weight_only import HoldWeightOnly
 from icd_tvm.relax_passes.mark_int8_products import MarkInt8Products
 from icd_tvm.relax_passes.merge_shared_input import MergeSharedInput
 from icd_tvm.relax_passes.plain_names import PlainNames
@@ -33,7 +34,7 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     rx, gpu = relax.transform, dlight.gpu
     return tvm.transform.Sequential(
         [
-            *_marks(arch, precision),
+            *_coded(arch, precision),
             rx.FoldConstant(),
             *_kernels(arch, precision),
             # Caches whose append is not part of a kernel.
@@ -58,9 +59,9 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     )
 
 
-def _marks(arch: str, precision: str | None) -> list[Any]:
+def _coded(arch: str, precision: str | None) -> list[Any]:
     # Weights would be dequantised where constants are folded.
-    return [] if precision is None else [MarkInt8Products(arch)]
+    return [] if precision is None else [MarkInt8Products(arch), HoldWeightOnly(precision)]
 
 
 def _kernels(arch: str, precision: str | None) -> list[Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -29,7 +28,7 @@ from icd_tvm.relax_passes.relax_graph import (
     rewrite_functions,
     static_shape,
 )
-from icd_tvm.relax_passes.select_cuda_kernels import CUDA_KERNELS_ATTR, CudaChoice
+from icd_tvm.relax_passes.select_cuda_kernels import with_refusals
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 
 Array = npt.NDArray[np.float32]
@@ -100,8 +99,7 @@ class MarkInt8Products:
         mod = rewrite_functions(mod, lambda new, func: _Marker(new, self._find(func)))
         # Else the weights' values would be folded to floats that nothing reads.
         mod = relax.transform.DeadCodeElimination()(mod)
-        left = {node: asdict(CudaChoice("tvm", 0, why)) for node, why in self.refused.items()}
-        return mod.with_attr(CUDA_KERNELS_ATTR, json.dumps(left)) if left else mod
+        return with_refusals(mod, self.refused)
 
     def _find(self, func: Any) -> dict[Any, _Product]:
         """Return the products, by the call that makes their float32."""

@@ -26,6 +26,7 @@ from icd_tvm._tvm import (
 )
 from icd_tvm.core.permutation import as_permutation, invert
 from icd_tvm.errors import PermutationError
+from icd_tvm.relax_passes.plain_names import plain_name
 
 
 @tvm.transform.module_pass(opt_level=0, name="ReorderOutputs")
@@ -75,8 +76,10 @@ class _OutputReorderer(PyExprMutator):
         array = weight.value.numpy()
         order = as_permutation(self._orders[name], array.shape[1])
         permuted = named_const(np.ascontiguousarray(array[:, order]), const_name(weight))
+        # The kernel's buffer is named after it.
         product = self.builder_.emit(
-            relax.op.matmul(source, permuted, binding.value.attrs.out_dtype), f"{name}_ordered"
+            relax.op.matmul(source, permuted, binding.value.attrs.out_dtype),
+            plain_name(f"{name}_ordered"),
         )
         restored = self.builder_.emit_te(
             _gather_columns,

@@ -44,13 +44,14 @@ class CudaChoice:
 class SelectCudaKernels:
     """Replace what a kernel of `tir_schedules.cuda` computes by calls of it.
 
-    Products with a constant weight, of int8 where `MarkInt8Products` says so, take a bias, GELU,
-    ReLU or SiLU and a residual along; encoder and decoding attention, layer and RMS norms, and the
-    two halves of a Mamba step are kernels of their own. int8 codes are written by what makes their
-    values where that can be. Values between two kernels have the type ``dtype`` where one of them
-    asks for it; all sums of floats are float32. Opaque states are written in place. Packed
-    constants keep the name of the weight, lists of live blocks are named after it with ``.blocks``
-    appended. What does not fit stays for TVM. The choices travel with the module as JSON
+    Products with a constant weight, of int8 where `MarkInt8Products` says so, with codes where
+    `HoldWeightOnly` does, take a bias, GELU, ReLU or SiLU and a residual along; encoder and
+    decoding attention, layer and RMS norms, and the parts of a Mamba layer are kernels of their
+    own. int8 codes are written by what makes their values where that can be. Values between two
+    kernels have the type ``dtype`` where one of them asks for it; all sums of floats are float32.
+    Opaque states are written in place. Packed constants keep the name of the weight; scales, sums
+    and lists of live blocks are named after it with ``.scale``, ``.sums`` and ``.blocks`` appended.
+    What does not fit stays for TVM. The choices travel with the module as JSON
     (`read_cuda_kernels`); the reasons of passes before this one, which it had there, are kept.
 
     Parameters
@@ -83,17 +84,38 @@ class SelectCudaKernels:
             own = self.choices.get(node)
             reason = refusal.reason if own is None else f"{own.reason}; {refusal.reason}"
             self.choices[node] = replace(own or refusal, reason=reason)
-        choices = {node: asdict(choice) for node, choice in self.choices.items()}
         mod = relax.transform.DeadCodeElimination()(mod)
-        return mod.with_attr(CUDA_KERNELS_ATTR, json.dumps(choices))
+        return mod.with_attr(CUDA_KERNELS_ATTR, _as_json(self.choices))
 
     def _rewriter(self, mod: Any, func: Any, states: Any) -> Any:
-        found = find_kernels(func, states, self.dtype, self.arch)
+        found = find_kernels(mod, func, states, self.dtype, self.arch)
         for name, plan in found.plans.items():
             self.choices[name] = CudaChoice(plan.kind, plan.live, plan.reason, plan.fused)
         for name, reason in found.refusals.items():
             self.choices[name] = CudaChoice("tvm", 0, reason)
         return _Emitter(mod, list(found.plans.values()), found.owned, self)
+
+
+def _as_json(choices: Mapping[str, CudaChoice]) -> str:
+    return json.dumps({node: asdict(choice) for node, choice in choices.items()})
+
+
+def with_refusals(mod: Any, refused: Mapping[str, str]) -> Any:
+    """Return the module with reasons that `SelectCudaKernels` adds to its own.
+
+    Parameters
+    ----------
+    mod : IRModule
+    refused : mapping of str to str
+        Binding of a product -> why a pass before that one left it.
+    """
+    left = read_cuda_kernels(mod)
+    for node, why in refused.items():
+        reason = f"{left[node].reason}; {why}" if node in left else why
+        left[node] = CudaChoice("tvm", 0, reason)
+    if not left:
+        return mod
+    return mod.with_attr(CUDA_KERNELS_ATTR, _as_json(left))
 
 
 def read_cuda_kernels(mod: Any) -> dict[str, CudaChoice]:
@@ -143,9 +165,11 @@ class _Emitter(PyExprMutator):
         offsets = {name: one.offset for name, one in plan.operands.items()}
         *before, last = plan.rule(types, out).kernels
         for kernel in before:
-            part = kernel.arguments[-1]
-            kind = relax.TensorType(part.shape, part.dtype)
-            known[part.name] = self.builder_.emit(self._call(kernel, known, offsets, [kind]))
+            parts = kernel.arguments[-kernel.outputs :]
+            kinds = [relax.TensorType(part.shape, part.dtype) for part in parts]
+            value = self.builder_.emit(self._call(kernel, known, offsets, kinds))
+            made = [value] if len(parts) == 1 else self._items(value, len(parts))
+            known |= {part.name: one for part, one in zip(parts, made, strict=True)}
         self._finish(plan, last, known, offsets, out)
 
     def _type(self, one: Operand, out: str) -> str:
@@ -188,12 +212,13 @@ class _Emitter(PyExprMutator):
         kinds = [var.ty for var in states.values()] + [relax.TensorType(shape, out)]
         call = self._call(kernel, known, offsets, kinds, list(states) if inside else None)
         value = self.builder_.emit(call, name_hint=str(plan.result.name))
-        made = [value]
-        if states:
-            made = [self.builder_.emit(relax.TupleGetItem(value, i)) for i in range(len(kinds))]
+        made = self._items(value, len(kinds)) if states else [value]
         for var, new in zip(states.values(), made[:-1], strict=True):
             self._replace(var, new)
         self._result(plan.result, made[-1], out)
+
+    def _items(self, value: Any, count: int) -> list[Any]:
+        return [self.builder_.emit(relax.TupleGetItem(value, i)) for i in range(count)]
 
     def _is_owned(self, plan: Planned) -> bool:
         """Tell whether each state that is read is that which the new one replaces."""

@@ -1,0 +1,148 @@
+"""Products of one float row with a quantised weight, for the CUDA kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from icd_tvm._tvm import Call, const_name, relax
+from icd_tvm.relax_passes.cuda_plan import Planned
+from icd_tvm.relax_passes.cuda_products import ProductKernels, paying_blocks, plan_with
+from icd_tvm.relax_passes.quantized_operands import Weight
+from icd_tvm.relax_passes.relax_graph import Dataflow
+from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
+from icd_tvm.tir_schedules.cuda.source_kernel import PLAIN, Epilogue, Rule
+
+Array = npt.NDArray[Any]
+# A call that folding leaves alone: x, codes int8 [K, N], scales float32 [N] or [N, K / group].
+WEIGHT_ONLY = "icd.weight_only_matmul"
+_RANGES = {"int4": 8, "int8": 128}
+
+
+class Codes(NamedTuple):
+    """A weight ``codes * scales``: int8 [K, N], and float32 [N] or [N, K / group]."""
+
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+
+    @property
+    def group(self) -> int:
+        """Rows that share a scale; 0 where a whole column does."""
+        return 0 if self.scales.ndim == 1 else len(self.codes) // self.scales.shape[1]
+
+    @property
+    def widths(self) -> list[str]:
+        """The types that hold the codes, narrowest first."""
+        low, high = int(self.codes.min()), int(self.codes.max())
+        return [name for name, half in _RANGES.items() if -half <= low and high < half]
+
+
+class _Form(NamedTuple):
+    """How codes are stored, with which lists of live blocks; or why not."""
+
+    stored: str
+    blocks: npt.NDArray[np.int32] | None
+    reason: str = ""
+
+
+def codes_of(weight: Weight) -> Codes | str:
+    """Return a quantised weight as codes without zero points, or why it is none.
+
+    Parameters
+    ----------
+    weight : Weight
+        As it stands in the model, values and zero points of bytes.
+    """
+    if weight.scale is None:
+        return "the weight is bytes without scales"
+    shifted = weight.values.astype(np.int16) - weight.zero.astype(np.int16)
+    if shifted.min() < -128 or shifted.max() > 127:
+        return "codes less their zero points are no int8: quantise symmetrically"
+    k, n = shifted.shape
+    # Zero points are gone: only scales make groups.
+    block = replace(weight, zero=np.zeros((1, 1), np.int8)).block()
+    rows = weight.scale if len(weight.scale) == 1 else weight.scale[::block]
+    scales = np.broadcast_to(rows, (k // block, n)).T
+    scales = scales[:, 0] if block == k else scales
+    return Codes(shifted.astype(np.int8), np.asarray(scales, np.float32, order="C"))
+
+
+def why_no_kernel(weight: Codes, dtype: str) -> str:
+    """Return why no kernel multiplies a vector of ``dtype`` by the codes; empty if one does."""
+    return _form(weight, dtype).reason
+
+
+def weight_only_kernels(weight: Codes, dtype: str) -> ProductKernels:
+    """Return the kernels of a vector times codes, as `product_kernels` does."""
+    form, make = _form(weight, dtype), partial(_rule, weight, dtype)
+    if form.reason:
+        return ProductKernels(lambda *_: Rule((), form.reason), {}, form.reason)
+    constants: dict[str, Array] = {"w": pack_vectors(weight.codes, form.stored, form.blocks)}
+    constants["scales"] = weight.scales
+    if form.blocks is not None:
+        constants["blocks"] = form.blocks
+    return ProductKernels(partial(make, form.stored, form.blocks), constants)
+
+
+def plan_weight_only(flow: Dataflow, var: Any, wanted: set[Any], dtype: str) -> Planned | None:
+    """Return the kernel of the held product bound to ``var`` and of what follows it.
+
+    Parameters
+    ----------
+    flow : Dataflow
+    var : relax.Var
+    wanted : set of relax.Var
+        Values that other kernels read, which must therefore exist.
+    dtype : str
+        Of the vector: ``float16`` or ``bfloat16``.
+
+    Returns
+    -------
+    Planned or None
+        None where ``var`` is no call that `HoldWeightOnly` made. It holds what has a kernel.
+    """
+    call: Any = flow.values.get(var)
+    if not is_weight_only(call):
+        return None
+    x, codes, scales = call.args[1].fields
+    weight = Codes(codes.value.numpy(), scales.value.numpy())
+    stored = _form(weight, dtype).stored
+    words = f"{stored} times {dtype}, scales by row"
+    if weight.group:
+        words = f"{words} and {weight.group} inputs"
+    kernels = weight_only_kernels(weight, dtype)
+    return plan_with(flow, var, wanted, x, kernels, const_name(codes), words)
+
+
+def is_weight_only(expr: Any) -> bool:
+    """Tell whether an expression is a call that `HoldWeightOnly` made."""
+    if not isinstance(expr, Call) or len(expr.args) < 2:
+        return False
+    callee = expr.args[0]
+    return isinstance(callee, relax.ExternFunc) and str(callee.global_symbol) == WEIGHT_ONLY
+
+
+def _form(weight: Codes, dtype: str) -> _Form:
+    """Return the narrowest storage that has a kernel, with live blocks before without."""
+    blocks, reason = paying_blocks(weight.codes), "no codes"
+    for stored, lists in product(weight.widths, [blocks, None] if blocks is not None else [None]):
+        rule = _rule(weight, dtype, stored, lists, PLAIN, "float32")
+        if rule.kernels:
+            return _Form(stored, lists)
+        reason = rule.reason
+    return _Form("", None, reason)
+
+
+def _rule(
+    weight: Codes, dtype: str, stored: str, blocks: Array | None, epilogue: Epilogue, out: str
+) -> Rule:
+    k, n = weight.codes.shape
+    live = None if blocks is None else (blocks.shape[0], blocks.shape[1])
+    return gemv_rule(
+        n, k, stored, x=dtype, out=out, epilogue=epilogue, group=weight.group, live=live
+    )
