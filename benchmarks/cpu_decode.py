@@ -3,7 +3,7 @@
 "gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
 share of its bandwidth, of the bytes that must be read: above 1 where a product reads faster than
 it. With eight rows the float multiply-adds alone may take longer than the bytes: "most" is the
-share that the two measured peaks allow.
+share that the two measured peaks allow; bf16 has dot products, for which it is too low.
 
 "step" is one token of SmolLM2-135M with int8 weights and a KV cache that a real prompt filled,
 beside other runtimes with weights of 8 bits on the same graph, which hands the cache in and out;

@@ -32,7 +32,7 @@ import onnx
 from onnx import helper
 
 from icd_tvm._tvm import relax
-from icd_tvm.adapters.kv_quant import stored_rows
+from icd_tvm.adapters.kv_quant import STATE_TYPES, stored_rows
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
@@ -56,7 +56,8 @@ from icd_tvm.tir_schedules.target import host_target
 STATES = cache_states(SMOLLM2)
 DROPPED = "dropped"
 DROPS = (0.3, 0.5)
-CHECKED = (*((drop, None) for drop in DROPS), (0.0, "int8"), (0.3, "int8"))
+WHOLE = tuple((0.0, dtype) for dtype in STATE_TYPES)
+CHECKED = (*((drop, None) for drop in DROPS), *WHOLE, (0.3, "int8"))
 CACHE_KERNELS = ("decode_attention", "where", "append_row", "round_cast", "tir_abs_max")
 
 
