@@ -12,7 +12,7 @@ from tiny_model import tiny_onnx
 
 import icd_tvm
 from icd_tvm.cli import main
-from icd_tvm.errors import ConfigError
+from icd_tvm.errors import ConfigError, ShapeError
 from icd_tvm.measure.metrics import validate_metrics
 from icd_tvm.relax_passes.kv_states import find_kv_states
 from icd_tvm.runtime.compile_model import compile_model, summary
@@ -125,9 +125,19 @@ def test_a_run_of_fewer_bits_is_loaded_as_it_was_built(
         assert kinds["past_key_0_scale"] == ((1, 2, 16, 1), "float32")
     else:
         assert "past_key_0_scale" not in kinds
-    found = model({name: np.zeros(shape, dtype) for name, (shape, dtype) in kinds.items()})
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.random(shape).astype(kind) for name, (shape, kind) in kinds.items()}
+    found = model(inputs)
     assert [found[info.name].shape for info in model.outputs] == [i.shape for i in model.outputs]
     assert found["present_value_1"].any()
+    # numpy's files do not name bfloat16; its bytes are taken for what they are.
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    with np.load(tmp_path / "inputs.npz") as stored:
+        again = model(dict(stored))
+    for output, array in found.items():
+        np.testing.assert_array_equal(again[output], array)
+    with pytest.raises(ShapeError, match=r"'past_key_0' has dtype"):
+        model({**inputs, "past_key_0": inputs["past_key_0"].astype(np.float32)})
 
 
 def test_sparsity_and_a_smaller_cache_together() -> None:
