@@ -3,11 +3,14 @@
 "gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
 share of its bandwidth, of the bytes that must be read: above 1 where a product reads faster than
 it. With eight rows the float multiply-adds alone may take longer than the bytes: "most" is the
-share that the two measured peaks allow.
+share that the two measured peaks allow; bf16 has dot products, for which it is too low.
 
-"step" is one token of SmolLM2-135M with int8 weights and a full KV cache of floats, beside other
-runtimes with weights of 8 bits on the same graph, which hands the cache in and out; llama.cpp, at
-Q8_0 and with its own float16 cache, is shown but is not one of the peers that the bar is about.
+"step" is one token of SmolLM2-135M with int8 weights and a KV cache that a real prompt filled,
+beside other runtimes with weights of 8 bits on the same graph, which hands the cache in and out;
+llama.cpp, at Q8_0 and with its own float16 cache of the same prompt, is shown but is not one of
+the peers that the bar is about. A second line compares the logits of all with those of ONNX
+Runtime in float32: the share of tokens with the same largest logit, the largest difference, and
+the same over the largest logit.
 
 "typeseg" is a trained Mamba of 512 tokens; ONNX Runtime's Scan is slow, so its bar is low.
 
@@ -15,13 +18,13 @@ What "int8" is: ours and openvino-int8w keep activations in floats; onnxruntime-
 quantise them at run time, a tensor at a time; onnxruntime-int8w and llama.cpp by blocks.
 
     python benchmarks/cpu_decode.py [--only gemv step typeseg] [--quick] [--threads 1 2]
-        [--slots N ...] [--peers NAMES] [--gguf FILE] [--out docs/results/cpu-decode.json]
+        [--slots N ...] [--caches NAMES] [--peers NAMES] [--gguf FILE] [--work FOLDER]
+        [--out docs/results/cpu-decode.json]
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -32,23 +35,18 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import onnx
 from cpu_peers import Case, run
 from cpu_peers import show as show_case
-from peer_ratios import to_fastest
+from decode_step import CACHES, PEERS, Contest, show_logits, step_line
 
 PARTS = ("gemv", "step", "typeseg")
 SHAPES = ((10240, 2560), (2560, 10240))
 ROWS = (1, 4, 8)
 KINDS = ("fp32", "bf16", "int8", "int8 + 50 % block")
-GEMV_BAR, STEP_BAR, TYPESEG_BAR = 0.85, 0.85, 0.10
+GEMV_BAR, TYPESEG_BAR = 0.85, 0.10
 SLOTS = (1024, 4096)
-QUANT = "int8; *lm_head*=int8"
-PEERS = ("onnxruntime-int8", "onnxruntime-int8w", "openvino-int8w", "torch-int8")
-LLAMA = "llamacpp"
-# Standard deviation of the cached keys and values.
-SPREAD = np.float32(0.05)
 # Several copies of a weight, so that each call reads from memory.
 COPY_BYTES = 160 * 2**20
 Line = dict[str, Any]
@@ -57,9 +55,8 @@ Line = dict[str, Any]
 # -- gemv
 
 
-def weights(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarray]]:
-    """Return the form of a narrow weight (None: floats) and its constants, from random numbers."""
-    from icd_tvm.tir_schedules.cpu.dense import pack_dense
+def narrow_weight(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarray]]:
+    """Return the form of a narrow weight and its constants, from random numbers."""
     from icd_tvm.tir_schedules.cpu.gemv import (
         SKIP_ROWS,
         NarrowWeight,
@@ -68,12 +65,9 @@ def weights(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarr
     )
 
     rng = np.random.default_rng(0)
-    if kind == "dense fp32":
-        return None, [pack_dense(rng.standard_normal((k, n), dtype=np.float32), columns)]
-    if kind in ("fp32", "bf16"):
-        values = rng.standard_normal((k, n), dtype=np.float32)
-        form = NarrowWeight(32 if kind == "fp32" else 16, k)
-        return form, pack_narrow(values, [], form, columns)
+    if kind == "fp32":
+        floats = rng.standard_normal((k, n), dtype=np.float32)
+        return NarrowWeight(32, k), pack_narrow(floats, [], NarrowWeight(32, k), columns)
     values = rng.integers(-127, 128, (k, n), np.int8)
     scale = np.full((1, n), 0.01, np.float32)
     if kind == "int8":
@@ -84,24 +78,37 @@ def weights(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarr
     return pack_skipping(values, scale, columns)
 
 
+def gemv_kernel(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Any, list[np.ndarray]]:
+    """Return the function that a compiled model has for a product, and its packed weight."""
+    from icd_tvm.tir_schedules.cpu.bf16_matmul import bf16_matmul, bf16_tile, pack_bf16
+    from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+    from icd_tvm.tir_schedules.cpu.gemv import narrow_matmul, narrow_tile
+    from icd_tvm.tir_schedules.cpu.tile import choose_tile
+
+    if kind == "bf16" or (kind == "fp32" and m > 1):
+        weight = np.random.default_rng(0).standard_normal((k, n), dtype=np.float32)
+        if kind == "bf16":
+            tile = bf16_tile(m, k, n, target)
+            return bf16_matmul(m, k, n, target, tile=tile), [pack_bf16(weight, tile.columns)]
+        tile = choose_tile(m, k, n, target)
+        return dense_matmul(m, k, n, tile), [pack_dense(weight, tile.columns)]
+    form, packed = narrow_weight(kind, k, n, narrow_tile(m, target).columns)
+    return narrow_matmul(m, k, n, form, target), packed
+
+
 def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[], Any], int]:
     """Return a call that reads another copy of the weight each time, and the bytes it reads."""
     from icd_tvm._tvm import tvm
     from icd_tvm.tir_schedules.cpu import cpu_rules
-    from icd_tvm.tir_schedules.cpu.dense import dense_matmul
-    from icd_tvm.tir_schedules.cpu.gemv import narrow_matmul, narrow_tile
     from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-    from icd_tvm.tir_schedules.cpu.tile import choose_tile
 
-    # As `PackWeights` chooses.
-    dense = kind == "fp32" and m > 1
-    kind = "dense fp32" if dense else kind
-    tile = choose_tile(m, k, n, target) if dense else narrow_tile(m, target)
-    form, packed = weights(kind, k, n, tile.columns)
-    func = dense_matmul(m, k, n, tile) if form is None else narrow_matmul(m, k, n, form, target)
+    func, packed = gemv_kernel(kind, m, k, n, target)
     sch = next(s for s in (rule.apply(func, target, False) for rule in cpu_rules()) if s)
     main = compile_kernel(sch.mod["main"], target)["main"]
     x = np.random.default_rng(1).standard_normal((m, k), dtype=np.float32)
+    if kind == "bf16":
+        # In a model the kernel before it rounds.
+        x = x.astype(ml_dtypes.bfloat16).view(np.uint16)
     size = sum(array.nbytes for array in packed)
     copies = [[tvm.runtime.tensor(a) for a in packed] for _ in range(1 + COPY_BYTES // size)]
     source, out = tvm.runtime.tensor(x), tvm.runtime.tensor(np.zeros((m, n), np.float32))
@@ -141,110 +148,13 @@ def gemv_lines(threads: int, rounds: int) -> Iterator[Line]:
             }
 
 
-# -- step
-
-
-def step_feeds(slots: int) -> dict[str, np.ndarray]:
-    """Return a token and a full cache, of values so small that attention is about even.
-
-    They do not change the time; large ones would make a chaos of it, whose outputs tell nothing.
-    """
-    from kv_step import feeds
-
-    return {
-        name: SPREAD * array if array.dtype == np.float32 else array
-        for name, array in feeds(slots).items()
-    }
-
-
-def step_arms(model: onnx.ModelProto, threads: int) -> dict[str, Any]:
-    """Build our step: on a cache of floats, and on one of bytes."""
-    from icd_tvm._tvm import apply_pass
-    from icd_tvm.adapters.kv_spec import KVSpec
-    from icd_tvm.models.decoder import SMOLLM2, cache_states
-    from icd_tvm.models.importer import import_onnx
-    from icd_tvm.relax_passes.apply_kv_compress import ApplyKVCompress
-    from icd_tvm.relax_passes.apply_quant import ApplyQuant, parse_quant
-    from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
-    from icd_tvm.relax_passes.layer_rules import parse_request
-    from icd_tvm.runtime.build import build
-    from icd_tvm.tir_schedules.target import host_target
-
-    mod = apply_pass(AttachLayoutTags(cache_states(SMOLLM2)), import_onnx(model).mod)
-    mod = apply_pass(ApplyQuant(parse_request(QUANT, parse_quant)), mod)
-    target = host_target(threads)
-    bytes_too = apply_pass(ApplyKVCompress(KVSpec(0.0, 128, dtype="int8")), mod)
-    return {"ours": build(mod, target), "ours, int8 cache": build(bytes_too, target)}
-
-
-def step_line(
-    slots: int, threads: int, rounds: int, peers: tuple[str, ...], gguf: Path | None
-) -> Line:
-    """Measure one size of the cache, all runtimes in turns."""
-    from icd_tvm.measure.peers import compare_with_peer
-    from icd_tvm.measure.statistics import summarise
-    from icd_tvm.models.smollm2 import build_smollm2_step
-
-    feeds = step_feeds(slots)
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="icd-step-")))
-        model = build_smollm2_step(slots)
-        onnx.save(model, folder / "step.onnx")
-        built = step_arms(model, threads)
-        del model
-        files = dict.fromkeys(peers, folder / "step.onnx") | ({LLAMA: gguf} if gguf else {})
-        running, missing = started(stack, files, feeds, threads)
-        calls = {name: arm.caller(feeds) for name, arm in built.items()}
-        samples = compare_with_peer(calls, running, blocks=-(-rounds // 5), block_repeats=5)
-        apart = {name: differences(arm, feeds, running) for name, arm in built.items()}
-        info = {name: peer.info for name, peer in running.items()}
-    times = {name: summarise(values) for name, values in samples.items()}
-    line: Line = {"case": f"SmolLM2-135M step, int8 weights, {slots} slots", "threads": threads}
-    line |= {"ms": {name: [t["median"], t["min"]] for name, t in times.items()}}
-    line |= {"bar": STEP_BAR, "rounds": len(samples["ours"]), "missing": missing, "peers": info}
-    line |= {"logits_max_relative_difference": apart}
-    present = [name for name in peers if name in times]
-    if not present:
-        return {**line, "failed": "; ".join(missing.values()) or "no peer was asked for"}
-    line |= to_fastest("ours", times, present)
-    other = times.get(LLAMA)
-    if other:
-        line["to_llamacpp"] = {name: times[name]["median"] / other["median"] for name in built}
-    return line
-
-
-def started(
-    stack: contextlib.ExitStack, files: dict[str, Path], feeds: dict[str, np.ndarray], threads: int
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Start every peer on its file; return those that run, and why the others do not."""
-    from icd_tvm.measure.peers import Peer, PeerError
-
-    running, missing = {}, {}
-    for name, path in files.items():
-        try:
-            running[name] = stack.enter_context(Peer(name, path, feeds, threads))
-        except PeerError as error:
-            missing[name] = str(error)
-    return running, missing
-
-
-def differences(arm: Any, feeds: dict[str, np.ndarray], peers: dict[str, Any]) -> dict[str, float]:
-    """Return how far our logits are from those of each peer that reads the same cache."""
-    logits = arm.run_all(feeds)[0]
-    return {
-        name: float(np.abs(peer.outputs["logits"] - logits).max() / np.abs(logits).max())
-        for name, peer in peers.items()
-        if name != LLAMA
-    }
-
-
 # -- table
 
 
 def show(line: Line) -> str:
-    """Return a line of the Markdown table."""
+    """Return a line of the Markdown table; a step has a second one."""
     if "share" not in line:
-        return show_case(line)
+        return "\n".join([show_case(line), *([show_logits(line)] if "logits" in line else [])])
     share = line["share"]
     verdict = "met" if share["median"] >= line["bar"] else "MISSED"
     if line["most"] < line["bar"]:
@@ -261,9 +171,10 @@ def measure(arguments: argparse.Namespace, threads: int) -> Iterator[Line]:
     if "gemv" in arguments.only:
         yield from gemv_lines(threads, 20 if arguments.quick else 60)
     if "step" in arguments.only:
-        for slots in arguments.slots:
-            rounds = 20 if arguments.quick else 100
-            yield step_line(slots, threads, rounds, tuple(arguments.peers), arguments.gguf)
+        contest = Contest(arguments.caches, arguments.peers, arguments.gguf, arguments.work)
+        # The longest prompt first: the shorter ones are its beginnings.
+        for slots in sorted(arguments.slots, reverse=True):
+            yield step_line(slots, threads, 20 if arguments.quick else 100, contest)
     if "typeseg" in arguments.only:
         case = Case(
             "typeseg Mamba T=512",
@@ -293,8 +204,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a third of the rounds or fewer")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--slots", type=int, nargs="+", default=SLOTS)
+    parser.add_argument("--caches", nargs="*", choices=CACHES, default=CACHES)
     parser.add_argument("--peers", nargs="*", default=PEERS)
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M at Q8_0, for llama.cpp")
+    parser.add_argument("--work", type=Path, help="folder that keeps models and the prompt's cache")
     parser.add_argument("--out", type=Path, help="JSON of all lines; lines of other runs stay")
     arguments = parser.parse_args()
     own = os.environ.get("ICD_DECODE_THREADS")

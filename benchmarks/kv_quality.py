@@ -16,12 +16,13 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
+from icd_tvm.adapters.kv_quant import STATE_TYPES, StateDtype, stored_rows
 from icd_tvm.adapters.kvcache import KVCache, apply_kvcache, break_even_steps
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.quality_plugins import token_losses
@@ -31,8 +32,9 @@ from icd_tvm.models.smollm2 import decoder_weights, smollm2_file, smollm2_tokeni
 
 # Queries at the end of the context whose attention a recent score sees.
 RECENT_QUERIES = 32
-# As ApplyKVCompress(dtype=int8) stores the cache, new tokens included; others quantise the context.
-STEP = "int8 step"
+# As ApplyKVCompress(dtype=...) stores the cache, new tokens included; others quantise the context.
+STEPS: dict[str, StateDtype] = {f"{name} step": name for name in STATE_TYPES}
+INT8_STEP, *HALF_STEPS = STEPS
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ def cases(quick: bool) -> Iterator[Case]:
             yield Case(drop, "key_norm", scope)
             yield Case(drop, "attention_mass", scope)
             yield Case(drop, "attention_mass", scope, queries=RECENT_QUERIES)
-    for dtype in ("int8", "fp8_e4m3", STEP):
+    for dtype in ("int8", "fp8_e4m3", INT8_STEP):
         yield Case(0.0, "key_norm", dtype=dtype)
         yield Case(0.3, "attention_mass", dtype=dtype, queries=RECENT_QUERIES)
+    for dtype in HALF_STEPS:
+        yield Case(0.0, "key_norm", dtype=dtype)
 
 
 def output_error(whole: DecoderRun, small: KVCache, context: int) -> float:
@@ -91,18 +95,17 @@ def reduce_cache(
     cache = KVCache(whole.keys[:, :, :context], whole.values[:, :, :context])
     small, meta = apply_kvcache(
         cache, block=block, drop=case.drop, score=case.score, scope=case.scope,
-        dtype=None if case.dtype == STEP else case.dtype, attention=attention,
+        dtype=None if case.dtype in STEPS else case.dtype, attention=attention,
     )  # fmt: skip
-    if case.dtype != STEP:
+    if case.dtype not in STEPS:
         return small.dequantized(), meta
-    ratio = (SMOLLM2.depth + 4) / (4 * SMOLLM2.depth)
+    dtype = STEPS[case.dtype]
+    row = SMOLLM2.depth * STATE_TYPES[dtype].itemsize + 4 * (dtype == "int8")
+    ratio = row / (4 * SMOLLM2.depth)
     meta["bytes_after"] = round(meta["bytes_after"] * ratio)
     meta["copy"]["break_even_steps"] = break_even_steps(meta["density"], ratio)
-    return replace(small, keys=stored_rows(small.keys), values=stored_rows(small.values)), meta
-
-
-def stored_rows(rows: np.ndarray) -> np.ndarray:
-    return dequantize_rows(*quantize_rows(rows))
+    keys, values = (stored_rows(rows, dtype) for rows in (small.keys, small.values))
+    return replace(small, keys=keys, values=values), meta
 
 
 def measure(
@@ -115,7 +118,9 @@ def measure(
     for case in chosen:
         small, meta = reduce_cache(whole, case, context, block)
         past = (small.keys, small.values)
-        stored = {"stored": stored_rows} if case.dtype == STEP else {}
+        stored = {}
+        if case.dtype in STEPS:
+            stored = {"stored": partial(stored_rows, dtype=STEPS[case.dtype])}
         run = run_decoder(SMOLLM2, weights, ids[context:], past=past, start=context, **stored)
         rows.append(
             {

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import onnx
 from onnx import helper
 
 from icd_tvm._tvm import relax
-from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
+from icd_tvm.adapters.kv_quant import STATE_TYPES, stored_rows
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.measure.datasets import token_windows
 from icd_tvm.measure.environment import fingerprint
@@ -55,16 +56,12 @@ from icd_tvm.tir_schedules.target import host_target
 STATES = cache_states(SMOLLM2)
 DROPPED = "dropped"
 DROPS = (0.3, 0.5)
-CHECKED = (*((drop, None) for drop in DROPS), (0.0, "int8"), (0.3, "int8"))
+WHOLE = tuple((0.0, dtype) for dtype in STATE_TYPES)
+CHECKED = (*((drop, None) for drop in DROPS), *WHOLE, (0.3, "int8"))
 CACHE_KERNELS = ("decode_attention", "where", "append_row", "round_cast", "tir_abs_max")
 
 
 # -- verify
-
-
-def stored_rows(rows: np.ndarray) -> np.ndarray:
-    """Return rows as the int8 step reads them."""
-    return dequantize_rows(*quantize_rows(rows))
 
 
 def cache_inputs(run: DecoderRun, slots: int) -> dict[str, np.ndarray]:
@@ -123,8 +120,11 @@ def verify(context: int, tokens: int, block: int) -> Iterator[dict[str, Any]]:
         got = run_steps(built, names, ids[context:], small.arrays, small.length, context)
         index = small.positions[..., None]
         past = tuple(np.take_along_axis(rows, index, 2) for rows in (whole.keys, whole.values))
-        stored = {"stored": stored_rows} if dtype else {}
-        past = tuple(map(stored_rows, past)) if dtype else past
+        stored = {}
+        if dtype:
+            # The rows as the step reads them.
+            stored = {"stored": partial(stored_rows, dtype=dtype)}
+            past = tuple(map(stored["stored"], past))
         want = run_decoder(
             SMOLLM2, weights, ids[context:], past=past, start=context, **stored
         ).logits

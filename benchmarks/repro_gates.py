@@ -100,7 +100,8 @@ def kv_step(out: Path) -> Iterator[Figure]:
     """Right on a smaller cache, and faster at 4,096 slots than with the dropped slots masked."""
     record = _read(out / "kv-step-4096.json")
     for row in record["verify"]:
-        what = f"drop {row['drop']}: same token as attention over the kept tokens"
+        cache = f"drop {row['drop']}, {row['dtype'] or 'float32'}"
+        what = f"{cache}: same token as attention over the kept tokens"
         yield least(what, row["same_token_as_reference"], 1.0)
     yield from cache_orders(record["time"][0]["orders"])
 

@@ -164,7 +164,7 @@ class TransformKeys(Section):
     quant: str = Field(default="none", description="quantisation of the weights")
     kv: str = Field(
         default="none",
-        description="KV cache of a decoder step: drop=0.3,block=128,dtype=int8; "
+        description="KV cache of a decoder step: drop=0.3,block=128,dtype=int8 (or bf16, fp16); "
         "tokens of an encoder: tokens=0.2,layer=1",
     )
 

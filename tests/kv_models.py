@@ -13,14 +13,18 @@ SLOTS, KV, SHARE, DIM = 12, 2, 2, 8
 STATES = (("keys", "new_keys"), ("values", "new_values"))
 
 
-def appending_step(kind: str = "", dim: int = DIM, dtype: str = "float32") -> Any:
-    """Return ``main(q, k, v, length, keys, values)``; ``kind`` changes the append to the keys."""
+def appending_step(kind: str = "", dim: int = DIM, dtype: str = "float32", stored: str = "") -> Any:
+    """Return ``main(q, k, v, length, keys, values)``; ``kind`` changes the append to the keys.
+
+    With ``stored`` the states have that dtype, rows are narrowed and what is read is widened.
+    """
+    state = stored or dtype
     rows = 2 if kind == "wide row" else 1
     cache, row = (1, KV, SLOTS, dim), (1, KV, rows if rows == 1 else SLOTS, dim)
     sizes = {
         "q": ((1, KV * SHARE, 1, dim), dtype), "k": (row, dtype), "v": ((1, KV, 1, dim), dtype),
         "length": ((2,) if kind == "two lengths" else (1,), "int64"),
-        "keys": (cache, dtype), "values": (cache, dtype),
+        "keys": (cache, state), "values": (cache, state),
     }  # fmt: skip
     params = {name: relax.Var(name, relax.TensorType(*own)) for name, own in sizes.items()}
     q, k, v, length, keys, values = params.values()
@@ -34,9 +38,13 @@ def appending_step(kind: str = "", dim: int = DIM, dtype: str = "float32") -> An
             if kind == "not where":
                 new_keys = emit(relax.op.add(keys, k), name)
             else:
-                new_keys = emit(relax.op.where(new[0], k, other), name)
-            new_values = emit(relax.op.where(new[1], v, values), "new_values")
-            out = emit(_attention(emit, q, new_keys, new_values, mask, dim), "out")
+                row = emit(relax.op.astype(k, stored)) if stored else k
+                new_keys = emit(relax.op.where(new[0], row, other), name)
+            read_keys = emit(relax.op.astype(new_keys, dtype)) if stored else new_keys
+            row = emit(relax.op.astype(v, stored)) if stored else v
+            new_values = emit(relax.op.where(new[1], row, values), "new_values")
+            read_values = emit(relax.op.astype(new_values, dtype)) if stored else new_values
+            out = emit(_attention(emit, q, read_keys, read_values, mask, dim), "out")
             if kind == "read twice":
                 out = emit(relax.op.add(out, emit(relax.op.sum(keys))), "out")
             if kind == "other output":

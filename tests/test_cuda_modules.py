@@ -181,7 +181,11 @@ def test_a_step_is_one_graph(lowered: Any) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "appends", "cache"),
-    [("drop=0.5,block=4", "append", "float32"), ("dtype=int8", "append_row", "int8")],
+    [
+        ("drop=0.5,block=4", "append", "float32"),
+        ("dtype=int8", "append_row", "int8"),
+        ("dtype=fp16", "append_row", "float16"),
+    ],
 )
 def test_compressed_caches_are_read_as_they_lie(
     spec: str, appends: str, cache: str, tmp_path: Path

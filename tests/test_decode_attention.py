@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -22,6 +23,7 @@ from icd_tvm.tir_schedules.target import host_target, parse_target
 
 TARGET = host_target(2)
 LOWEST = np.finfo(np.float32).min
+FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -36,7 +38,8 @@ def arrays(shape: DecodeShape, seed: int = 0) -> list[Any]:
     rng = np.random.default_rng(seed)
     cache = (shape.batch, shape.kv_heads, shape.slots, shape.head_dim)
     query = (shape.batch, shape.kv_heads * shape.share, 1, shape.head_dim)
-    return [random(rng, *query), random(rng, *cache), random(rng, *cache)]
+    keys, values = (random(rng, *cache).astype(FLOATS[shape.dtype]) for _ in range(2))
+    return [random(rng, *query), keys, values]
 
 
 def computed(shape: DecodeShape, inputs: list[Any], mask: Any, target: Any) -> Any:
@@ -52,10 +55,13 @@ def computed(shape: DecodeShape, inputs: list[Any], mask: Any, target: Any) -> A
     head_dim=st.sampled_from([4, 8, 20, 32, 64]),
     threads=st.sampled_from([1, 2, 4]),
     mask_value=st.sampled_from([LOWEST, -np.inf]),
+    dtype=st.sampled_from([*FLOATS]),
 )
-@example(1, 1, 4, 130, 64, 4, -np.inf)  # ragged, cut in runs
-@example(1, 3, 3, 64, 64, 2, LOWEST)
-@example(1, 1, 9, 16, 128, 1, LOWEST)  # more sums than registers: panels
+@example(1, 1, 4, 130, 64, 4, -np.inf, "float32")  # ragged, cut in runs
+@example(1, 3, 3, 64, 64, 2, LOWEST, "float32")
+@example(1, 1, 9, 16, 128, 1, LOWEST, "float32")  # more sums than registers: panels
+@example(1, 1, 4, 130, 64, 4, -np.inf, "float16")
+@example(2, 3, 3, 75, 64, 2, LOWEST, "bfloat16")
 def test_kernel(
     batch: int,
     kv_heads: int,
@@ -64,14 +70,29 @@ def test_kernel(
     head_dim: int,
     threads: int,
     mask_value: float,
+    dtype: str,
 ) -> None:
-    shape = DecodeShape(batch, kv_heads, share, slots, head_dim, 0.3)
+    """Numbers of 16 bits are widened without loss, so they are compared as tightly."""
+    shape = DecodeShape(batch, kv_heads, share, slots, head_dim, 0.3, dtype)
     inputs = arrays(shape, slots)
     seen = np.random.default_rng(slots).random(slots) < 0.6
     seen[slots // 2] = True
     mask = np.where(seen, 0, mask_value).astype(np.float32)
     actual = computed(shape, inputs, mask, host_target(threads))
     assert_close(actual, reference(*inputs, mask, 0.3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_number_of_16_bits_is_widened_exactly(dtype: str) -> None:
+    """A cache of one slot comes out as it is, subnormal numbers and signs too."""
+    bits = np.arange(2**16, dtype=np.uint16).view(FLOATS[dtype])
+    finite = bits[np.isfinite(bits.astype(np.float32))]
+    values = np.resize(finite, (-(-len(finite) // 64), 1, 1, 64))
+    shape = DecodeShape(len(values), 1, 1, 1, 64, 1.0, dtype)
+    query = np.zeros(values.shape, np.float32)
+    zeros, mask = np.zeros(values.shape, FLOATS[dtype]), np.zeros(1, np.float32)
+    actual = computed(shape, [query, zeros, values], mask, host_target(1))
+    np.testing.assert_array_equal(actual, values.astype(np.float32))
 
 
 @pytest.mark.parametrize("value", [LOWEST, -np.inf])
@@ -92,8 +113,9 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
-def test_narrower_vectors_compute_the_same(cpu: str) -> None:
-    shape = DecodeShape(1, 2, 3, 21, 16, 0.5)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_narrower_vectors_compute_the_same(cpu: str, dtype: str) -> None:
+    shape = DecodeShape(1, 2, 3, 21, 16, 0.5, dtype)
     inputs, mask = arrays(shape), np.zeros(21, np.float32)
     actual = computed(shape, inputs, mask, parse_target(cpu, 1))
     assert_close(actual, reference(*inputs, mask, 0.5))
@@ -106,11 +128,15 @@ def test_lanes_divide_the_head() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "text"),
-    [((1, 1, 0, 4, 8), "at least 1"), ((1, 1, 1, 4, 6), "head_dim 6 is not a multiple of 4")],
+    [
+        ((1, 1, 0, 4, 8, 1.0), "at least 1"),
+        ((1, 1, 1, 4, 6, 1.0), "head_dim 6 is not a multiple of 4"),
+        ((1, 1, 1, 4, 8, 1.0, "float64"), "a cache of float64 .*float16"),
+    ],
 )
-def test_bad_sizes_are_refused(sizes: tuple[int, ...], text: str) -> None:
+def test_bad_sizes_are_refused(sizes: tuple[Any, ...], text: str) -> None:
     with pytest.raises(ShapeError, match=text):
-        decode_attention(DecodeShape(*sizes, 1.0), TARGET)
+        decode_attention(DecodeShape(*sizes), TARGET)
 
 
 # The pass

@@ -113,27 +113,13 @@ def test_portable_targets(name: str, form: NarrowWeight) -> None:
 
 
 @few
-@given(
-    m=st.integers(1, MAX_ROWS),
-    k=st.integers(1, 40),
-    n=st.integers(1, 90),
-    bits=st.sampled_from([16, 32]),
-)
-def test_floats_equal_float64(m: int, k: int, n: int, bits: int) -> None:
+@given(m=st.integers(1, MAX_ROWS), k=st.integers(1, 40), n=st.integers(1, 90))
+def test_floats_equal_float64(m: int, k: int, n: int) -> None:
     rng = np.random.default_rng(m * k * n)
     x, weight = (rng.standard_normal(size).astype(np.float32) for size in ((m, k), (k, n)))
-    rounded = weight
-    if bits == 16:
-        rounded = (weight.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    expected = x.astype(np.float64) @ rounded.astype(np.float64)
-    actual = product(x, NarrowWeight(bits, k), rounded, [])
+    expected = x.astype(np.float64) @ weight.astype(np.float64)
+    actual = product(x, NarrowWeight(32, k), weight, [])
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max() + 1e-7)
-
-
-def test_bfloat16_rounds_to_even() -> None:
-    values = np.array([[0x3F808000, 0x3F818000, 0x3F818001]], np.uint32).view(np.float32)
-    (packed,) = pack_narrow(values, [], NarrowWeight(16, 1), 16)
-    assert [hex(v) for v in packed[0, 0, :3]] == ["0x3f80", "0x3f82", "0x3f82"]
 
 
 @few
@@ -193,7 +179,7 @@ def test_bad_weights_are_refused() -> None:
     with pytest.raises(ShapeError, match=f"at most {MAX_ROWS}"):
         narrow_matmul(MAX_ROWS + 1, 16, 16, NarrowWeight(8, 16), HOST)
     with pytest.raises(ShapeError, match="no zero points"):
-        NarrowWeight(16, 8, low=3)
+        NarrowWeight(32, 8, low=3)
     with pytest.raises(ShapeError, match="skip rows"):
         NarrowWeight(4, 8, steps=1)
     with pytest.raises(ShapeError, match="steps of 8 rows"):

@@ -1,12 +1,15 @@
 """Peers: right outputs, clear errors when a worker fails or dies, no worker left behind."""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
 import signal
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -191,6 +194,26 @@ def test_every_runtime_agrees(model: Path, backend: str, tolerance: float) -> No
         error = np.abs(peer.outputs["out/y:0"] - expected).max() / np.abs(expected).max()
         assert error <= tolerance
         assert peer.run(2).shape == (2,)
+        # The rows change places, so that ranges which were calibrated stay.
+        swapped = X[::-1].copy()
+        again = peer.evaluate({"x": swapped}, ["out/y:0"])["out/y:0"]
+        assert np.abs(again - swapped @ W).max() / np.abs(expected).max() <= tolerance
+
+
+def test_changed_inputs_are_evaluated_and_stay(model: Path) -> None:
+    with Peer("onnxruntime", model, {"x": X}, 1) as peer:
+        np.testing.assert_allclose(peer.evaluate({"x": 2 * X}, ["out/y:0"])["out/y:0"], 2 * X @ W)
+        np.testing.assert_allclose(peer.evaluate({}, ["out/y:0"])["out/y:0"], 2 * X @ W)
+        np.testing.assert_allclose(peer.outputs["out/y:0"], X @ W)
+        assert peer.run(2).shape == (2,)
+        for changed, outputs, text in (
+            ({"z": X}, [], "input 'z' cannot become float32"),
+            ({"x": X[:1]}, [], r"input 'x' cannot become float32\[1, 3\]"),
+            ({"x": X.astype(np.float64)}, [], "input 'x' cannot become float64"),
+            ({}, ["y"], "no output 'y'"),
+        ):
+            with pytest.raises(MeasurementError, match=text):
+                peer.evaluate(changed, outputs)
 
 
 def test_peer_needs_a_with_statement(model: Path) -> None:
@@ -232,3 +255,48 @@ def test_worker_protocol(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(ran["ns"]) == 3
     with np.load(tmp_path / "out.npz") as archive:
         np.testing.assert_array_equal(archive["0"], 2 * X)
+
+
+class FakeLlama:
+    """The part of llama_cpp.Llama that the worker uses; logits tell what was evaluated."""
+
+    def __init__(self, path: str, n_ctx: int, **options: Any) -> None:
+        self.n_ctx, self.n_tokens, self.ctx = n_ctx, 0, self
+        self.seen: list[int] = []
+        # What the real class has, and does not write either.
+        self.scores = np.zeros((n_ctx, 3), np.float32)
+
+    def eval(self, tokens: list[int]) -> None:
+        self.seen = [*self.seen[: self.n_tokens], *tokens]
+        assert len(self.seen) <= self.n_ctx
+        self.n_tokens = len(self.seen)
+
+    def n_vocab(self) -> int:
+        return 3
+
+
+def llama_logits(context: FakeLlama, row: int) -> Any:
+    assert row == -1
+    numbers = (ctypes.c_float * 3)(*context.seen[-3:])
+    return ctypes.cast(numbers, ctypes.POINTER(ctypes.c_float))
+
+
+def test_llamacpp_fills_its_cache_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = types.ModuleType("llama_cpp")
+    fake.Llama, fake.llama_get_logits_ith, fake.__version__ = FakeLlama, llama_logits, "0"
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    feeds = {
+        "input_ids": np.array([[9]]),
+        "cache_length": np.array([4]),
+        "prompt": np.array([5, 6, 7, 8, 9]),
+    }
+    step, info = peer_worker.llamacpp_backend(Path("x.gguf"), feeds, 1)
+    assert info["runtime"] == "llama.cpp"
+    for length, token, want in ((4, 9, [7, 8, 9]), (2, 7, [5, 6, 7]), (4, 9, [7, 8, 9])):
+        feeds["cache_length"][0], feeds["input_ids"][0, 0] = length, token
+        for _ in range(2):
+            logits = step()["logits"]
+            np.testing.assert_array_equal(logits, [[want]])
+    del feeds["prompt"]
+    step, _ = peer_worker.llamacpp_backend(Path("x.gguf"), feeds, 1)
+    np.testing.assert_array_equal(step()["logits"], [[[3, 4, 9]]])

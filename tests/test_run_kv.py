@@ -12,7 +12,7 @@ from tiny_model import tiny_onnx
 
 import icd_tvm
 from icd_tvm.cli import main
-from icd_tvm.errors import ConfigError
+from icd_tvm.errors import ConfigError, ShapeError
 from icd_tvm.measure.metrics import validate_metrics
 from icd_tvm.relax_passes.kv_states import find_kv_states
 from icd_tvm.runtime.compile_model import compile_model, summary
@@ -93,15 +93,18 @@ def test_the_library_is_the_compacted_step(tmp_path: Path) -> None:
     assert record["transform"]["kv"]["bytes_after"] < record["transform"]["kv"]["bytes_before"]
 
 
-def test_a_run_of_codes_is_loaded_as_it_was_built(tmp_path: Path) -> None:
-    """The library takes codes and scales of fewer slots, and its signature says so."""
+@pytest.mark.parametrize(("dtype", "name", "row"), [("int8", "int8", 12), ("bf16", "bfloat16", 16)])
+def test_a_run_of_fewer_bits_is_loaded_as_it_was_built(
+    dtype: str, name: str, row: int, tmp_path: Path
+) -> None:
+    """The library takes the states of fewer slots as they are stored; its signature says so."""
     config = {
         "model": {
             "name": "decoder-mini-step-random",
             "seq": 24,
             "opaque_states": {"past_*": "present_*"},
         },
-        "transform": {"kv": f"{KV},dtype=int8"},
+        "transform": {"kv": f"{KV},dtype={dtype}"},
         "measure": {"enabled": False},
         "threads": 1,
     }
@@ -114,14 +117,27 @@ def test_a_run_of_codes_is_loaded_as_it_was_built(tmp_path: Path) -> None:
     assert record["equivalence"]["max_rel"] <= 1e-4
     kv = record["transform"]["kv"]
     assert kv["slots"] == {"before": 24, "after": 16, "room": 1}
-    assert kv["bytes_after"] * 24 * 32 == kv["bytes_before"] * 16 * 12
+    assert kv["bytes_after"] * 24 * 32 == kv["bytes_before"] * 16 * row
     model = icd_tvm.load(out)
     kinds = {info.name: (info.shape, info.dtype) for info in model.inputs}
-    assert kinds["past_key_0"] == ((1, 2, 16, 8), "int8")
-    assert kinds["past_key_0_scale"] == ((1, 2, 16, 1), "float32")
-    found = model({name: np.zeros(shape, dtype) for name, (shape, dtype) in kinds.items()})
+    assert kinds["past_key_0"] == ((1, 2, 16, 8), name)
+    if dtype == "int8":
+        assert kinds["past_key_0_scale"] == ((1, 2, 16, 1), "float32")
+    else:
+        assert "past_key_0_scale" not in kinds
+    rng = np.random.default_rng(0)
+    inputs = {name: rng.random(shape).astype(kind) for name, (shape, kind) in kinds.items()}
+    found = model(inputs)
     assert [found[info.name].shape for info in model.outputs] == [i.shape for i in model.outputs]
     assert found["present_value_1"].any()
+    # numpy's files do not name bfloat16; its bytes are taken for what they are.
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    with np.load(tmp_path / "inputs.npz") as stored:
+        again = model(dict(stored))
+    for output, array in found.items():
+        np.testing.assert_array_equal(again[output], array)
+    with pytest.raises(ShapeError, match=r"'past_key_0' has dtype"):
+        model({**inputs, "past_key_0": inputs["past_key_0"].astype(np.float32)})
 
 
 def test_sparsity_and_a_smaller_cache_together() -> None:

@@ -1,13 +1,15 @@
-"""8-bit storage of keys and values.
+"""Storage of keys and values in 8 or 16 bits.
 
-Whole caches: one scale for every channel of every page. A decode step's own state: one scale for
-every token of every head, because a row must be stored without a look at its neighbours.
+Whole caches: 8 bits, one scale for every channel of every page. A decode step's own state: one
+scale for every token of every head, because a row must be stored without a look at its
+neighbours; or floats of 16 bits, without scales.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from icd_tvm.adapters.arrays import Array
@@ -15,6 +17,14 @@ from icd_tvm.errors import NonFiniteError
 
 KVDtype = Literal["int8", "fp8_e4m3"]
 DTYPES: tuple[KVDtype, ...] = ("int8", "fp8_e4m3")
+
+StateDtype = Literal["int8", "fp16", "bf16"]
+# What a decode step's state may be stored as.
+STATE_TYPES: dict[StateDtype, np.dtype[Any]] = {
+    "int8": np.dtype(np.int8),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
@@ -135,6 +145,40 @@ def quantize_rows(array: Array) -> tuple[Array, Array]:
 def dequantize_rows(codes: Array, scales: Array) -> Array:
     """Invert :func:`quantize_rows`; float32, shape of ``codes``."""
     return np.asarray(codes.astype(np.float32) * scales)
+
+
+def narrow_rows(array: Array, dtype: StateDtype) -> Array:
+    """Round to floats of 16 bits, to nearest even.
+
+    Parameters
+    ----------
+    array : float array
+    dtype : {"fp16", "bf16"}
+
+    Returns
+    -------
+    float16 or bfloat16 array, shape of ``array``
+        A number is off by at most 2**-11 (fp16; by 2**-25 below 2**-14) or 2**-8 (bf16) of itself.
+
+    Raises
+    ------
+    NonFiniteError
+        A finite number is outside the range of the type, 65504 for fp16.
+    """
+    with np.errstate(over="ignore"):
+        narrow: Array = array.astype(STATE_TYPES[dtype])
+    outside = np.isfinite(array) & ~np.isfinite(narrow.astype(np.float32))
+    if outside.any():
+        value = float(array[outside][0])
+        raise NonFiniteError(f"{value:.6g} is outside the range of {dtype}", "store bf16 or int8")
+    return narrow
+
+
+def stored_rows(array: Array, dtype: StateDtype) -> Array:
+    """Return rows [..., tokens, head_dim] as a decode step reads them from its state, float32."""
+    if dtype == "int8":
+        return dequantize_rows(*quantize_rows(array))
+    return narrow_rows(array, dtype).astype(np.float32)
 
 
 def _by_token(scales: Array, block: int, tokens: int) -> Array:

@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from icd_tvm.adapters.arrays import Array, Index, require_finite, require_real
-from icd_tvm.adapters.kv_quant import SCALE_SUFFIX, dequantize_rows, quantize_rows
+from icd_tvm.adapters.kv_quant import (
+    SCALE_SUFFIX,
+    StateDtype,
+    dequantize_rows,
+    narrow_rows,
+    quantize_rows,
+)
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.adapters.kvcache import KVCache, apply_kvcache
 from icd_tvm.adapters.units import kept_count
@@ -158,7 +164,7 @@ def compact_slots(
         An array is missing or has the wrong shape, the length is out of range, or the kept
         tokens and one more do not fit.
     NonFiniteError
-        NaN or infinity in a filled slot.
+        NaN or infinity in a filled slot, or a number outside the range of the spec's dtype.
     ConfigError
         ``attention_mass`` without attention.
     """
@@ -181,26 +187,40 @@ def compact_slots(
         for name, stored in zip(names, (small.keys, small.values), strict=True):
             arrays[name] = _padded(stored[layer], plan.slots)
     if spec.dtype is not None:
-        arrays, meta["loss"]["quant"] = quantized_slots(arrays)
+        arrays, meta["loss"]["quant"] = quantized_slots(arrays, spec.dtype)
     assert small.positions is not None
     return SlotCache(arrays, small.tokens, small.positions, meta)
 
 
-def quantized_slots(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], float]:
-    """Return cache inputs as codes and scales, and the largest relative Frobenius error of one.
+def quantized_slots(
+    arrays: Mapping[str, Array], dtype: StateDtype
+) -> tuple[dict[str, Array], float]:
+    """Return cache inputs as a step stores them, and the largest relative Frobenius error of one.
 
     Parameters
     ----------
     arrays : mapping of str to float array
         Input name -> [1, heads, slots, channels].
+    dtype : {"int8", "fp16", "bf16"}
+        int8 codes come with their scales, as input ``NAME_scale``.
+
+    Raises
+    ------
+    NonFiniteError
+        A number is outside the range of the type.
     """
     found: dict[str, Array] = {}
     worst = 0.0
     for name, array in arrays.items():
-        codes, scales = quantize_rows(array)
-        found[name], found[name + SCALE_SUFFIX] = codes, scales
+        if dtype == "int8":
+            codes, scales = quantize_rows(array)
+            found[name], found[name + SCALE_SUFFIX] = codes, scales
+            back = dequantize_rows(codes, scales)
+        else:
+            found[name] = narrow_rows(array, dtype)
+            back = found[name].astype(np.float32)
         norm = float(np.linalg.norm(array))
-        lost = float(np.linalg.norm(dequantize_rows(codes, scales) - array))
+        lost = float(np.linalg.norm(back - array))
         worst = max(worst, lost / norm if norm else 0.0)
     return found, worst
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
+from icd_tvm.adapters.kv_quant import STATE_TYPES, StateDtype
 from icd_tvm.adapters.kv_select import SCOPES, SCORES, Scope, Score
 from icd_tvm.errors import ConfigError
 
@@ -29,8 +30,8 @@ class KVSpec:
         First and last tokens that are never dropped.
     room : int, optional
         Tokens that can still be appended; as many as before if omitted, and at least one.
-    dtype : {"int8"}, optional
-        Storage of a decode step's cache, with a float32 scale for every token of every head.
+    dtype : {"int8", "fp16", "bf16"}, optional
+        Storage of a decode step's cache; int8 has a float32 scale for every token of every head.
 
     Raises
     ------
@@ -45,7 +46,7 @@ class KVSpec:
     keep_sinks: int = 4
     keep_recent: int = 16
     room: int | None = None
-    dtype: Literal["int8"] | None = None
+    dtype: StateDtype | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.drop < 1.0:
@@ -55,7 +56,7 @@ class KVSpec:
         for name, value, known in (
             ("score", self.score, (None, *SCORES)),
             ("scope", self.scope, SCOPES),
-            ("dtype", self.dtype, (None, "int8")),
+            ("dtype", self.dtype, (None, *STATE_TYPES)),
         ):
             if value not in known:
                 names = ", ".join(str(item) for item in known if item)
@@ -88,7 +89,7 @@ def parse_kv(text: str) -> KVSpec:
     ----------
     text : str
         ``none``, or ``name=value`` pairs of `KVSpec` with commas between, ``drop`` or ``dtype``
-        among them: ``drop=0.3,block=128,score=attention_mass``, ``dtype=int8``.
+        among them: ``drop=0.3,block=128,score=attention_mass``, ``dtype=bf16``.
 
     Returns
     -------

@@ -18,8 +18,8 @@ HELP = {
     "sparsity": "none (exploit what the model already has), unit:RATE, vec16:RATE, ...; with "
     "--quality-budget the strongest rate to try",
     "quant": "quantisation of the weights, or none",
-    "kv": "what is done to the KV cache of a decoder step, drop=0.3,block=128,dtype=int8; needs "
-    "--opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
+    "kv": "what is done to the KV cache of a decoder step, drop=0.3,block=128,dtype=int8 "
+    "(or bf16, fp16); needs --opaque-state; or tokens dropped from an encoder, tokens=0.2,layer=1",
     "mode": "iterative re-decides the order after the transform; linear keeps the first one",
     "target": "host, x86-64-v3, x86-64-v4, aarch64, another CPU by LLVM's name, or cuda with "
     "--arch (compiled, not timed)",

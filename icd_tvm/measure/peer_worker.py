@@ -1,10 +1,10 @@
 """Worker process of a peer runtime: loads a model, then times it on request.
 
 Started by :mod:`icd_tvm.measure.peers` with the arguments ``BACKEND MODEL FEEDS OUTPUTS THREADS``.
-It reads one command a line from its standard input (``run N`` or ``quit``) and answers with one
-JSON object a line. Between commands it is blocked on the pipe. It ends when the pipe closes, so it
-cannot outlive its parent. The source runs under any Python 3.10+ that has numpy and the runtime,
-so it imports nothing of this package.
+It reads one command a line from its standard input (``run N``, ``evaluate JSON`` or ``quit``) and
+answers with one JSON object a line. Between commands it is blocked on the pipe. It ends when the
+pipe closes, so it cannot outlive its parent. The source runs under any Python 3.10+ that has numpy
+and the runtime, so it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy.typing as npt
 BLOCK = 64
 Feeds = Mapping[str, npt.NDArray[Any]]
 Outputs = dict[str, npt.NDArray[Any]]
-# Runs the model once on the fixed feeds and returns host arrays.
+# Runs the model once on what the arrays of the feeds hold now, and returns host arrays.
 Step = Callable[[], Outputs]
 Backend = Callable[[Path, Feeds, int], tuple[Step, dict[str, str]]]
 
@@ -214,27 +214,34 @@ def deepsparse_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, d
 def llamacpp_backend(model: Path, feeds: Feeds, threads: int) -> tuple[Step, dict[str, str]]:
     """Decode one token with llama.cpp after as many others as the cache holds.
 
-    The model is a GGUF file; of the feeds only ``input_ids`` and ``cache_length`` count. The
-    cache is llama.cpp's own, of float16.
+    The model is a GGUF file; of the feeds only ``input_ids`` and ``cache_length`` count, and
+    ``prompt``, the tokens before (arbitrary ones if absent). The cache is llama.cpp's own, of
+    float16.
     """
     import llama_cpp
 
-    length, token = int(feeds["cache_length"][0]), int(feeds["input_ids"][0, 0])
+    room = int(feeds["cache_length"][0]) + 1
+    prompt = [int(token) for token in feeds.get("prompt", 1 + np.arange(room) % 1000)]
     llm = llama_cpp.Llama(
         str(model),
-        n_ctx=length + 1,
+        n_ctx=room,
         n_threads=threads,
         n_threads_batch=threads,
         flash_attn=True,
         verbose=False,
     )
-    llm.eval([1 + i % 1000 for i in range(length)])
 
     def step() -> Outputs:
+        length = int(feeds["cache_length"][0])
+        if llm.n_tokens < length:
+            llm.eval(prompt[llm.n_tokens : length])
         # Evaluation goes on from here and forgets what was behind.
         llm.n_tokens = length
-        llm.eval([token])
-        return {"logits": llm.scores[-1]}
+        llm.eval([int(feeds["input_ids"][0, 0])])
+        # Its array of scores is not written unless every token's logits are asked for.
+        last = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
+        logits = np.ctypeslib.as_array(last, (llm.n_vocab(),))
+        return {"logits": logits.reshape(1, 1, -1).copy()}
 
     return step, {"runtime": "llama.cpp", "version": str(llama_cpp.__version__)}
 
@@ -275,6 +282,24 @@ def time_steps(step: Step, count: int) -> list[int]:
         gc.enable()
 
 
+def evaluate(step: Step, feeds: Feeds, request: Mapping[str, Any]) -> None:
+    """Run once after some inputs were changed, in place, and write some outputs.
+
+    Parameters
+    ----------
+    step : callable
+    feeds : mapping of str to array
+    request : mapping
+        ``feeds``, ``out``: files (.npz); ``inputs``, ``outputs``: names, in the files' order.
+    """
+    with np.load(request["feeds"]) as archive:
+        for place, name in enumerate(request["inputs"]):
+            np.copyto(feeds[name], archive[str(place)])
+    found = step()
+    arrays: dict[str, Any] = {str(i): found[name] for i, name in enumerate(request["outputs"])}
+    np.savez(request["out"], **arrays)
+
+
 def serve(arguments: list[str], commands: TextIO, answers: TextIO) -> int:
     """Load the model, then answer commands until ``quit`` or the end of the input.
 
@@ -300,7 +325,11 @@ def serve(arguments: list[str], commands: TextIO, answers: TextIO) -> int:
             words = line.split()
             if words == ["quit"]:
                 break
-            _answer(answers, {"ns": time_steps(step, int(words[1]))})
+            if words[0] == "evaluate":
+                evaluate(step, feeds, json.loads(line.partition(" ")[2]))
+                _answer(answers, {})
+            else:
+                _answer(answers, {"ns": time_steps(step, int(words[1]))})
     except Exception as error:  # Reported to the parent, which raises its own error.
         text = " ".join(str(error).split())
         _answer(answers, {"error": f"{type(error).__name__}: {text}"})

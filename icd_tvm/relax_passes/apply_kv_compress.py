@@ -10,6 +10,7 @@ import numpy as np
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.kv_pages import break_even_steps
+from icd_tvm.adapters.kv_quant import STATE_TYPES
 from icd_tvm.adapters.kv_slots import SlotCache, SlotPlan, compact_slots, plan_slots
 from icd_tvm.adapters.kv_spec import KVSpec, parse_kv
 from icd_tvm.errors import IcdError, TransformError
@@ -23,25 +24,34 @@ from icd_tvm.relax_passes.transform_meta import with_transform_meta
 __all__ = ["ApplyKVCompress", "parse_kv"]
 
 _NO_CACHE = "no cache was given, so no token was chosen"
-_QUANT = {
-    "dtype": "int8",
-    "scales": "float32, one for every token of every KV head",
-    "error_bound": "max |row| / 254: half a scale",
+_QUANT: dict[str, dict[str, Any]] = {
+    "int8": {
+        "dtype": "int8",
+        "scales": "float32, one for every token of every KV head",
+        "error_bound": "max |row| / 254: half a scale",
+    },
+    "fp16": {
+        "dtype": "float16",
+        "scales": None,
+        "error_bound": "|number| / 2048, 2**-25 below 2**-14; numbers up to 65504",
+    },
+    "bf16": {"dtype": "bfloat16", "scales": None, "error_bound": "|number| / 256"},
 }
+_HELD = {"int8": "8-bit codes", "fp16": "float16", "bf16": "bfloat16"}
 _SCALE_BYTES = 4
 _COPIED = ("pages", "tokens", "copy", "loss", "density")
 
 
 @tvm.transform.module_pass(opt_level=0, name="ApplyKVCompress")
 class ApplyKVCompress:
-    """Rewrite a decoder step for a cache of fewer slots, of 8-bit codes, or both.
+    """Rewrite a decoder step for a cache of fewer slots, of fewer bits, or both.
 
     Slots after = kept tokens and the room for new ones, in whole pages. Every size is inferred
     again; slot numbers are cut. What the step computes from the slots that are left does not
     change, so it equals attention over the kept tokens alone. Rotary positions stay the original
     ones: keys are cached after the rotation, and a new token's position is an input apart.
 
-    With ``dtype=int8`` the cache is stored as codes; see
+    With a ``dtype`` the cache is stored as codes of 8 bits or floats of 16; see
     :class:`icd_tvm.relax_passes.quantize_kv_states.QuantizeKVStates`.
 
     What cannot be rewritten leaves the module as it is, with a warning; ``meta`` says why.
@@ -142,7 +152,7 @@ class ApplyKVCompress:
             new = compact_groups(mod, states.groups, keep, resizable=("relax.nn.softmax",))
         if self.spec.dtype is not None:
             names = [name for pair in states.layers for name in pair]
-            new = apply_pass(QuantizeKVStates(names, pairs), new)
+            new = apply_pass(QuantizeKVStates(names, pairs, self.spec.dtype), new)
         self.meta = _meta(self.plan, states, mod, self.compacted)
         return StepCache(self.plan, states.length).attach(new)
 
@@ -175,7 +185,7 @@ def _meta(
         "why": _why(plan),
     }
     if plan.spec.dtype is not None:
-        meta["quant"] = _QUANT
+        meta["quant"] = _QUANT[plan.spec.dtype]
     if compacted is not None:
         del meta["loss_why"]
         meta.update({name: compacted.meta[name] for name in _COPIED})
@@ -189,13 +199,14 @@ def _stored_ratio(types: Sequence[Any], spec: KVSpec) -> float:
         return 1.0
     channels = [int(ty.shape.values[-1]) for ty in types]
     wide = sum(n * np.dtype(str(ty.dtype)).itemsize for n, ty in zip(channels, types, strict=True))
-    return sum(n + _SCALE_BYTES for n in channels) / wide
+    size, scale = STATE_TYPES[spec.dtype].itemsize, _SCALE_BYTES * (spec.dtype == "int8")
+    return sum(n * size + scale for n in channels) / wide
 
 
 def _why(plan: SlotPlan) -> str:
-    moved = "kept tokens are contiguous, the pages behind them are gone"
-    coded = "the cache holds 8-bit codes"
-    parts = [moved] * (plan.spec.drop > 0) + [coded] * (plan.spec.dtype is not None)
+    parts = ["kept tokens are contiguous, the pages behind them are gone"] * (plan.spec.drop > 0)
+    if plan.spec.dtype is not None:
+        parts.append(f"the cache holds {_HELD[plan.spec.dtype]}")
     return "; ".join(parts)
 
 

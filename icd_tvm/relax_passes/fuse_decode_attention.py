@@ -21,6 +21,7 @@ from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_float32, st
 from icd_tvm.tir_schedules.cpu.decode_attention import DecodeShape, decode_attention, decode_lanes
 
 _SWAP_LAST = (0, 1, 3, 2)
+_HALVES = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class DecodeMatch:
 class FuseDecodeAttention:
     """Replace ``softmax(q K^T * scale + mask) V`` of one query by a call of the fused kernel.
 
-    Codes of int8 with a scale for every row are read as they are.
+    Codes of int8 with a scale for every row, and floats of 16 bits, are read as they are.
 
     Recognised: keys and values [batch, KV heads, slots, channels], widened to the query heads by
     expand and reshape or not at all, the keys then transposed; a scale by Mul or Div with a
@@ -108,9 +109,10 @@ def match_decode(flow: Dataflow, probabilities: Any, target: Any) -> DecodeMatch
     require(isfinite(factor), "its scale is not finite")
     _check_mask(mask, slots)
     sizes = DecodeShape(batch, cache[1], heads // cache[1], slots, dim, factor)
-    keys, values = _coded(flow, key), _coded(flow, value)
-    if keys is not None and values is not None:
-        sizes, scales = replace(sizes, dtype="int8"), (keys[1], values[1])
+    keys, values = _stored(flow, key), _stored(flow, value)
+    dtypes = {str(rows[0].ty.dtype) for rows in (keys, values) if rows}
+    if keys and values and len(dtypes) == 1:
+        sizes, scales = replace(sizes, dtype=dtypes.pop()), (*keys[1:], *values[1:])
         return DecodeMatch(result, query, keys[0], values[0], mask, sizes, scales)
     return DecodeMatch(result, query, key, value, mask, sizes)
 
@@ -135,16 +137,22 @@ def _narrow(flow: Dataflow, expr: Any) -> Any:
     return inner if merges and [int(axis) for axis in lifted.attrs.axis] == [2] else expr
 
 
-def _coded(flow: Dataflow, rows: Any) -> tuple[Any, Any] | None:
-    """Return int8 codes and float32 scales [batch, KV heads, slots, 1], or None."""
+def _stored(flow: Dataflow, rows: Any) -> tuple[Any, ...]:
+    """Return what float32 rows are made of, or nothing if they are stored as such.
+
+    Floats of 16 bits; or int8 codes and float32 scales [batch, KV heads, slots, 1].
+    """
+    widened = flow.call(rows, "relax.astype")
+    if widened is not None and str(widened.args[0].ty.dtype) in _HALVES:
+        return (widened.args[0],)
     product = flow.call(rows, "relax.multiply")
     cast = None if product is None else flow.call(product.args[0], "relax.astype")
     if product is None or cast is None or str(cast.args[0].ty.dtype) != "int8":
-        return None
+        return ()
     shape, scale = static_shape(rows), product.args[1]
     one = (*shape[:-1], 1) if shape else None
     if static_shape(cast) != shape or static_shape(scale) != one or not is_float32(scale):
-        return None
+        return ()
     return cast.args[0], scale
 
 

@@ -1,14 +1,14 @@
-"""QuantizeKVStates: a decoder step keeps its KV cache as int8 codes with a scale for every row."""
+"""QuantizeKVStates: a decoder step keeps its KV cache in 8 or 16 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from icd_tvm._tvm import Var, apply_pass, relax, tvm
-from icd_tvm.adapters.kv_quant import INT8_MAX, SCALE_SUFFIX, TINY
+from icd_tvm.adapters.kv_quant import INT8_MAX, SCALE_SUFFIX, STATE_TYPES, TINY, StateDtype
 from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags, opaque_states
 from icd_tvm.relax_passes.cache_append import CacheAppend, find_appends
@@ -17,14 +17,17 @@ from icd_tvm.relax_passes.relax_graph import is_float32, static_shape
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeKVStates")
 class QuantizeKVStates:
-    """Store states in 8 bits; the new token's row is quantised when it is appended.
+    """Store states in 8 or 16 bits; the new token's row is rounded once, when it is appended.
 
-    A state [1, heads, slots, channels] of float32 becomes two: codes of the same name and shape,
-    and scales [1, heads, slots, 1] under ``NAME_scale``, which are appended to inputs and outputs.
-    The block of a scale is one token of one head, so nothing that is stored ever changes. What
-    reads the state gets ``codes * scale``, which `FuseDecodeAttention` takes into its kernel.
+    In 8 bits a state [1, heads, slots, channels] of float32 becomes two: codes of the same name
+    and shape, and scales [1, heads, slots, 1] under ``NAME_scale``, which are appended to inputs
+    and outputs. The block of a scale is one token of one head, so nothing that is stored ever
+    changes. What reads the state gets ``codes * scale``, which `FuseDecodeAttention` takes into
+    its kernel. The error of a number is at most half a scale, ``max |row| / 254``.
 
-    The error of a number is at most half a scale, ``max |row| / 254``.
+    In 16 bits a state only changes its dtype, and what reads it gets it widened. The relative
+    error of a number is at most 2**-11 (float16) or 2**-8 (bfloat16); float16 holds numbers up to
+    65504, a larger one becomes infinite.
 
     Parameters
     ----------
@@ -33,6 +36,7 @@ class QuantizeKVStates:
     opaque_states : sequence of (str, str), optional
         (input, output) names of all states; those of the module's layout tag if omitted. The tag
         of the result has the scales too.
+    dtype : {"int8", "fp16", "bf16"}
 
     Raises
     ------
@@ -41,9 +45,13 @@ class QuantizeKVStates:
     """
 
     def __init__(
-        self, names: Sequence[str], opaque_states: Sequence[tuple[str, str]] | None = None
+        self,
+        names: Sequence[str],
+        opaque_states: Sequence[tuple[str, str]] | None = None,
+        dtype: StateDtype = "int8",
     ) -> None:
         self.names = tuple(names)
+        self.dtype = dtype
         self.opaque_states = None if opaque_states is None else tuple(opaque_states)
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
@@ -54,10 +62,11 @@ class QuantizeKVStates:
         for name in self.names:
             _check(name, found, refusals)
         mod, first = mod.clone(), len(func.ret_ty.fields)
-        mod["main"] = _Quantizer([found[name] for name in self.names]).function(func)
+        mod["main"] = _Quantizer([found[name] for name in self.names], self.dtype).function(func)
         mod = relax.transform.DeadCodeElimination()(relax.transform.Normalize()(mod))
-        for place, name in enumerate(self.names, first):
-            states.append((name + SCALE_SUFFIX, str(place)))
+        if self.dtype == "int8":
+            for place, name in enumerate(self.names, first):
+                states.append((name + SCALE_SUFFIX, str(place)))
         own = {name: str(found[name].output) for name in self.names}
         states = [(name, own.get(name, output)) for name, output in states]
         return apply_pass(AttachLayoutTags(states), mod)
@@ -74,12 +83,12 @@ def _check(name: str, found: dict[str, CacheAppend], refusals: dict[str, str]) -
 class _Quantizer:
     """Rebuilds a function: every variable that is not a state stays the one it was."""
 
-    def __init__(self, appends: Sequence[CacheAppend]) -> None:
+    def __init__(self, appends: Sequence[CacheAppend], dtype: StateDtype) -> None:
         self._appends = {append.result: append for append in appends}
-        self._codes: dict[Any, tuple[Any, Any]] = {}
+        self._dtype = str(STATE_TYPES[dtype])
         self._builder = relax.BlockBuilder()
         self._bindings: list[Any] = []
-        self._outputs: dict[int, tuple[Any, Any]] = {}
+        self._outputs: dict[int, tuple[Any, ...]] = {}
         self._params: dict[Any, Any] = {}
         self._scales: list[Any] = []
         self._body: Any = None
@@ -106,9 +115,10 @@ class _Quantizer:
     def _make_params(self, past: Any) -> None:
         shape = static_shape(past)
         assert shape is not None
-        self._params[past] = Var(past.name, relax.TensorType(shape, "int8"))
-        scale = relax.TensorType((*shape[:-1], 1), "float32")
-        self._scales.append(Var(past.name + SCALE_SUFFIX, scale))
+        self._params[past] = Var(past.name, relax.TensorType(shape, self._dtype))
+        if self._dtype == "int8":
+            scale = relax.TensorType((*shape[:-1], 1), "float32")
+            self._scales.append(Var(past.name + SCALE_SUFFIX, scale))
 
     def _block(self, block: Any) -> Any:
         self._bindings = []
@@ -135,12 +145,29 @@ class _Quantizer:
         return var
 
     def _append(self, append: CacheAppend) -> None:
-        """Emit the row's codes and scale, their append, and the state as numbers."""
-        name, op = str(append.result.name), relax.op
+        """Emit the row as it is stored, its append, and the state as numbers."""
+        name = str(append.result.name)
 
         def emit(value: Any, what: str) -> Any:
             return self._bind(value, relax.DataflowVar("", None), f"{name}_{what}")
 
+        store = self._coded if self._dtype == "int8" else self._narrowed
+        value, self._outputs[append.output] = store(append, emit)
+        self._bindings.append(relax.VarBinding(append.result, self._builder.normalize(value)))
+
+    def _narrowed(
+        self, append: CacheAppend, emit: Callable[[Any, str], Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Return the new state as numbers, and as it is stored."""
+        row = emit(relax.op.astype(append.row, self._dtype), "row_stored")
+        state = emit(relax.op.where(append.mark, row, self._params[append.past]), "stored")
+        return relax.op.astype(state, "float32"), (state,)
+
+    def _coded(
+        self, append: CacheAppend, emit: Callable[[Any, str], Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Return the new state as numbers, and as codes and scales."""
+        op = relax.op
         peak = emit(op.abs(append.row), "abs")
         peak = emit(op.max(peak, [-1], keepdims=True), "peak")
         scale = emit(op.divide(peak, relax.const(np.float32(INT8_MAX))), "step")
@@ -152,12 +179,10 @@ class _Quantizer:
         codes = emit(op.where(append.mark, codes, past), "codes")
         scale = emit(op.where(append.mark, scale, past_scale), "scale")
         wide = emit(op.astype(codes, "float32"), "wide")
-        value = self._builder.normalize(op.multiply(wide, scale))
-        self._bindings.append(relax.VarBinding(append.result, value))
-        self._outputs[append.output] = (codes, scale)
+        return op.multiply(wide, scale), (codes, scale)
 
     def _tuple(self, value: Any) -> Any:
         fields = [self._outputs.get(i, (field,))[0] for i, field in enumerate(value.fields)]
         places = {append.result: append.output for append in self._appends.values()}
-        scales = [self._outputs[place][1] for place in places.values()]
+        scales = [scale for place in places.values() for scale in self._outputs[place][1:]]
         return relax.Tuple([*fields, *scales])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from icd_tvm.adapters.kv_quant import STATE_TYPES
 from icd_tvm.adapters.kv_slots import SlotPlan, compact_slots, quantized_slots
 from icd_tvm.adapters.kv_spec import KVSpec
 from icd_tvm.errors import TransformError
@@ -58,7 +59,7 @@ class StepCache:
         return {**inputs, self.length: length}
 
     def inputs_to_own(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Drop tokens of a whole cache, quantise it, and return the inputs of the rewritten step.
+        """Drop tokens of a whole cache, round it, and return the inputs of the rewritten step.
 
         A cache that is as the step keeps it, such as a state that the step returned, passes.
 
@@ -72,8 +73,9 @@ class StepCache:
         names = [name for pair in self.plan.layers for name in pair]
         if self._is_own([inputs[name] for name in names]):
             return dict(inputs)
-        if self.plan.spec.drop == 0:
-            return {**inputs, **quantized_slots({name: inputs[name] for name in names})[0]}
+        dtype = self.plan.spec.dtype
+        if self.plan.spec.drop == 0 and dtype is not None:
+            return {**inputs, **quantized_slots({name: inputs[name] for name in names}, dtype)[0]}
         if not self.length:
             raise TransformError(
                 "the step has no input that says how many slots are filled",
@@ -84,8 +86,9 @@ class StepCache:
         return {**inputs, **small.arrays, self.length: length}
 
     def _is_own(self, arrays: Sequence[NDArray[Any]]) -> bool:
-        coded = self.plan.spec.dtype is not None
+        dtype = self.plan.spec.dtype
         return all(
-            array.shape[2:3] == (self.plan.slots,) and coded == (array.dtype == np.int8)
+            array.shape[2:3] == (self.plan.slots,)
+            and (dtype is None or array.dtype == STATE_TYPES[dtype])
             for array in arrays
         )

@@ -18,9 +18,9 @@ from icd_tvm.tir_schedules.target import host_target
 # fp32 sums in another order: MiniLM's outputs move by about 1e-6 of their largest value.
 FP32_TOLERANCE = 1e-4
 # One step of a tensor of 8-bit codes, relative to the range that its codes span; bfloat16 has
-# eight significant bits.
+# eight significant bits, float16 eleven.
 CODE_STEP = 1 / 255
-_CODES = ("int8", "uint8", "float8", "bfloat16")
+_STEPS = dict.fromkeys(("int8", "uint8", "float8", "bfloat16"), CODE_STEP) | {"float16": 2.0**-10}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def order_tolerance(mod: Any) -> Tolerance:
 
     Sums in another order differ in their last bits. An activation that is rounded to 8 bits (or
     to bfloat16, which has eight) behind such a sum may lie at a tie and take the next code. That
-    moves it by one step, 1/255 of its range, and the output by as much where the layers behind do
-    not amplify. The roundings of n tensors are independent, so their steps add up in squares:
-    ``1e-4 + sqrt(n) / 255``.
+    moves it by one step, 1/255 of its range (float16: 1/1024), and the output by as much where the
+    layers behind do not amplify. The roundings of n tensors are independent, so their steps add up
+    in squares: ``1e-4 + sqrt(n) / 255``.
     A wrong order mixes unrelated values and differs by the order of the output itself.
 
     Parameters
@@ -49,34 +49,38 @@ def order_tolerance(mod: Any) -> Tolerance:
     mod : tvm.IRModule
         The module in its original order.
     """
-    rounded = _rounded_activations(mod["main"])
-    if not rounded:
+    steps = _rounded_activations(mod["main"])
+    if not steps:
         return FP32_SUMS
-    what = f"{rounded} tensors of 8-bit codes or bfloat16"
+    what = f"{len(steps)} tensors of 8-bit codes or 16-bit floats"
     reason = f"a tie may round the other way in {what}: sqrt(n) steps"
-    return Tolerance(FP32_TOLERANCE + math.sqrt(rounded) * CODE_STEP, reason)
+    return Tolerance(FP32_TOLERANCE + math.hypot(*steps), reason)
 
 
-def _rounded_activations(func: Any) -> int:
-    """Count the tensors that are computed in float32 and rounded to 8 bits."""
+def _rounded_activations(func: Any) -> list[float]:
+    """Return the steps of the tensors that are computed in float32 and rounded."""
     computed: set[Any] = set(func.params)
-    count = 0
+    steps = []
     for block in func.body.blocks:
         for binding in block.bindings:
             read = [v for v in relax.analysis.free_vars(binding.value) if v in computed]
             if read:
                 computed.add(binding.var)
-                count += _rounds(binding)
-    return count
+                steps += _steps(binding)
+    return steps
 
 
-def _rounds(binding: Any) -> bool:
+def _steps(binding: Any) -> list[float]:
+    """Return the step of a tensor that a binding rounds, or nothing."""
     value = getattr(binding, "value", None)
     if not isinstance(value, Call) or not value.args or not isinstance(value.args[0], Var):
-        return False
-    narrow = _dtype(binding.var).startswith(_CODES) and "float" in _dtype(value.args[0])
+        return []
+    dtype, source = _dtype(binding.var), _dtype(value.args[0])
+    found = [step for name, step in _STEPS.items() if dtype.startswith(name)]
+    if "float" not in source or source == dtype == "float16":
+        return []
     # A scalar of codes is a zero point, which products subtract again.
-    return narrow and int(binding.var.ty.ndim) > 0
+    return found if found and int(binding.var.ty.ndim) > 0 else []
 
 
 def _dtype(var: Any) -> str:

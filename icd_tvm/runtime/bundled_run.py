@@ -29,6 +29,15 @@ def find_device(kind: str | None, folder: Path) -> Any:
     return tvm.cuda(0)
 
 
+def typed(array: Any, dtype: str) -> Any:
+    """Return an input with its dtype; a numpy file keeps bytes of bfloat16, but not what they are.
+
+    Arrays of any other dtype stay as they are.
+    """
+    own = np.dtype(dtype)
+    return array.view(own) if array.dtype == np.dtype(f"V{own.itemsize}") else array
+
+
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
     about = json.loads((here / "model.json").read_text())
@@ -41,7 +50,10 @@ if __name__ == "__main__":
         if len(sys.argv) > 1
         else {i["name"]: rng.random(i["shape"]).astype(i["dtype"]) for i in about["inputs"]}
     )
-    inputs = [np.asarray(feeds[i["name"]], i["dtype"], order="C") for i in about["inputs"]]
+    inputs = [
+        np.asarray(typed(feeds[i["name"]], i["dtype"]), i["dtype"], order="C")
+        for i in about["inputs"]
+    ]
     found = machine["main"](*(tvm.runtime.tensor(array, device) for array in inputs))
     tensors = [found] if isinstance(found, tvm.runtime.Tensor) else list(found)
     outputs = {o["name"]: t.numpy() for o, t in zip(about["outputs"], tensors, strict=True)}

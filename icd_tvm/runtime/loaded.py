@@ -16,7 +16,7 @@ import tvm
 from tvm.runtime.vm import VirtualMachine
 
 from icd_tvm.errors import ModelFileError, ShapeError
-from icd_tvm.runtime.bundled_run import find_device
+from icd_tvm.runtime.bundled_run import find_device, typed
 from icd_tvm.tvm_log import without_scope_lines
 
 MODULE, SIGNATURE, METRICS = "module.so", "model.json", "metrics.json"
@@ -115,6 +115,8 @@ class LoadedModel:
     def _tensor(self, info: TensorInfo, feeds: Mapping[str, Any]) -> Any:
         value = feeds[info.name]
         array = value if isinstance(value, np.ndarray) else np.asarray(value, info.dtype)
+        if info.dtype is not None:
+            array = typed(array, info.dtype)
         if info.shape is not None and array.shape != info.shape:
             raise ShapeError(f"input {info.name!r} has shape {array.shape}, not {info.shape}")
         if info.dtype is not None and array.dtype != np.dtype(info.dtype):

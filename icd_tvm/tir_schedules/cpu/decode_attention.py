@@ -17,8 +17,9 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.cache_rows import BYTES, CacheRows
 from icd_tvm.tir_schedules.cpu.decode_join import JoinedRuns, WholeCache
-from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, f32, local, prefetch
+from icd_tvm.tir_schedules.cpu.emit import f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
@@ -44,8 +45,9 @@ class DecodeShape:
         Rows of the cache, and channels of a head.
     scale : float
         Factor on the scores, before the mask is added.
-    dtype : {"float32", "int8"}
-        Of keys and values; int8 codes have one float32 scale for every row.
+    dtype : {"float32", "float16", "bfloat16", "int8"}
+        Of keys and values; int8 codes have one float32 scale for every row. All arithmetic is
+        float32.
     """
 
     batch: int
@@ -85,7 +87,7 @@ def decode_attention(shape: DecodeShape, target: Any) -> Any:
         ``(Q: f32[batch, kv_heads * share, 1, head_dim], K: dtype[batch, kv_heads, slots, head_dim],
         V: the same, mask: f32[slots], Y: like Q)``, scheduled. For codes their scales
         f32[batch, kv_heads, slots, 1] of keys and of values follow V: a row's scale is a factor of
-        its score or weight, so codes are only widened, in registers.
+        its score or weight, so codes are only widened, in registers, as floats of 16 bits are.
 
     Raises
     ------
@@ -137,12 +139,14 @@ def _build(plan: _Plan) -> Any:
         T.func_attr({"tirx.noalias": True})
         q = T.arg("Q", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
         rows = (s.batch, s.kv_heads, s.slots)
-        k, v = (_Rows(T.arg(name, T.Buffer((*rows, s.head_dim), s.dtype))) for name in "KV")
+        k, v = (CacheRows(name, (*rows, s.head_dim), s.dtype) for name in "KV")
         if s.dtype == "int8":
             for name, own in (("K_scale", k), ("V_scale", v)):
                 own.scale = T.arg(name, T.Buffer((*rows, 1), "float32"))
         mask = T.arg("mask", T.Buffer((s.slots,), "float32"))
         y = T.arg("Y", T.Buffer((s.batch, heads, 1, s.head_dim), "float32"))
+        k.declare()
+        v.declare()
         runs = JoinedRuns(plan) if plan.pieces > 1 else None
         with T.parallel(plan.tasks) as task, T.sblock("run"):
             run = _Run(plan, task)
@@ -154,40 +158,6 @@ def _build(plan: _Plan) -> Any:
             with T.serial(s.batch * heads) as head, T.sblock("join"):
                 runs.join(y, head)
     return builder.get()
-
-
-class _Rows:
-    """Keys or values: numbers, or codes with a scale for every row."""
-
-    def __init__(self, data: Any, scale: Any = None) -> None:
-        self.data, self.scale = data, scale
-
-    def at(self, *index: Any) -> Any:
-        """Return the numbers or codes at an index, as float32."""
-        found = self.data[index]
-        lanes = found.ty.dtype.lanes if self.scale is not None else 0
-        return found.astype("float32" if lanes == 1 else f"float32x{lanes}") if lanes else found
-
-    @property
-    def lines(self) -> int:
-        """Cache lines that a row touches."""
-        return -(-self._bytes // LINE)
-
-    @property
-    def _bytes(self) -> int:
-        return int(self.data.shape[-1]) * (4 if self.scale is None else 1)
-
-    def fetch_ahead(self, batch: Any, head: Any, slot: Any, first: Any, count: int) -> None:
-        """Fetch ``count`` lines from ``first`` on, `AHEAD` bytes behind a slot.
-
-        Heads follow each other, so that what is past the end of one is the next. Into level 2
-        of the caches: many fetches into level 1 make the loads wait (measured on Zen 5).
-        """
-        size = self._bytes
-        for line in range(count):
-            channel = (first + line) * (LINE * int(self.data.shape[-1]) // size)
-            element = self.data[batch, head, slot + AHEAD // size, channel]
-            T.evaluate(prefetch(element, locality=2))
 
 
 class _Run:
@@ -207,7 +177,7 @@ class _Run:
     def _row(self, slot: Any) -> Any:
         return T.min(slot, self.plan.shape.slots - 1) if self.plan.ragged else slot
 
-    def scores(self, q: Any, k: _Rows, mask: Any) -> None:
+    def scores(self, q: Any, k: CacheRows, mask: Any) -> None:
         """Fill the scratch rows with scaled and masked scores; slots past the end get -inf."""
         plan, s = self.plan, self.plan.shape
         lanes = plan.lanes
@@ -239,7 +209,7 @@ class _Run:
             emit_transpose(lanes, product, add)
             self._finish(acc, k, mask, block, r)
 
-    def _finish(self, acc: Any, k: _Rows, mask: Any, block: Any, r: Any) -> None:
+    def _finish(self, acc: Any, k: CacheRows, mask: Any, block: Any, r: Any) -> None:
         plan = self.plan
         start = self.first + block * plan.lanes
         with T.vectorized(plan.lanes) as x:
@@ -266,7 +236,7 @@ class _Run:
                 T.buffer_store(self.score, value, [r, at])
             T.buffer_store(self.total, self._reduce(operator.add, r), [r])
 
-    def weigh(self, v: _Rows) -> None:
+    def weigh(self, v: CacheRows) -> None:
         """Multiply the exponentials by the scales of the values that they will weigh."""
         if v.scale is None:
             return
@@ -283,7 +253,7 @@ class _Run:
             self.partial, plan.lanes, plan.width, combine, lambda at: self.score[r, at]
         )
 
-    def values(self, v: _Rows, out: Any) -> None:
+    def values(self, v: CacheRows, out: Any) -> None:
         """Sum the value rows by their weights, and hand peak, sum and rows to ``out``."""
         plan, s = self.plan, self.plan.shape
         vectors = _panel(s.share, plan.chunks)
@@ -319,8 +289,8 @@ def _checked_lanes(shape: DecodeShape, target: Any) -> int:
     sizes = (shape.batch, shape.kv_heads, shape.share, shape.slots, shape.head_dim)
     if min(sizes) < 1:
         raise ShapeError(f"decode attention sizes must be at least 1: {sizes}", "check the model")
-    if shape.dtype not in ("float32", "int8"):
-        raise ShapeError(f"decode attention over a cache of {shape.dtype}", "float32 or int8")
+    if shape.dtype not in BYTES:
+        raise ShapeError(f"decode attention over a cache of {shape.dtype}", ", ".join(BYTES))
     lanes = decode_lanes(shape.head_dim, target)
     if lanes is None:
         raise ShapeError(

@@ -1,7 +1,7 @@
-"""A few rows of floats times a weight of 32 to 4 bits: the product of a decoding step.
+"""A few rows of floats times a weight of 32, 8 or 4 bits: the product of a decoding step.
 
 Such a product reads every weight once, so it takes the time its bytes take to arrive. Narrow
-weights are half, a quarter or an eighth of the bytes and are widened in registers.
+weights are a quarter or an eighth of the bytes and are widened in registers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T
@@ -26,10 +25,8 @@ from icd_tvm.tir_schedules.target import vector_bits
 MAX_ROWS = 8
 _NIBBLES = 8
 # Bits -> type, and bytes, of the stored numbers; nibbles come by eights.
-_STORED = {4: "int32", 8: "int8", 16: "uint16", 32: "float32"}
-_BYTES = {4: 4, 8: 1, 16: 2, 32: 4}
-# From so many bits on the stored numbers are floats.
-_FLOATS = 16
+_STORED = {4: "int32", 8: "int8", 32: "float32"}
+_BYTES = {4: 4, 8: 1, 32: 4}
 _UNROLL = 8
 # Rows that a weight with zeros keeps or leaves out together: those of one step of the loop.
 SKIP_ROWS = _UNROLL
@@ -42,8 +39,7 @@ class NarrowWeight:
     Attributes
     ----------
     bits : int
-        8, stored as int8; 4, stored as unsigned nibbles; or floats without scales: 16, stored
-        as bfloat16, or 32.
+        8, stored as int8; 4, stored as unsigned nibbles; or 32, floats without scales.
     block : int
         Rows that share scales and zero points; divides K, and is a multiple of 8 for 4 bits.
     low : int
@@ -63,8 +59,8 @@ class NarrowWeight:
 
     def __post_init__(self) -> None:
         if self.bits not in _STORED:
-            raise ShapeError(f"weights of {self.bits} bits have no kernel", "use 4, 8, 16 or 32")
-        if self.bits >= _FLOATS and (self.low or self.zeros):
+            raise ShapeError(f"weights of {self.bits} bits have no kernel", "use 4, 8 or 32")
+        if self.floats and (self.low or self.zeros):
             raise ShapeError("weights of floats have no zero points", "use bytes")
         if self.steps and (self.bits != 8 or self.low or self.zeros):
             raise ShapeError("only int8 weights without zero points skip rows", "use steps=0")
@@ -73,6 +69,11 @@ class NarrowWeight:
                 f"blocks of {self.block} rows of {self.bits} bits have no kernel",
                 f"use a multiple of {_NIBBLES}",
             )
+
+    @property
+    def floats(self) -> bool:
+        """Whether the weight is stored as it is."""
+        return self.bits == 32
 
 
 def narrow_tile(rows: int, target: Any) -> Tile:
@@ -131,7 +132,7 @@ def pack_narrow(
     Parameters
     ----------
     values : array [K, N]
-        Integers that less ``form.low`` fit int8, or 0 to 15 for 4 bits; numbers for 16 and 32 bits.
+        Integers that less ``form.low`` fit int8, or 0 to 15 for 4 bits; numbers for 32 bits.
     tables : list of arrays [G, N]
         Scales, and zero points if ``form.zeros``.
     form : NarrowWeight
@@ -141,9 +142,8 @@ def pack_narrow(
     Returns
     -------
     list of arrays
-        W: int8 or float32 [p, K, P], uint16[p, K, P] (the upper half, rounded to even), or
-        int32[p, K / 8, P] with eight rows of a column in one number, the first in the lowest
-        bits. Then each table as float32[p, G, P].
+        W: int8 or float32 [p, K, P], or int32[p, K / 8, P] with eight rows of a column in one
+        number, the first in the lowest bits. Then each table as float32[p, G, P].
 
     Raises
     ------
@@ -151,11 +151,8 @@ def pack_narrow(
         If ``values`` is not a matrix or does not fit the bits.
     """
     matrix_shape(values)
-    if form.bits >= _FLOATS:
-        floats: npt.NDArray[Any] = values.astype(np.float32)
-        if form.bits == 16:
-            floats = floats.astype(ml_dtypes.bfloat16).view(np.uint16)
-        return [pack_panels(floats, columns)]
+    if form.floats:
+        return [pack_panels(values.astype(np.float32), columns)]
     stored = values.astype(np.int32) - form.low
     least, most = (0, 15) if form.bits == 4 else (-128, 127)
     if stored.min() < least or stored.max() > most:
@@ -233,13 +230,13 @@ class _NarrowBuilder(TileBuilder):
         return {
             "X": ((*self.shape, self.k), "float32"),
             "W": ((self.panels, depth, width), _STORED[form.bits]),
-            **({"S": table} if form.bits < _FLOATS else {}),
+            **({} if form.floats else {"S": table}),
             **({"Z": table} if form.zeros else {}),
             **({"R": ((self.panels, form.steps), "int32")} if form.steps else {}),
         }
 
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
-        if self.form.bits >= _FLOATS:
+        if self.form.floats:
             self._emit_block(inputs, sums, batch, at, i64(0))
             return
         scale = inputs[2]
@@ -312,11 +309,8 @@ class _NarrowBuilder(TileBuilder):
     def _widened(self, inputs: list[Any], place: Any, t: int) -> Any:
         """Return row ``first + t`` of a vector of columns as floats."""
         lanes, (panel, first, c) = self.tile.lanes, place
-        if self.form.bits == 32:
+        if self.form.floats:
             return inputs[1][panel, first + t, self.run(c)]
-        if self.form.bits == 16:
-            upper = inputs[1][panel, first + t, self.run(c)].astype(f"int32x{lanes}")
-            return T.reinterpret(f"float32x{lanes}", T.shift_left(upper, splat(16, lanes)))
         if self.form.bits == 8:
             value = inputs[1][panel, first + t, self.run(c)].astype(f"float32x{lanes}")
             return value if self.form.low == 0 else value + splat(float(self.form.low), lanes)
