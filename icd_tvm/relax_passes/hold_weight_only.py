@@ -52,7 +52,7 @@ class HoldWeightOnly:
         self.held, self.refused = [], {}
         mod = rewrite_functions(mod, lambda new, func: _Holder(new, Dataflow(func), self))
         mod = relax.transform.DeadCodeElimination()(mod)
-        return mod.with_attr(WEIGHT_ONLY_ATTR, json.dumps(self.refused))
+        return mod.with_attr(WEIGHT_ONLY_ATTR, json.dumps(self.refused)) if self.refused else mod
 
 
 def read_refused(mod: Any) -> dict[str, str]:
