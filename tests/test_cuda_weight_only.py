@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cuda_modules import EmulatedModule, launches, selected
 
 from icd_tvm._tvm import apply_pass, const_name, named_const, relax, tvm
 from icd_tvm.adapters.quant import parse_quant
+from icd_tvm.measure.cuda_inspect import inspect_kernels
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.mamba import (
     MambaConfig,
@@ -28,8 +30,10 @@ from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.relax_passes.quantized_operands import Weight
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels, read_cuda_kernels
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.target import cuda_target
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
 K, N = 192, 128
 MAMBA = MambaConfig(2, hidden=64, vocab=96, state=8, dt_rank=16)
 
@@ -130,6 +134,18 @@ def test_kernels_compute_the_quantised_product(dtype: str, tmp_path: Path) -> No
         assert np.abs(found - right).max() <= allowed, spec
         scaled = chosen.kernels
         assert [kernel.family for kernel in scaled.values()] == ["gemv"]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", CUDA_ARCHS)
+def test_kernels_spill_nothing_and_read_16_bytes(arch: str, tmp_path: Path) -> None:
+    kernels = []
+    for spec, dead in (("int8", False), ("int8:group64", True), ("int4:group64", False)):
+        mod = quantised(module(weight(dead=dead)), spec)
+        kernels += selected(mod, "float16", arch=arch)[1].kernels.values()
+    for item in inspect_kernels(kernels, arch, tmp_path).values():
+        assert (item.spilled, item.stack) == (0, 0)
+        assert any(name.startswith("ld.global.nc.L1::no_allocate.v4.u32") for name in item.ptx)
 
 
 @needs_compiler
