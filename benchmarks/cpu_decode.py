@@ -1,9 +1,8 @@
 """The work of a decoding step: products of few rows against memory, and whole steps against peers.
 
 "gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
-share of its bandwidth, of the bytes that must be read: above 1 where a product reads faster than
-it. With eight rows the float multiply-adds alone may take longer than the bytes: "most" is the
-share that the two measured peaks allow.
+share of its bandwidth, of the bytes that must be read. With eight rows the multiply-adds alone
+may take longer than the bytes: "most" is the share that the measured peaks allow.
 
 "step" is one token of SmolLM2-135M with int8 weights and a full KV cache of floats, beside other
 runtimes with weights of 8 bits on the same graph, which hands the cache in and out; llama.cpp, at
@@ -28,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -57,76 +57,83 @@ Line = dict[str, Any]
 # -- gemv
 
 
-def weights(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarray]]:
-    """Return the form of a narrow weight (None: floats) and its constants, from random numbers."""
-    from icd_tvm.tir_schedules.cpu.dense import pack_dense
+def kernel(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Any, list[np.ndarray], int]:
+    """Return the function that a model would get, its constants, and the digits of its X, or 0."""
+    from icd_tvm.tir_schedules.cpu.digit_matmul import (
+        DIGITS,
+        digit_matmul,
+        digit_tile,
+        pack_digits,
+        takes_digits,
+    )
     from icd_tvm.tir_schedules.cpu.gemv import (
         SKIP_ROWS,
         NarrowWeight,
+        narrow_matmul,
+        narrow_tile,
         pack_narrow,
         pack_skipping,
     )
 
     rng = np.random.default_rng(0)
-    if kind == "dense fp32":
-        return None, [pack_dense(rng.standard_normal((k, n), dtype=np.float32), columns)]
     if kind in ("fp32", "bf16"):
-        values = rng.standard_normal((k, n), dtype=np.float32)
         form = NarrowWeight(32 if kind == "fp32" else 16, k)
-        return form, pack_narrow(values, [], form, columns)
-    values = rng.integers(-127, 128, (k, n), np.int8)
+        values = rng.standard_normal((k, n), dtype=np.float32)
+        packed = pack_narrow(values, [], form, narrow_tile(m, target).columns)
+        return narrow_matmul(m, k, n, form, target), packed, 0
+    form, values = NarrowWeight(8, k), rng.integers(-127, 128, (k, n), np.int8)
     scale = np.full((1, n), 0.01, np.float32)
+    digits = takes_digits(form, m, k, target)
+    columns = (digit_tile(m) if digits else narrow_tile(m, target)).columns
     if kind == "int8":
-        return NarrowWeight(8, k), pack_narrow(values, [scale], NarrowWeight(8, k), columns)
-    runs = values.reshape(k // SKIP_ROWS, SKIP_ROWS, -1, columns)
-    for panel in range(runs.shape[2]):
-        runs[rng.permutation(len(runs))[len(runs) // 2 :], :, panel] = 0
-    return pack_skipping(values, scale, columns)
+        packed = pack_narrow(values, [scale], form, columns)
+    else:
+        runs = values.reshape(k // SKIP_ROWS, SKIP_ROWS, -1, columns)
+        for panel in range(runs.shape[2]):
+            runs[rng.permutation(len(runs))[len(runs) // 2 :], :, panel] = 0
+        form, packed = pack_skipping(values, scale, columns)
+    if digits:
+        return digit_matmul(m, k, n, form, target), pack_digits(packed), DIGITS
+    return narrow_matmul(m, k, n, form, target), packed, 0
 
 
-def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[], Any], int]:
-    """Return a call that reads another copy of the weight each time, and the bytes it reads."""
+def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[], Any], int, int]:
+    """Return a call that reads another copy of the weight each time, the bytes it reads, digits."""
     from icd_tvm._tvm import tvm
-    from icd_tvm.tir_schedules.cpu import cpu_rules
-    from icd_tvm.tir_schedules.cpu.dense import dense_matmul
-    from icd_tvm.tir_schedules.cpu.gemv import narrow_matmul, narrow_tile
     from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-    from icd_tvm.tir_schedules.cpu.tile import choose_tile
+    from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 
-    # As `PackWeights` chooses.
-    dense = kind == "fp32" and m > 1
-    kind = "dense fp32" if dense else kind
-    tile = choose_tile(m, k, n, target) if dense else narrow_tile(m, target)
-    form, packed = weights(kind, k, n, tile.columns)
-    func = dense_matmul(m, k, n, tile) if form is None else narrow_matmul(m, k, n, form, target)
-    sch = next(s for s in (rule.apply(func, target, False) for rule in cpu_rules()) if s)
+    func, packed, digits = kernel(kind, m, k, n, target)
+    sch = ExplicitTileRule().apply(func, target, False)
     main = compile_kernel(sch.mod["main"], target)["main"]
     x = np.random.default_rng(1).standard_normal((m, k), dtype=np.float32)
     size = sum(array.nbytes for array in packed)
     copies = [[tvm.runtime.tensor(a) for a in packed] for _ in range(1 + COPY_BYTES // size)]
     source, out = tvm.runtime.tensor(x), tvm.runtime.tensor(np.zeros((m, n), np.float32))
     ring = cycle(copies)
-    return lambda: main(source, *next(ring), out), size + x.nbytes + 4 * m * n
+    return lambda: main(source, *next(ring), out), size + x.nbytes + 4 * m * n, digits
 
 
 def gemv_lines(threads: int, rounds: int) -> Iterator[Line]:
     """Time all kinds of weight of a shape in turns with plain reading."""
+    from icd_tvm.measure.byte_peak import byte_peak
     from icd_tvm.measure.latency import interleave
     from icd_tvm.measure.peaks import machine_peaks, memory_reader
     from icd_tvm.tir_schedules.target import host_target
 
     target = host_target(threads)
     read, read_bytes = memory_reader(target)
-    flops = machine_peaks(target)["peak_flops"]
+    flops, products = machine_peaks(target)["peak_flops"], cache(lambda: byte_peak(target))
     for (k, n), m in product(SHAPES, ROWS):
         arms = {kind: gemv_arm(kind, m, k, n, target) for kind in KINDS}
-        calls = {**{kind: call for kind, (call, _) in arms.items()}, "read": read}
+        calls = {**{kind: call for kind, (call, *_) in arms.items()}, "read": read}
         samples = interleave(calls, repeats=rounds, warmup=3)
         bandwidth = read_bytes / samples["read"]
-        for kind, (_, size) in arms.items():
+        for kind, (_, size, digits) in arms.items():
             rate = size / samples[kind]
-            kept = k // 2 if kind.endswith("block") else k
-            computing, reading = 2 * m * kept * n / flops, size / bandwidth.max()
+            work = 2 * m * n * (k // 2 if kind.endswith("block") else k)
+            computing = digits * work / products() if digits else work / flops
+            reading = size / bandwidth.max()
             yield {
                 "case": f"GEMV {m} x {k} x {n} {kind}",
                 "threads": threads,
