@@ -32,9 +32,11 @@ from icd_tvm.tir_schedules.target import vector_bits
 DIGITS = 3
 # With fewer rows the multiply-adds are done before the bytes have arrived.
 _LEAST_ROWS = 3
-# Numbers of X that are cut into digits together: one vector. Four of them, a quad, give a word of
-# each digit and one of what was above the digits, which is not read.
-_CHUNK = 16
+# Numbers of X whose digits are neighbours: those of a run of rows that a weight keeps or skips.
+# Four of them, a quad, give a word of each digit and one of what was above, which is not read.
+_CHUNK = SKIP_ROWS
+# Rows of W in a step of the loop.
+_STEP = 16
 # A float from 2**23 on has its integer in the bits of its mantissa. The middle of the range has
 # 128 in the lower digits and 64 in the upper one: those are subtracted from what is summed.
 _MIDDLE = float((3 << 22) + 0x8080)
@@ -61,7 +63,7 @@ def takes_digits(form: NarrowWeight, rows: int, k: int, target: Any) -> bool:
         Must have AVX512_VNNI: three digits of eight rows take the registers of AVX-512.
     """
     plain = form.bits == 8 and form.block == k and not (form.low or form.zeros)
-    if not plain or not _LEAST_ROWS <= rows <= MAX_ROWS or k % _CHUNK or k > _MAX_DEPTH:
+    if not plain or not _LEAST_ROWS <= rows <= MAX_ROWS or k % _STEP or k > _MAX_DEPTH:
         return False
     has = tvm.target.codegen.target_has_features
     return vector_bits(target) == 512 and bool(has("avx512vnni", target))
@@ -128,8 +130,8 @@ def pack_digits(packed: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     """
     weight, *tables = packed
     panels, depth, columns = weight.shape
-    quads = weight.reshape(panels, depth // QUAD, QUAD, columns).swapaxes(2, 3)
-    quads = np.ascontiguousarray(quads).reshape(panels, depth // QUAD, columns * QUAD)
+    split = weight.reshape(panels, depth // QUAD, QUAD, columns).swapaxes(2, 3)
+    quads = np.ascontiguousarray(split).reshape(panels, depth // QUAD, columns * QUAD)
     return [quads, *tables, weight.sum(axis=1, keepdims=True, dtype=np.int32)]
 
 
@@ -185,18 +187,18 @@ class _DigitBuilder(TileBuilder):
 
     def _cut(self, x: Any, digits: Any, at: Any, per_unit: Any) -> None:
         """Emit the digits of a row of X, of which ``per_unit`` is one over the unit."""
-        lanes, (batch, row) = self.tile.lanes, at
+        lanes, (batch, row) = _CHUNK, at
         # Word j of four gets the byte j of the four numbers of a quad, from the lowest on.
         word = T.bitwise_and(T.ramp(i32(0), i32(1), lanes), splat(3, lanes))
         order = word * splat(0x01010101, lanes) + splat(0x0C080400, lanes)
-        shuffle = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.pshuf.b.512")
+        shuffle = T.llvm_lookup_intrinsic_id("llvm.x86.avx2.pshuf.b")
         with T.serial(i64(self.k // _CHUNK)) as chunk:
-            place = (*self.row(batch, row), self.run(chunk * _CHUNK))
+            place = (*self.row(batch, row), self.run(chunk * lanes, lanes))
             value = x[place] * T.broadcast(per_unit, lanes)
-            bits = T.reinterpret("int8x64", value + splat(_MIDDLE, lanes))
-            cut = T.call_llvm_pure_intrin("int8x64", shuffle, bits, T.reinterpret("int8x64", order))
+            bits = T.reinterpret("int8x32", value + splat(_MIDDLE, lanes))
+            cut = T.call_llvm_pure_intrin("int8x32", shuffle, bits, T.reinterpret("int8x32", order))
             words = T.reinterpret(f"int32x{lanes}", cut)
-            T.buffer_store(digits, words, [*batch, chunk, self.run(row * _CHUNK)])
+            T.buffer_store(digits, words, [*batch, chunk, self.run(row * lanes, lanes)])
 
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
         """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile."""
@@ -225,17 +227,18 @@ class _DigitBuilder(TileBuilder):
         self.each_vector(self.tile.rows, finish)
 
     def _emit_steps(self, inputs: Any, parts: Any, batch: list[Any], panel: Any) -> None:
-        """Add the products of a panel of W: a run of rows, or as many as a chunk has, a step."""
+        """Add the products of a panel of W: a run of rows that is kept, or `_STEP`, at a time."""
         digits, w, rows = inputs
-        size = SKIP_ROWS if rows else _CHUNK
+        size = SKIP_ROWS if rows else _STEP
+        quads = size // QUAD
         with T.serial(i64(self.depth // size)) as step:
-            source = rows[0][panel, step].astype("int64") if rows else step * _CHUNK
-            chunk = tirx.floordiv(source, i64(_CHUNK))
-            word = tirx.floormod(source, i64(_CHUNK)) if rows else i64(0)
-            self._prefetch(w, panel, step, size // QUAD)
-            for quad in range(size // QUAD):
-                place = (*batch, chunk, word + QUAD * quad)
-                self._emit_quad((digits, w), parts, place, (panel, step * (size // QUAD) + quad))
+            source = rows[0][panel, step].astype("int64") if rows else step * size
+            chunk = T.bind(tirx.floordiv(source, i64(_CHUNK)))
+            self._prefetch(w, panel, step, quads)
+            for quad in range(quads):
+                more, first = divmod(QUAD * quad, _CHUNK)
+                place = (*batch, chunk + more, first)
+                self._emit_quad((digits, w), parts, place, (panel, step * quads + quad))
 
     def _emit_quad(self, inputs: Any, parts: Any, place: Any, at: Any) -> None:
         """Add the products of four rows of W with their digits of every row of X."""
