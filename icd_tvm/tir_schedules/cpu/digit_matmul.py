@@ -30,13 +30,12 @@ from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder, spatial_axes
 from icd_tvm.tir_schedules.target import vector_bits
 
 DIGITS = 3
+_LANES = 16
 # With fewer rows the multiply-adds are done before the bytes have arrived.
 _LEAST_ROWS = 3
 # Numbers of X whose digits are neighbours: those of a run of rows that a weight keeps or skips.
 # Four of them, a quad, give a word of each digit and one of what was above, which is not read.
 _CHUNK = SKIP_ROWS
-# Rows of W in a step of the loop.
-_STEP = 16
 # A float from 2**23 on has its integer in the bits of its mantissa. The middle of the range has
 # 128 in the lower digits and 64 in the upper one: those are subtracted from what is summed.
 _MIDDLE = float((3 << 22) + 0x8080)
@@ -63,7 +62,7 @@ def takes_digits(form: NarrowWeight, rows: int, k: int, target: Any) -> bool:
         Must have AVX512_VNNI: three digits of eight rows take the registers of AVX-512.
     """
     plain = form.bits == 8 and form.block == k and not (form.low or form.zeros)
-    if not plain or not _LEAST_ROWS <= rows <= MAX_ROWS or k % _STEP or k > _MAX_DEPTH:
+    if not plain or not _LEAST_ROWS <= rows <= MAX_ROWS or k % _LANES or k > _MAX_DEPTH:
         return False
     has = tvm.target.codegen.target_has_features
     return vector_bits(target) == 512 and bool(has("avx512vnni", target))
@@ -76,7 +75,7 @@ def digit_tile(rows: int) -> Tile:
     ----------
     rows : int
     """
-    return Tile(rows, 2 if DIGITS * rows * 2 <= 24 else 1, 16)
+    return Tile(rows, 2 if DIGITS * rows * 2 <= 24 else 1, _LANES)
 
 
 def digit_matmul(
@@ -227,17 +226,16 @@ class _DigitBuilder(TileBuilder):
         self.each_vector(self.tile.rows, finish)
 
     def _emit_steps(self, inputs: Any, parts: Any, batch: list[Any], panel: Any) -> None:
-        """Add the products of a panel of W: a run of rows that is kept, or `_STEP`, at a time."""
+        """Add the products of a panel of W: a run of rows at a time."""
         digits, w, rows = inputs
-        size = SKIP_ROWS if rows else _STEP
-        quads = size // QUAD
-        with T.serial(i64(self.depth // size)) as step:
-            source = rows[0][panel, step].astype("int64") if rows else step * size
-            chunk = T.bind(tirx.floordiv(source, i64(_CHUNK)))
+        quads = _CHUNK // QUAD
+        with T.serial(i64(self.depth // _CHUNK)) as step:
+            chunk = step
+            if rows:
+                chunk = T.bind(tirx.floordiv(rows[0][panel, step].astype("int64"), i64(_CHUNK)))
             self._prefetch(w, panel, step, quads)
             for quad in range(quads):
-                more, first = divmod(QUAD * quad, _CHUNK)
-                place = (*batch, chunk + more, first)
+                place = (*batch, chunk, QUAD * quad)
                 self._emit_quad((digits, w), parts, place, (panel, step * quads + quad))
 
     def _emit_quad(self, inputs: Any, parts: Any, place: Any, at: Any) -> None:
