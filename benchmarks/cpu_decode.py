@@ -1,9 +1,9 @@
 """The work of a decoding step: products of few rows against memory, and whole steps against peers.
 
 "gemv" streams weights that no cache holds, in turns with a kernel that only reads, and gives the
-share of its bandwidth, of the bytes that must be read: above 1 where a product reads faster than
-it. With eight rows the float multiply-adds alone may take longer than the bytes: "most" is the
-share that the two measured peaks allow; bf16 has dot products, for which it is too low.
+share of its bandwidth, of the bytes that must be read. With eight rows the multiply-adds alone
+may take longer than the bytes: "most" is the share that the measured peaks allow; bf16 has dot
+products, for which it is too low.
 
 "step" is one token of SmolLM2-135M with int8 weights and a KV cache that a real prompt filled,
 beside other runtimes with weights of 8 bits on the same graph, which hands the cache in and out;
@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,37 @@ Line = dict[str, Any]
 # -- gemv
 
 
-def narrow_weight(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarray]]:
-    """Return the form of a narrow weight and its constants, from random numbers."""
+def kernel(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Any, list[np.ndarray], int]:
+    """Return the function that a model would get, its constants, and the digits of its X, or 0."""
+    from icd_tvm.tir_schedules.cpu.bf16_matmul import bf16_matmul, bf16_tile, pack_bf16
+    from icd_tvm.tir_schedules.cpu.digit_matmul import (
+        DIGITS,
+        digit_matmul,
+        digit_tile,
+        pack_digits,
+        takes_digits,
+    )
+    from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight, narrow_matmul, narrow_tile, pack_narrow
+
+    rng = np.random.default_rng(0)
+    if kind == "bf16":
+        tile = bf16_tile(m, k, n, target)
+        packed = [pack_bf16(rng.standard_normal((k, n), dtype=np.float32), tile.columns)]
+        return bf16_matmul(m, k, n, target, tile=tile), packed, 0
+    if kind == "fp32":
+        form, weight = NarrowWeight(32, k), rng.standard_normal((k, n), dtype=np.float32)
+        packed = pack_narrow(weight, [], form, narrow_tile(m, target).columns)
+        return narrow_matmul(m, k, n, form, target), packed, 0
+    digits = takes_digits(NarrowWeight(8, k), m, k, target)
+    columns = (digit_tile(m) if digits else narrow_tile(m, target)).columns
+    form, packed = byte_weight(kind, k, n, columns)
+    if digits:
+        return digit_matmul(m, k, n, form, target), pack_digits(packed), DIGITS
+    return narrow_matmul(m, k, n, form, target), packed, 0
+
+
+def byte_weight(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarray]]:
+    """Return the form of a weight of bytes and its constants, from random numbers."""
     from icd_tvm.tir_schedules.cpu.gemv import (
         SKIP_ROWS,
         NarrowWeight,
@@ -65,9 +95,6 @@ def narrow_weight(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np
     )
 
     rng = np.random.default_rng(0)
-    if kind == "fp32":
-        floats = rng.standard_normal((k, n), dtype=np.float32)
-        return NarrowWeight(32, k), pack_narrow(floats, [], NarrowWeight(32, k), columns)
     values = rng.integers(-127, 128, (k, n), np.int8)
     scale = np.full((1, n), 0.01, np.float32)
     if kind == "int8":
@@ -78,31 +105,13 @@ def narrow_weight(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np
     return pack_skipping(values, scale, columns)
 
 
-def gemv_kernel(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Any, list[np.ndarray]]:
-    """Return the function that a compiled model has for a product, and its packed weight."""
-    from icd_tvm.tir_schedules.cpu.bf16_matmul import bf16_matmul, bf16_tile, pack_bf16
-    from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
-    from icd_tvm.tir_schedules.cpu.gemv import narrow_matmul, narrow_tile
-    from icd_tvm.tir_schedules.cpu.tile import choose_tile
-
-    if kind == "bf16" or (kind == "fp32" and m > 1):
-        weight = np.random.default_rng(0).standard_normal((k, n), dtype=np.float32)
-        if kind == "bf16":
-            tile = bf16_tile(m, k, n, target)
-            return bf16_matmul(m, k, n, target, tile=tile), [pack_bf16(weight, tile.columns)]
-        tile = choose_tile(m, k, n, target)
-        return dense_matmul(m, k, n, tile), [pack_dense(weight, tile.columns)]
-    form, packed = narrow_weight(kind, k, n, narrow_tile(m, target).columns)
-    return narrow_matmul(m, k, n, form, target), packed
-
-
-def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[], Any], int]:
-    """Return a call that reads another copy of the weight each time, and the bytes it reads."""
+def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[], Any], int, int]:
+    """Return a call that reads another copy of the weight each time, the bytes it reads, digits."""
     from icd_tvm._tvm import tvm
     from icd_tvm.tir_schedules.cpu import cpu_rules
     from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 
-    func, packed = gemv_kernel(kind, m, k, n, target)
+    func, packed, digits = kernel(kind, m, k, n, target)
     sch = next(s for s in (rule.apply(func, target, False) for rule in cpu_rules()) if s)
     main = compile_kernel(sch.mod["main"], target)["main"]
     x = np.random.default_rng(1).standard_normal((m, k), dtype=np.float32)
@@ -113,27 +122,29 @@ def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[
     copies = [[tvm.runtime.tensor(a) for a in packed] for _ in range(1 + COPY_BYTES // size)]
     source, out = tvm.runtime.tensor(x), tvm.runtime.tensor(np.zeros((m, n), np.float32))
     ring = cycle(copies)
-    return lambda: main(source, *next(ring), out), size + x.nbytes + 4 * m * n
+    return lambda: main(source, *next(ring), out), size + x.nbytes + 4 * m * n, digits
 
 
 def gemv_lines(threads: int, rounds: int) -> Iterator[Line]:
     """Time all kinds of weight of a shape in turns with plain reading."""
+    from icd_tvm.measure.byte_peak import byte_peak
     from icd_tvm.measure.latency import interleave
     from icd_tvm.measure.peaks import machine_peaks, memory_reader
     from icd_tvm.tir_schedules.target import host_target
 
     target = host_target(threads)
     read, read_bytes = memory_reader(target)
-    flops = machine_peaks(target)["peak_flops"]
+    flops, products = machine_peaks(target)["peak_flops"], cache(lambda: byte_peak(target))
     for (k, n), m in product(SHAPES, ROWS):
         arms = {kind: gemv_arm(kind, m, k, n, target) for kind in KINDS}
-        calls = {**{kind: call for kind, (call, _) in arms.items()}, "read": read}
+        calls = {**{kind: call for kind, (call, *_) in arms.items()}, "read": read}
         samples = interleave(calls, repeats=rounds, warmup=3)
         bandwidth = read_bytes / samples["read"]
-        for kind, (_, size) in arms.items():
+        for kind, (_, size, digits) in arms.items():
             rate = size / samples[kind]
-            kept = k // 2 if kind.endswith("block") else k
-            computing, reading = 2 * m * kept * n / flops, size / bandwidth.max()
+            work = 2 * m * n * (k // 2 if kind.endswith("block") else k)
+            computing = digits * work / products() if digits else work / flops
+            reading = size / bandwidth.max()
             yield {
                 "case": f"GEMV {m} x {k} x {n} {kind}",
                 "threads": threads,

@@ -296,9 +296,10 @@ def test_a_transposed_constant_weight_is_packed() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "n", "kernel"),
-    [((1,), 512, "narrow"), ((1, 1), 512, "narrow"), ((2,), 512, "dense"), ((1,), 40, "dense")],
-)
-def test_one_row_takes_the_kernel_that_fetches_ahead(
+    [((1,), 512, "narrow"), ((1, 1), 512, "narrow"), ((8,), 512, "narrow"), ((2, 4), 512, "narrow"),
+     ((9,), 512, "dense"), ((3, 4), 512, "dense"), ((1,), 40, "dense")],
+)  # fmt: skip
+def test_few_rows_take_the_kernel_that_fetches_ahead(
     rows: tuple[int, ...], n: int, kernel: str
 ) -> None:
     weight = random(24, n)

@@ -26,6 +26,8 @@ from icd_tvm.relax_passes.fuse_quantized_matmul import (
 from icd_tvm.relax_passes.lower_cpu import build_cpu, cpu_pipeline
 from icd_tvm.relax_passes.relax_graph import call_func
 from icd_tvm.runtime.build import build
+from icd_tvm.tir_schedules.cpu.digit_matmul import takes_digits
+from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
 from icd_tvm.tir_schedules.target import host_target
 
@@ -448,17 +450,19 @@ def test_a_few_rows_read_the_narrow_weight(shape: tuple[int, ...]) -> None:
     assert kernels(check(model(nodes, weights(), shape), shape)) == ["fused_narrow_matmul_add"]
 
 
-def test_a_few_rows_skip_what_a_narrow_weight_has_no_numbers_for() -> None:
-    k, shape = 64, (1, 64)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_few_rows_skip_what_a_narrow_weight_has_no_numbers_for(rows: int) -> None:
+    k, shape = 64, (rows, 64)
     constants = weights() | {
         "w": np.random.default_rng(0).integers(-128, 128, (k, N)).astype(np.int8)
     }
     constants["w"][8:40] = 0
     nodes = [QDQ[2], node("MatMul", ["x", "dw"], ["m"]), QDQ[4]]
     proto = model(nodes, constants, shape)
-    assert kernels(check(proto, shape)) == ["fused_narrow_matmul_add"]
+    kind = "digit" if takes_digits(NarrowWeight(8, k), rows, k, TARGET) else "narrow"
+    assert kernels(check(proto, shape)) == [f"fused_{kind}_matmul_add"]
     built = build(import_onnx(proto).mod, TARGET)
-    assert list(built.kernels.values()) == ["narrow, 32 rows of 8 bits"]
+    assert list(built.kernels.values()) == [f"{kind}, 32 rows of 8 bits"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -6,11 +6,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
+from icd_tvm._tvm import tvm
 from icd_tvm.errors import MeasurementError
+from icd_tvm.measure import peaks
 from icd_tvm.measure.kernel_times import kernel_times
 from icd_tvm.measure.peaks import machine_peaks
+from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.target import parse_target
 
 
@@ -64,3 +68,14 @@ def test_the_roof_is_measured_once_and_says_how() -> None:
     assert roof["peak_flops"] > 1e9
     assert roof["dram_bandwidth"] > 1e8
     assert roof["buffer_bytes"] >= 64 << 20
+
+
+@pytest.mark.parametrize("level", ["x86-64-v3", "host"])
+def test_the_reader_reads_every_number_once(level: str) -> None:
+    target, parts, steps = parse_target(level, 1), 2, 3
+    run = compile_kernel(peaks._row_sums(parts, steps), target)["main"]
+    shape = (parts, steps * peaks._PAGE_LINES // peaks._SUMS, peaks._SUMS, 16)
+    rows = np.random.default_rng(0).integers(-9, 10, shape).astype(np.float32)
+    sums = tvm.runtime.tensor(np.full((parts, peaks._SUMS, 16), np.nan, np.float32))
+    run(tvm.runtime.tensor(rows.reshape(parts, steps, peaks._PAGE_LINES, 16)), sums)
+    np.testing.assert_array_equal(sums.numpy(), rows.sum(axis=1))

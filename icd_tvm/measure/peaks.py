@@ -17,13 +17,16 @@ from tvm.script import tirx as T
 from icd_tvm._tvm import tvm, tvm_ffi
 from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.environment import last_level_cache_bytes
-from icd_tvm.tir_schedules.cpu.emit import AHEAD, prefetch
+from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
+from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.target import vector_bits
 
 # Chains of fused multiply-adds that do not wait for each other: latency 4, two ports, some room.
 _CHAINS, _STEPS = 12, 1 << 15
 _ROUNDS, _LEAST_S = 7, 0.3
 _LEAST_BYTES, _MOST_BYTES = 64 << 20, 1 << 30
+# Lines that the reader fetches together, and sums that hide the latency of an addition.
+_PAGE_LINES, _SUMS = 64, 8
 # A call must be long against waking the threads.
 _PARTS = 8
 
@@ -63,7 +66,7 @@ def memory_reader(target: Any) -> tuple[Callable[[], Any], int]:
     """
     threads = int(tvm_ffi.get_global_func("runtime.NumThreads")())
     size, _ = _buffer_bytes()
-    return _reader(vector_bits(target) // 32, _PARTS * threads, size, target), size
+    return _reader(_PARTS * threads, size, target), size
 
 
 @cache
@@ -73,7 +76,7 @@ def _measured(text: str, threads: int) -> dict[str, Any]:
     size, cached = _buffer_bytes()
     try:
         flops = parts * _STEPS * _CHAINS * lanes * 2 / least_time(_multiplier(lanes, parts, target))
-        read = size / least_time(_reader(lanes, parts, size, target))
+        read = size / least_time(_reader(parts, size, target))
     except tvm.error.TVMError as error:
         raise MeasurementError(f"the roof could not be measured: {error}") from error
     note = "; the buffer may lie in the last-level cache" if cached else ""
@@ -112,11 +115,11 @@ def _multiplier(lanes: int, parts: int, target: Any) -> Callable[[], Any]:
     return lambda: run(factors, sums)
 
 
-def _reader(lanes: int, parts: int, size: int, target: Any) -> Callable[[], Any]:
-    steps = size // 4 // parts // (_CHAINS * lanes)
-    run = tvm.compile(_row_sums(lanes, parts, steps), target)["main"]
-    rows = tvm.runtime.tensor(np.zeros((parts, steps, _CHAINS, lanes), np.float32))
-    sums = tvm.runtime.tensor(np.zeros((parts, _CHAINS, lanes), np.float32))
+def _reader(parts: int, size: int, target: Any) -> Callable[[], Any]:
+    steps = size // parts // (_PAGE_LINES * LINE)
+    run = compile_kernel(_row_sums(parts, steps), target)["main"]
+    rows = tvm.runtime.tensor(np.zeros((parts, steps, _PAGE_LINES, LINE // 4), np.float32))
+    sums = tvm.runtime.tensor(np.zeros((parts, _SUMS, LINE // 4), np.float32))
     return lambda: run(rows, sums)
 
 
@@ -144,30 +147,35 @@ def _fma_chains(lanes: int, parts: int) -> Any:
     return main
 
 
-def _row_sums(lanes: int, parts: int, steps: int) -> Any:
+def _row_sums(parts: int, steps: int) -> Any:
     """Return a function that reads every number once, each part a run of its own.
 
-    It fetches ahead as the kernels that are held against it do.
+    It fetches ahead as the kernels that are held against it do, but a whole page at once: on
+    Zen 5 a tenth to a fifth faster than line by line, and as fast as any product reads.
     """
-    ahead = max(1, AHEAD // (_CHAINS * lanes * 4))
+    ahead, width = AHEAD // (_PAGE_LINES * LINE), LINE // 4
 
     @T.prim_func(s_tir=True)
     def main(rows_: T.handle, sums_: T.handle) -> None:
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        rows = T.match_buffer(rows_, (parts, steps, _CHAINS, lanes), "float32")
-        sums = T.match_buffer(sums_, (parts, _CHAINS, lanes), "float32")
+        rows = T.match_buffer(rows_, (parts, steps, _PAGE_LINES, width), "float32")
+        sums = T.match_buffer(sums_, (parts, _SUMS, width), "float32")
         for part in T.parallel(parts):
-            kept = T.alloc_buffer((_CHAINS, lanes), "float32", scope="local")
-            for chain in T.unroll(_CHAINS):
-                for lane in T.vectorized(lanes):
+            kept = T.alloc_buffer((_SUMS, width), "float32", scope="local")
+            for chain in T.unroll(_SUMS):
+                for lane in T.vectorized(width):
                     kept[chain, lane] = T.float32(0)
             for step in range(steps):
-                for chain in T.unroll(_CHAINS):
-                    T.evaluate(prefetch(rows[part, step + ahead, chain, 0]))
-                    for lane in T.vectorized(lanes):
-                        kept[chain, lane] = kept[chain, lane] + rows[part, step, chain, lane]
-            for chain in T.unroll(_CHAINS):
-                for lane in T.vectorized(lanes):
+                for line in T.unroll(_PAGE_LINES):
+                    T.evaluate(prefetch(rows[part, step + ahead, line, 0]))
+                for turn in T.unroll(_PAGE_LINES // _SUMS):
+                    for chain in T.unroll(_SUMS):
+                        for lane in T.vectorized(width):
+                            kept[chain, lane] = (
+                                kept[chain, lane] + rows[part, step, turn * _SUMS + chain, lane]
+                            )
+            for chain in T.unroll(_SUMS):
+                for lane in T.vectorized(width):
                     sums[part, chain, lane] = kept[chain, lane]
 
     return main

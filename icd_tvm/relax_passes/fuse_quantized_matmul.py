@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, mutator, named_const, relax, tvm
 from icd_tvm.errors import ConfigError
-from icd_tvm.relax_passes.narrow_weight import MIN_BLOCK, narrow_form
+from icd_tvm.relax_passes.narrow_weight import DENSE, MIN_BLOCK, narrow_product
 from icd_tvm.relax_passes.quantized_operands import (
     Activation,
     Weight,
@@ -27,23 +27,13 @@ from icd_tvm.tir_schedules.cpu.block_int8 import (
     pack_block_int8,
 )
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
-from icd_tvm.tir_schedules.cpu.gemv import (
-    MAX_ROWS,
-    SKIP_ROWS,
-    NarrowWeight,
-    narrow_matmul,
-    narrow_tile,
-    pack_narrow,
-    pack_skipping,
-)
+from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
 from icd_tvm.tir_schedules.cpu.row_max import row_max
 from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 # Sums, compensations and zero points of bytes together stay within 31 bits.
 _MAX_DEPTH = 16384
-# With more non-zeros than this there are too few groups to skip.
-_DENSE = 0.95
 # JSON: name of each matmul of quantised operands -> its kernel.
 BYTE_KERNELS_ATTR = "icd.byte_kernels"
 
@@ -228,16 +218,11 @@ class _Rewriter(PyExprMutator):
     def _narrow(self, call: Any, weight: Weight, node: str) -> Any:
         """Multiply floats by the narrow weight."""
         x = self.visit_expr(call.args[0])
-        *lead, m, k = static_shape(x) or ()
-        form, values, tables = narrow_form(weight)
-        tile = narrow_tile(flat_rows(tuple(lead), m)[1], self._target)
-        form, packed, parts = _packed(form, values, tables, tile.columns)
-        names = [f"{weight.name}{part}" for part in parts]
-        rows = form.steps * SKIP_ROWS or k
-        self._kernels[node] = f"narrow, {rows} rows of {form.bits} bits"
-        args = [named_const(array, name) for array, name in zip(packed, names, strict=False)]
-        func = narrow_matmul(m, k, values.shape[1], form, self._target, lead=tuple(lead))
-        return call_func(self.builder_, func, "narrow_matmul", [x, *args], call.ty)
+        rows = (static_shape(x) or ())[:-1]
+        product = narrow_product(weight, rows, self._target)
+        self._kernels[node] = product.description
+        args = [named_const(a, weight.name + part) for part, a in product.constants.items()]
+        return call_func(self.builder_, product.func, product.name, [x, *args], call.ty)
 
     def _matmul(self, data: Activation, weight: Weight, node: str) -> Any:
         values, zero = weight.signed()
@@ -290,7 +275,7 @@ class _Rewriter(PyExprMutator):
         return self._call(func, "int8_matmul", [x, packed], like), f"int8, {k} rows"
 
     def _block_tile(self, rows: int, values: npt.NDArray[np.int8], name: str) -> Any:
-        if np.count_nonzero(values) > _DENSE * values.size:
+        if np.count_nonzero(values) > DENSE * values.size:
             return None
         tile, self._sparse[name] = choose_block_tile(rows, values, self._target)
         return tile
@@ -341,15 +326,3 @@ class _Rewriter(PyExprMutator):
 
     def _call(self, func: Any, name: str, args: list[Any], like: Any) -> Any:
         return self.builder_.emit(call_func(self.builder_, func, name, args, like))
-
-
-def _packed(
-    form: NarrowWeight, values: Any, tables: list[Any], columns: int
-) -> tuple[NarrowWeight, list[Any], tuple[str, ...]]:
-    """Return how a narrow weight is stored, its constants, and what follows its name in theirs."""
-    k = len(values)
-    if form == NarrowWeight(8, k) and k % SKIP_ROWS == 0:
-        skipping, fewer = pack_skipping(values, tables[0], columns)
-        if skipping.steps * SKIP_ROWS <= _DENSE * k:
-            return skipping, fewer, ("", ".scale", ".rows")
-    return form, pack_narrow(values, tables, form, columns), ("", ".scale", ".zero_point")

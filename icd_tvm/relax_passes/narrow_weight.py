@@ -1,19 +1,98 @@
-"""Choose how a quantised weight is stored for a product with floats."""
+"""Choose how a quantised weight is stored for a product with floats, and the kernel of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.relax_passes.quantized_operands import Weight
-from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight
+from icd_tvm.tir_schedules.cpu.digit_matmul import (
+    digit_matmul,
+    digit_tile,
+    pack_digits,
+    takes_digits,
+)
+from icd_tvm.tir_schedules.cpu.gemv import (
+    SKIP_ROWS,
+    NarrowWeight,
+    narrow_matmul,
+    narrow_tile,
+    pack_narrow,
+    pack_skipping,
+)
+from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 # Below it the tables of scales are about as large as the weight.
 MIN_BLOCK = 16
+# With more non-zeros than this there are too few groups to skip.
+DENSE = 0.95
 _NIBBLE, _BYTE = 15, 255
 Array = npt.NDArray[Any]
+
+
+class NarrowProduct(NamedTuple):
+    """The kernel of a product of few rows of floats with a quantised weight.
+
+    Attributes
+    ----------
+    func : PrimFunc
+        Of X, the constants and Y.
+    name : str
+    constants : dict of str to array
+        What follows the name of the weight in that of a constant -> its value.
+    description : str
+        Which kernel it is, and how many rows of the weight it reads.
+    """
+
+    func: Any
+    name: str
+    constants: dict[str, Array]
+    description: str
+
+
+def narrow_product(weight: Weight, rows: tuple[int, ...], target: Any) -> NarrowProduct:
+    """Return the kernel of ``X[*rows, K] @ weight``.
+
+    Parameters
+    ----------
+    weight : Weight
+    rows : tuple of int
+        Shape of X without its last axis.
+    target : tvm.target.Target
+
+    Raises
+    ------
+    ShapeError
+        If X has more than `MAX_ROWS` rows.
+    """
+    (*lead, m), (k, n) = rows, weight.values.shape
+    form, values, tables = narrow_form(weight)
+    flat = flat_rows(tuple(lead), m)[1]
+    digits = takes_digits(form, flat, k, target)
+    tile = digit_tile(flat) if digits else narrow_tile(flat, target)
+    form, constants = _packed(form, values, tables, tile.columns)
+    kind, product = ("digit", digit_matmul) if digits else ("narrow", narrow_matmul)
+    if digits:
+        *packed, sums = pack_digits(list(constants.values()))
+        constants = {**dict(zip(constants, packed, strict=True)), ".sums": sums}
+    func = product(m, k, n, form, target, lead=tuple(lead))
+    text = f"{kind}, {form.steps * SKIP_ROWS or k} rows of {form.bits} bits"
+    return NarrowProduct(func, f"{kind}_matmul", constants, text)
+
+
+def _packed(
+    form: NarrowWeight, values: Array, tables: list[Array], columns: int
+) -> tuple[NarrowWeight, dict[str, Array]]:
+    """Return how a narrow weight is stored, and its constants."""
+    k = len(values)
+    if form == NarrowWeight(8, k) and k % SKIP_ROWS == 0:
+        skipping, fewer = pack_skipping(values, tables[0], columns)
+        if skipping.steps * SKIP_ROWS <= DENSE * k:
+            return skipping, dict(zip(("", ".scale", ".rows"), fewer, strict=True))
+    packed = pack_narrow(values, tables, form, columns)
+    return form, dict(zip(("", ".scale", ".zero_point"), packed, strict=False))
 
 
 def narrow_form(weight: Weight) -> tuple[NarrowWeight, Array, list[Array]]:

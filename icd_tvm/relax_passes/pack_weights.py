@@ -15,7 +15,13 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
-from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight, narrow_matmul, narrow_tile, pack_narrow
+from icd_tvm.tir_schedules.cpu.gemv import (
+    MAX_ROWS,
+    NarrowWeight,
+    narrow_matmul,
+    narrow_tile,
+    pack_narrow,
+)
 from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
 
 # With fewer panels the padding of the last one is a large part of the weight.
@@ -74,9 +80,9 @@ class _Packer(PyExprMutator):
         """Return the name and function of the kernel, and the weight packed for it."""
         (k, n), target = weight.shape, self._owner.target
         batch, rows = flat_rows(lead, m)
-        # One row takes what its weight takes to arrive, so that fetching ahead pays.
-        columns = narrow_tile(1, target).columns
-        if rows * prod(batch) == 1 and n >= _MIN_PANELS * columns:
+        # Few rows take what the weight takes to arrive, so that fetching ahead pays.
+        columns = narrow_tile(min(rows, MAX_ROWS), target).columns
+        if rows * prod(batch) <= MAX_ROWS and n >= _MIN_PANELS * columns:
             form = NarrowWeight(32, k)
             func = narrow_matmul(m, k, n, form, target, lead=lead)
             return "narrow_matmul", func, pack_narrow(weight, [], form, columns)[0]

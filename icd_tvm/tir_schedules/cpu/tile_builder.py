@@ -65,8 +65,15 @@ class TileBuilder:
         """Return the shape and type of each parameter but Y, X first."""
         raise NotImplementedError
 
+    def shared(self, x: Any) -> list[tuple[Any, Lead]]:
+        """Emit what is made of X first; return what every tile reads, with its shape."""
+        return [(x, (*self.shape, self.k))]
+
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
-        """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile."""
+        """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile.
+
+        ``inputs`` are what `shared` returned and the parameters after X.
+        """
         raise NotImplementedError
 
     def build(self) -> Any:
@@ -78,7 +85,7 @@ class TileBuilder:
             y = _arg("Y", (*self.shape, self.n), self.dtype)
             size = shape64((*self.batch, self.rows, self.columns))
             acc = T.sblock_alloc_buffer(size, self.dtype)
-            self._emit_tiles(inputs, acc)
+            self._emit_tiles(self.shared(inputs[0]), inputs[1:], acc)
             self._emit_output(acc, y)
         return builder.get()
 
@@ -108,21 +115,21 @@ class TileBuilder:
         at = at if self.rows == self.m else T.min(at, i64(self.m - 1))
         return unravel_index(at, self.shape) if self.flat else (*batch, at)
 
-    def _emit_tiles(self, inputs: list[Any], acc: Any) -> None:
+    def _emit_tiles(self, shared: list[Any], inputs: list[Any], acc: Any) -> None:
         height, width = self.tile.rows, self.tile.columns
         grid = shape64((*self.batch, self.panels, self.rows // height))
         with T.grid(*grid) as loops, T.sblock("acc"):
-            *batch, panel, row = _axes(loops)
-            sizes = [shape for shape, _ in self.parameters().values()]
-            x, *rest = [tuple(slice(0, extent) for extent in size) for size in sizes]
-            panels = [(panel, *region[1:]) for region in rest]
-            T.reads(*(a[region] for a, region in zip(inputs, [x, *panels], strict=True)))
+            *batch, panel, row = spatial_axes(loops)
+            read = [(whole, slice(0, shape[0]), shape) for whole, shape in shared]
+            sizes = [shape for shape, _ in self.parameters().values()][1:]
+            read += [(w, panel, shape) for w, shape in zip(inputs, sizes, strict=True)]
+            T.reads(*(a[(first, *(slice(0, e) for e in shape[1:]))] for a, first, shape in read))
             rows = slice(row * height, (row + 1) * height)
             T.writes(acc[(*batch, rows, slice(panel * width, (panel + 1) * width))])
             T.sblock_attr(tile_attrs(self.tile, KERNEL))
             sums = self.local_sums()
             self.clear(sums)
-            self.emit_sums(inputs, sums, batch, (panel, row * height))
+            self.emit_sums([a for a, *_ in read], sums, batch, (panel, row * height))
 
             def keep(r: Any, c: Any) -> None:
                 at = [*batch, row * height + r, self.run(panel * width + c)]
@@ -132,7 +139,7 @@ class TileBuilder:
 
     def _emit_output(self, acc: Any, y: Any) -> None:
         with T.grid(*shape64((*self.shape, self.n))) as loops, T.sblock("Y"):
-            *row, column = _axes(loops)
+            *row, column = spatial_axes(loops)
             at = [ravel_index(row, self.shape)] if self.flat else row
             T.reads(acc[(*at, column)])
             T.writes(y[(*row, column)])
@@ -166,7 +173,8 @@ class ExplicitTileRule(ScheduleRule):
         return sch
 
 
-def _axes(loops: Any) -> list[Any]:
+def spatial_axes(loops: Any) -> list[Any]:
+    """Return the iterators of a block, one for each of the loops, none of which reduces."""
     axes = T.axis.remap("S" * len(loops), list(loops), dtype="int64")
     return list(axes) if len(loops) > 1 else [axes]
 
