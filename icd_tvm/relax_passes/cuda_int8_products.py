@@ -16,10 +16,10 @@ from icd_tvm.relax_passes.cuda_products import (
     Chain,
     ProductKernels,
     chain_after,
-    fused_names,
     matrix_kernels,
     paying_blocks,
-    product_rule,
+    planned_product,
+    weight_operands,
 )
 from icd_tvm.relax_passes.cuda_views import view_of
 from icd_tvm.relax_passes.int8_product import Int8Product, codes_call, int8_product
@@ -101,25 +101,13 @@ def plan_int8_product(flow: Dataflow, var: Any, wanted: set[Any], arch: str) -> 
     chain = chain_after(flow, var, wanted)
     if not product.rows:
         chain = replace(chain, epilogue=replace(chain.epilogue, bias=True))
-    reason = f"int8, {'dense' if blocks is None else 'live blocks'}"
-    return Planned(
-        result=chain.result,
-        operands=_operands(product, chain, kernels),
-        rule=partial(product_rule, kernels.make, chain.epilogue),
-        kind="gemm",
-        reason="; ".join(filter(None, (reason, chain.left))),
-        fused=fused_names(chain.epilogue),
-        flexible=True,
-        live=0 if blocks is None else int(blocks.shape[1]),
-    )
+    return planned_product(chain, kernels, _operands(product, chain, kernels), "gemm", "int8")
 
 
 def _operands(product: Int8Product, chain: Chain, kernels: ProductKernels) -> dict[str, Operand]:
-    label = const_name(product.weight)
-    found = {"a": Operand(product.codes, "kept"), "column_scale": Operand(product.scale, "kept")}
-    for name, array in kernels.constants.items():
-        constant = named_const(array, label if name == "w" else f"{label}.blocks")
-        found[name] = Operand(constant, "kept")
+    found = weight_operands(const_name(product.weight), kernels)
+    found["a"] = Operand(product.codes, "kept")
+    found["column_scale"] = Operand(product.scale, "kept")
     if product.rows:
         found |= {a: Operand(b, "kept") for a, b in zip(BY_ROW, product.rows, strict=True)}
         found["column_sums"] = Operand(product.offset, "kept")

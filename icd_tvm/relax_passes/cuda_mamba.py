@@ -54,7 +54,8 @@ def _conv(flow: Dataflow, var: Any, window: Any, joined: Any, weight: Any, dtype
     require(static_shape(weight) in ((channels, taps), shape), "a weight for each tap is missing")
     require(static_shape(var) == (1, channels), "it is not summed over the window alone")
     state, new = _moved_window(flow, joined, shape)
-    bias, result = _biased_silu(flow, var, channels)
+    biased, bias = channel_bias(flow, var, (channels,))
+    result = need(function_after(flow, biased, ("silu",)), "no SiLU follows it")[1]
     made = conv_step_rule(channels, dtype, taps=taps)
     require(made.kernels, made.reason)
     source = view_of(flow, new)
@@ -83,14 +84,20 @@ def _moved_window(flow: Dataflow, joined: Any, shape: tuple[int, ...]) -> tuple[
     return state, new
 
 
-def _biased_silu(flow: Dataflow, var: Any, channels: int) -> tuple[Any, Any]:
-    """Return (bias, result) of what follows the sum over a window."""
+def channel_bias(flow: Dataflow, var: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Return (biased, bias) of a convolution whose only reader adds a constant of that shape.
+
+    Raises
+    ------
+    Refused
+        If it does not.
+    """
     biased = flow.only_user(var)
     added = need(flow.bound(biased, "relax.add"), "no bias follows it")
     _, bias = operands(added)
-    fits = constant_array(bias) is not None and static_shape(bias) == (channels,)
+    fits = constant_array(bias) is not None and static_shape(bias) == shape
     require(fits, "its bias is no constant for each channel")
-    return bias, need(function_after(flow, biased, ("silu",)), "no SiLU follows it")[1]
+    return biased, bias
 
 
 def plan_scan(flow: Dataflow, var: Any, dtype: str) -> Planned | str | None:

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import relax
 from icd_tvm.relax_passes.attention_match import Refused, need, require
-from icd_tvm.relax_passes.cuda_mamba import skip_and_gate, step_before
+from icd_tvm.relax_passes.cuda_mamba import channel_bias, skip_and_gate, step_before
 from icd_tvm.relax_passes.cuda_plan import Operand, Planned
 from icd_tvm.relax_passes.cuda_views import view_of
 from icd_tvm.relax_passes.elementwise_function import function_after
-from icd_tvm.relax_passes.relax_graph import Dataflow, constant_array, operands, static_shape
+from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 from icd_tvm.tir_schedules.cpu.scan_program import ScanProgram, Term
 from icd_tvm.tir_schedules.cpu.selective_scan import SCAN_PROGRAM
 from icd_tvm.tir_schedules.cuda.prefill_scan import TAPS, prefill_conv_rule, prefill_scan_rule
@@ -106,12 +106,7 @@ def _begin(call: Any) -> int:
 
 def _biased_silu(flow: Dataflow, var: Any, shape: tuple[int, int]) -> tuple[Any, Any]:
     """Return (bias, result [steps, channels]) of what follows a convolution."""
-    biased = flow.only_user(var)
-    added = need(flow.bound(biased, "relax.add"), "no bias follows it")
-    _, bias = operands(added)
-    fits = constant_array(bias) is not None and static_shape(bias) == (1, shape[1], 1)
-    require(fits, "its bias is no constant for each channel")
-    flat = biased
+    flat, bias = channel_bias(flow, var, (1, shape[1], 1))
     while static_shape(flat) != shape:
         flat = need(flow.only_user(flat), "its output is read in several shapes")
         moved = any(

@@ -187,27 +187,35 @@ def plan_with(
     # A kernel for matrices reads whole rows.
     if not vector and (source.offset or _size(source.root) != prod(shape)):
         source = View(x)
-    found = _constants(label, kernels)
+    found = weight_operands(label, kernels)
     found["x" if vector else "a"] = Operand(source.root, offset=source.offset)
     if chain.bias is not None:
         found["bias"] = Operand(chain.bias, "kept")
     if chain.residual is not None:
         found["residual"] = Operand(chain.residual, "tied")
+    return planned_product(chain, kernels, found, "gemv" if vector else "gemm", words)
+
+
+def planned_product(
+    chain: Chain, kernels: ProductKernels, found: Mapping[str, Operand], kind: str, words: str
+) -> Planned:
+    """Return the plan of a product with these operands; ``kind`` and ``words`` are for people."""
     lists = kernels.constants.get("slabs", kernels.constants.get("blocks"))
     reason = f"{words}, {'dense' if lists is None else 'live blocks'}"
     return Planned(
         result=chain.result,
         operands=found,
-        rule=partial(product_rule, kernels.make, chain.epilogue),
-        kind="gemv" if vector else "gemm",
+        rule=partial(_rule, kernels.make, chain.epilogue),
+        kind=kind,
         reason="; ".join(filter(None, (reason, chain.left))),
-        fused=fused_names(chain.epilogue),
+        fused=_fused(chain.epilogue),
         flexible=True,
         live=0 if lists is None else int(lists.shape[1]),
     )
 
 
-def _constants(label: str, kernels: ProductKernels) -> dict[str, Operand]:
+def weight_operands(label: str, kernels: ProductKernels) -> dict[str, Operand]:
+    """Return the constants of kernels, named after their weight."""
     ends = {"w": "", "scales": ".scale", "slabs": ".blocks", "blocks": ".blocks"}
     return {
         name: Operand(named_const(array, f"{label}{ends[name]}"), "kept")
@@ -215,7 +223,7 @@ def _constants(label: str, kernels: ProductKernels) -> dict[str, Operand]:
     }
 
 
-def product_rule(
+def _rule(
     make: Callable[..., Rule],
     epilogue: Epilogue,
     _: Mapping[str, str],
@@ -230,7 +238,7 @@ def _size(expr: Any) -> int:
     return prod(static_shape(expr) or (0,))
 
 
-def fused_names(epilogue: Epilogue) -> tuple[str, ...]:
+def _fused(epilogue: Epilogue) -> tuple[str, ...]:
     """Return what an epilogue computes, in words."""
     activation = epilogue.activation if epilogue.activation != "none" else ""
     found = ("bias" * epilogue.bias, activation, "residual" * epilogue.residual)

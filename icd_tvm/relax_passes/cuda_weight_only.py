@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm._tvm import Call, const_name, relax
+from icd_tvm._tvm import const_name
 from icd_tvm.relax_passes.cuda_plan import Planned
 from icd_tvm.relax_passes.cuda_products import ProductKernels, paying_blocks, plan_with
 from icd_tvm.relax_passes.quantized_operands import Weight
-from icd_tvm.relax_passes.relax_graph import Dataflow
+from icd_tvm.relax_passes.relax_graph import Dataflow, packed_fields
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import PLAIN, Epilogue, Rule
 
@@ -77,16 +77,13 @@ def why_no_kernel(weight: Codes, dtype: str) -> str:
     return _form(weight, dtype).reason
 
 
-def weight_only_kernels(weight: Codes, dtype: str) -> ProductKernels:
+def _kernels(weight: Codes, dtype: str, form: _Form) -> ProductKernels:
     """Return the kernels of a vector times codes, as `product_kernels` does."""
-    form, make = _form(weight, dtype), partial(_rule, weight, dtype)
-    if form.reason:
-        return ProductKernels(lambda *_: Rule((), form.reason), {}, form.reason)
     constants: dict[str, Array] = {"w": pack_vectors(weight.codes, form.stored, form.blocks)}
     constants["scales"] = weight.scales
     if form.blocks is not None:
         constants["blocks"] = form.blocks
-    return ProductKernels(partial(make, form.stored, form.blocks), constants)
+    return ProductKernels(partial(_rule, weight, dtype, form.stored, form.blocks), constants)
 
 
 def plan_weight_only(flow: Dataflow, var: Any, wanted: set[Any], dtype: str) -> Planned | None:
@@ -106,25 +103,17 @@ def plan_weight_only(flow: Dataflow, var: Any, wanted: set[Any], dtype: str) -> 
     Planned or None
         None where ``var`` is no call that `HoldWeightOnly` made. It holds what has a kernel.
     """
-    call: Any = flow.values.get(var)
-    if not is_weight_only(call):
+    fields = packed_fields(flow.values.get(var), WEIGHT_ONLY)
+    if fields is None:
         return None
-    x, codes, scales = call.args[1].fields
+    x, codes, scales = fields
     weight = Codes(codes.value.numpy(), scales.value.numpy())
-    stored = _form(weight, dtype).stored
-    words = f"{stored} times {dtype}, scales by row"
+    form = _form(weight, dtype)
+    words = f"{form.stored} times {dtype}, scales by row"
     if weight.group:
         words = f"{words} and {weight.group} inputs"
-    kernels = weight_only_kernels(weight, dtype)
+    kernels = _kernels(weight, dtype, form)
     return plan_with(flow, var, wanted, x, kernels, const_name(codes), words)
-
-
-def is_weight_only(expr: Any) -> bool:
-    """Tell whether an expression is a call that `HoldWeightOnly` made."""
-    if not isinstance(expr, Call) or len(expr.args) < 2:
-        return False
-    callee = expr.args[0]
-    return isinstance(callee, relax.ExternFunc) and str(callee.global_symbol) == WEIGHT_ONLY
 
 
 def _form(weight: Codes, dtype: str) -> _Form:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icd_tvm._tvm import const_name, named_const, relax
-from icd_tvm.relax_passes.relax_graph import is_call, scalar_constant, static_shape
+from icd_tvm.relax_passes.relax_graph import packed_fields, scalar_constant, static_shape
 
 _CODES, _PRODUCT = "icd.int8_codes", "icd.int8_product"
 
@@ -89,13 +89,13 @@ class Int8Product(NamedTuple):
 
 def codes_call(value: Any) -> CodesCall | None:
     """Return the parts of a call that makes codes, or None."""
-    fields = _fields(value, _CODES)
+    fields = packed_fields(value, _CODES)
     return None if fields is None else CodesCall(*fields)
 
 
 def int8_product(value: Any) -> Int8Product | None:
     """Return the parts of a product, or None."""
-    fields = _fields(value, _PRODUCT)
+    fields = packed_fields(value, _PRODUCT)
     if fields is None:
         return None
     codes, weight, scale, offset, *rows = fields
@@ -117,11 +117,3 @@ def joined(products: Sequence[Int8Product], visit: Any) -> Int8Product:
     first = products[0]
     rows = tuple(visit(one) for one in first.rows)
     return Int8Product(visit(first.codes), weights, scales, offsets, rows)
-
-
-def _fields(value: Any, name: str) -> list[Any] | None:
-    if not is_call(value, "relax.call_dps_packed"):
-        return None
-    if str(value.args[0].global_symbol) != name:
-        return None
-    return list(value.args[1].fields)

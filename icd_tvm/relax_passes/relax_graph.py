@@ -78,6 +78,13 @@ def is_call(expr: Any, op: str) -> bool:
     return isinstance(expr, Call) and isinstance(expr.op, Op) and expr.op.name == op
 
 
+def packed_fields(expr: Any, name: str) -> list[Any] | None:
+    """Return the arguments of a ``call_dps_packed`` of that name, or None."""
+    if not is_call(expr, "relax.call_dps_packed") or str(expr.args[0].global_symbol) != name:
+        return None
+    return list(expr.args[1].fields)
+
+
 def op_names(func: Any) -> dict[str, str]:
     """Return the operator that each binding of a function calls, by the binding's name."""
     return {
