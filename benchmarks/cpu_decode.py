@@ -25,7 +25,6 @@ quantise them at run time, a tensor at a time; onnxruntime-int8w and llama.cpp b
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -41,6 +40,7 @@ import numpy as np
 from cpu_peers import Case, run
 from cpu_peers import show as show_case
 from decode_step import CACHES, PEERS, Contest, show_logits, step_line
+from peer_ratios import keep
 
 PARTS = ("gemv", "step", "typeseg")
 SHAPES = ((10240, 2560), (2560, 10240))
@@ -230,14 +230,6 @@ def main() -> None:
         print(show(line), flush=True)
         if arguments.out:
             keep(arguments.out, line)
-
-
-def keep(path: Path, line: Line) -> None:
-    """Put a line into the record, in place of an older one of the same case and threads."""
-    lines = json.loads(path.read_text()) if path.exists() else []
-    name = (line["case"], line["threads"])
-    lines = [old for old in lines if (old["case"], old["threads"]) != name]
-    path.write_text(json.dumps([*lines, line], indent=1) + "\n")
 
 
 if __name__ == "__main__":

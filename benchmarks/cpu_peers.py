@@ -32,7 +32,7 @@ import numpy.typing as npt
 import onnx
 from gemm_figures import figures, sparse_weight, summary
 from onnx import TensorProto, helper, numpy_helper
-from peer_ratios import to_fastest
+from peer_ratios import keep, to_fastest
 
 FLOAT_PEERS = ("onnxruntime", "openvino", "torch", "deepsparse")
 INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
@@ -194,17 +194,16 @@ def main() -> None:
     arguments = parsed()
     print("| case | threads | median ms | ours / fastest peer (median / min) | bar | |")
     print("| --- | --- | --- | --- | --- | --- |")
-    lines = kept(arguments.out)
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for case, threads in product(chosen(arguments, folder), arguments.threads):
             export(Path(case.flags[0]))
             line = run(case, threads, arguments.rounds, Path(tempfile.mkdtemp(dir=folder)))
-            lines[case.name, threads] = {**line, **figures(line)}
-            print(show(lines[case.name, threads]), flush=True)
-            if arguments.out:
-                arguments.out.write_text(json.dumps([*lines.values()], indent=1) + "\n")
-    print("", *summary([*lines.values()]), sep="\n")
+            line |= figures(line)
+            print(show(line), flush=True)
+            lines = keep(arguments.out, line) if arguments.out else [*lines, line]
+    print("", *summary(lines), sep="\n")
 
 
 def parsed() -> argparse.Namespace:
@@ -222,13 +221,6 @@ def chosen(arguments: argparse.Namespace, folder: Path) -> list[Case]:
     cases = chain(gemm_cases(folder), sparse_cases(folder), model_cases(folder, arguments.full))
     words = [word.lower() for word in arguments.only]
     return [case for case in cases if any(word in case.name.lower() for word in words)]
-
-
-def kept(record: Path | None) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the lines of the record by case and threads; none if it is not there."""
-    if record is None or not record.exists():
-        return {}
-    return {(line["case"], line["threads"]): line for line in json.loads(record.read_text())}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Ratios to the fastest of several runtimes; shared by cpu_peers.py and cpu_decode.py."""
+"""Ratios to the fastest of several runtimes, and records; for cpu_peers.py and cpu_decode.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -27,3 +29,18 @@ def to_fastest(ours: str, times: Mapping[str, Any], peers: Iterable[str]) -> dic
         fastest = min(peers, key=lambda name: times[name][key])
         found |= {key: times[ours][key] / times[fastest][key], f"fastest_{key}": fastest}
     return found
+
+
+def keep(path: Path, line: dict[str, Any]) -> list[dict[str, Any]]:
+    """Put a line into the record, in place of an older one of the same case and threads.
+
+    Returns
+    -------
+    list of dict
+        All lines of the record.
+    """
+    lines = json.loads(path.read_text()) if path.exists() else []
+    name = (line["case"], line["threads"])
+    lines = [old for old in lines if (old["case"], old["threads"]) != name] + [line]
+    path.write_text(json.dumps(lines, indent=1) + "\n")
+    return lines

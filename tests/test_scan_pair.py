@@ -8,18 +8,15 @@ import numpy as np
 import onnx
 import pytest
 from converter_check import array_model, run_ort
-from hypothesis import given
-from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from test_converters_ssm import kernels, mamba_body, mamba_feeds, mamba_weights, scan_node, value
 from test_cpu_lowering import calls, execute
-from test_state_space_lowering import few, mamba, reference, targets
+from test_state_space_lowering import few, mamba, random_operands, reference, scans
 
 from icd_tvm._tvm import tvm
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.fuse_scan_pair import FuseScanPair
 from icd_tvm.tir_schedules.cpu.scan_pair import kept_bytes, scan_pair
-from icd_tvm.tir_schedules.cpu.selective_scan import operand_shape
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.target import parse_target
 
@@ -27,20 +24,12 @@ CHANNELS, STATES = 32, 4
 
 
 @few
-@given(
-    length=st.integers(1, 20),
-    channels=st.sampled_from([1, 6, 16, 48]),
-    states=st.sampled_from([1, 3, 16, 33]),
-    turned=st.booleans(),
-    target=targets,
-)
+@scans
 def test_both_directions_equal_float64(
     length: int, channels: int, states: int, turned: bool, target: Any
 ) -> None:
     program, rng = mamba(channels, states), np.random.default_rng(length * 100 + states)
-    shapes = [operand_shape(program, operand, length) for operand in program.operands]
-    given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    given[0], given[4] = np.abs(given[0]), -np.exp(given[4] * 2)
+    given = random_operands(program, length, rng)
     starts = [rng.standard_normal((1, channels, states)).astype(np.float32) for _ in range(2)]
     # Only the second operand is read from its end by the direction that writes from the start.
     read = [array[::-1].copy() if i == 1 and turned else array for i, array in enumerate(given)]

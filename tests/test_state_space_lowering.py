@@ -25,6 +25,13 @@ from icd_tvm.tir_schedules.target import parse_target
 Array = np.ndarray
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 targets = st.sampled_from([HOST, *(parse_target(name, 1) for name in RUNNABLE)])
+scans = given(
+    length=st.integers(1, 20),
+    channels=st.sampled_from([1, 6, 16, 48]),
+    states=st.sampled_from([1, 3, 16, 33]),
+    turned=st.booleans(),
+    target=targets,
+)
 DT, U, B, C, A, D = (Term("operand", place=i) for i in range(6))
 OLD, NEW, SUM = Term("old"), Term("new"), Term("late")
 
@@ -77,21 +84,12 @@ def test_an_exponential_of_what_changes_stays() -> None:
 
 
 @few
-@given(
-    length=st.integers(1, 20),
-    channels=st.sampled_from([1, 6, 16, 48]),
-    states=st.sampled_from([1, 3, 16, 33]),
-    turned=st.booleans(),
-    target=targets,
-)
+@scans
 def test_a_scan_equals_float64(
     length: int, channels: int, states: int, turned: bool, target: Any
 ) -> None:
     program, rng = mamba(channels, states), np.random.default_rng(length * 100 + states)
-    shapes = [operand_shape(program, operand, length) for operand in program.operands]
-    given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    given[0] = np.abs(given[0])
-    given[4] = -np.exp(given[4] * 2)
+    given = random_operands(program, length, rng)
     start = rng.standard_normal((1, channels, states)).astype(np.float32)
     outputs = [
         np.full(shape, np.nan, np.float32)
@@ -104,6 +102,14 @@ def test_a_scan_equals_float64(
     for tensor, exact in zip(tensors[-2:], wanted, strict=True):
         bound = 2e-6 * max(1.0, np.abs(exact).max())
         np.testing.assert_allclose(tensor.numpy(), exact, rtol=0, atol=bound)
+
+
+def random_operands(program: ScanProgram, length: int, rng: np.random.Generator) -> list[Array]:
+    """Operands of a `mamba`: steps are positive and rates negative."""
+    shapes = [operand_shape(program, operand, length) for operand in program.operands]
+    given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    given[0], given[4] = np.abs(given[0]), -np.exp(given[4] * 2)
+    return given
 
 
 def reference(start: Array, given: list[Array], turned: bool) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from icd_tvm.models.mamba import (
     mamba_states,
     random_mamba_weights,
 )
+from icd_tvm.models.weights import ShapedWeights
 from icd_tvm.relax_passes.apply_quant import ApplyQuant
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
@@ -102,7 +103,7 @@ class Orders:
         return {d.group: d.perm for d in decide.decisions if d.improved}
 
 
-class Drawn(Mapping[str, npt.NDArray[Any]]):
+class Drawn(ShapedWeights):
     """The weights of a module that the host draws, copied when they are asked for.
 
     Attributes
@@ -112,19 +113,10 @@ class Drawn(Mapping[str, npt.NDArray[Any]]):
 
     def __init__(self, mod: Any) -> None:
         self._consts = matrices(mod)
-        self.shapes = {n: tuple(map(int, c.value.shape)) for n, c in self._consts.items()}
+        super().__init__({n: tuple(map(int, c.value.shape)) for n, c in self._consts.items()})
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         return np.asarray(self._consts[name].value.numpy())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
     def forget(self) -> None:
         """Keep names and shapes only."""
