@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from icd_tvm._tvm import GenericConst, PyExprMutator, mutator, relax, tvm
+from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.cuda_match import find_kernels
 from icd_tvm.relax_passes.cuda_plan import Operand, Planned, narrow_values
@@ -205,6 +206,10 @@ class _Emitter(PyExprMutator):
         out: str,
     ) -> None:
         """Call the last kernel and let its results stand for the variables."""
+        written = [one.name for one in kernel.arguments[-kernel.outputs :]]
+        if written[:-1] != list(plan.states):
+            wanted = ", ".join([*plan.states, "a result"])
+            raise TransformError(f"{plan.kind} makes {wanted}, its kernel writes {written}")
         inside = dict(plan.in_place) if self._is_owned(plan) else {}
         states = {inside.get(name, name): var for name, var in plan.states.items()}
         kernel = in_place(kernel, inside)
