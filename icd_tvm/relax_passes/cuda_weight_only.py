@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import const_name
-from icd_tvm.relax_passes.cuda_plan import Planned
-from icd_tvm.relax_passes.cuda_products import ProductKernels, paying_blocks, plan_with
+from icd_tvm.relax_passes.cuda_plan import Planned, ProductKernels
+from icd_tvm.relax_passes.cuda_products import plan_with
+from icd_tvm.relax_passes.cuda_sparse_products import paying_blocks
 from icd_tvm.relax_passes.held_product import Codes, held_product
 from icd_tvm.relax_passes.quantized_operands import Weight
 from icd_tvm.relax_passes.relax_graph import Dataflow
@@ -63,7 +64,8 @@ def _kernels(weight: Codes, dtype: str, form: _Form) -> ProductKernels:
     constants["scales"] = weight.scales
     if form.blocks is not None:
         constants["blocks"] = form.blocks
-    return ProductKernels(partial(_rule, weight, dtype, form.stored, form.blocks), constants)
+    make = partial(_rule, weight, dtype, form.stored, form.blocks)
+    return ProductKernels(make, constants, kind="gemv")
 
 
 def plan_weight_only(flow: Dataflow, var: Any, wanted: set[Any], dtype: str) -> Planned | None:

@@ -52,6 +52,8 @@ class SelectCudaKernels:
     kernels have the type ``dtype`` where one of them asks for it; all sums of floats are float32.
     Opaque states are written in place. Packed constants keep the name of the weight; scales, sums
     and lists of live blocks are named after it with ``.scale``, ``.sums`` and ``.blocks`` appended.
+    Weights that are 2:4 are multiplied by sparse tensor cores, their places ``.places``; elements
+    outside of live blocks, ``.starts`` and ``.strays``, are added where that is cheaper.
     What does not fit stays for TVM. The choices travel with the module as JSON
     (`read_cuda_kernels`); the reasons of passes before this one, which it had there, are kept.
 
