@@ -11,6 +11,8 @@ import onnx
 import pytest
 from cuda_cases import needs_compiler, plant
 from cuda_modules import EmulatedModule, launches, selected
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import numpy_helper
 from relax_models import constants
 from test_cuda_modules import bert, feeds_of, reference
@@ -21,6 +23,7 @@ from icd_tvm.adapters.sparsity import parse_sparsity
 from icd_tvm.measure.cuda_inspect import inspect_kernels
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
+from icd_tvm.relax_passes.cuda_plan import ProductKernels
 from icd_tvm.relax_passes.cuda_products import product_kernels
 from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
@@ -197,6 +200,41 @@ def test_strays_that_do_not_pay_stay_in_blocks() -> None:
         assert "strays" not in kernels.form, columns
     assert product_kernels(M, w, "float16", "sm_90").form == "live blocks and strays"
     assert "strays" not in product_kernels(1, w, "float16", "sm_90").form
+
+
+def unpacked(kernels: ProductKernels, k: int, n: int) -> np.ndarray:
+    """Return the weight that the constants of matrix kernels stand for."""
+    found = kernels.constants
+    if "meta" in found:
+        return unpack_two_four(TwoFour(found["w"], found["meta"]), k, n)
+    whole = unpack_weight(found["w"], k, n, found.get("slabs"))
+    if "stray_list" not in found:
+        return whole
+    strays = Strays(found["stray_starts"], found["stray_list"])
+    return np.asarray(whole + unpack_strays(strays, k, whole.dtype))
+
+
+@given(
+    form=st.sampled_from(["dense", "half", "2:4", "blocks", "wide blocks"]),
+    k=st.integers(1, 24).map(lambda slabs: 16 * slabs),
+    groups=st.integers(1, 20),
+    strays=st.sampled_from([0.0, 0.001, 0.1]),
+    seed=st.integers(0, 2**16),
+)
+def test_no_form_loses_an_element(form: str, k: int, groups: int, strays: float, seed: int) -> None:
+    # Strays are looked for beside wide blocks.
+    rng, n = np.random.default_rng(seed), 64 * (groups + 20 * (form == "wide blocks"))
+    w = rng.standard_normal((k, n))
+    if form == "2:4":
+        w = two_four(rng, k, n)
+    elif form != "dense":
+        shape = (1, 1) if form == "half" else (16, 64)
+        places = np.add.outer(np.arange(k // shape[0]), rng.permutation(n // shape[1]))
+        w = w * np.kron(places % 4 == 0, np.ones(shape))
+    w = np.where(rng.random(w.shape) < strays, 1, w).astype(np.float32)
+    kernels = product_kernels(M, w, "float16", "sm_90")
+    np.testing.assert_array_equal(unpacked(kernels, k, n), w.astype(np.float16))
+    assert kernels.kind == ("gemm_24" if kernels.form == "2:4" else "gemm")
 
 
 @needs_nvcc
