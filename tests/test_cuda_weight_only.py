@@ -24,12 +24,12 @@ from icd_tvm.models.mamba import (
 )
 from icd_tvm.relax_passes.apply_quant import ApplyQuant
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
-from icd_tvm.relax_passes.cuda_weight_only import WEIGHT_ONLY, Codes, codes_of
+from icd_tvm.relax_passes.cuda_weight_only import codes_of
+from icd_tvm.relax_passes.held_product import Codes, held_product
 from icd_tvm.relax_passes.hold_weight_only import HoldWeightOnly
 from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.relax_passes.quantized_operands import Weight
-from icd_tvm.relax_passes.relax_graph import packed_fields
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels, read_cuda_kernels
 from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.target import cuda_target
@@ -156,12 +156,11 @@ def test_a_scale_of_another_row_is_noticed(tmp_path: Path) -> None:
     right = run(mod, feeds)[0]
     held = apply_pass(HoldWeightOnly(), mod)
     values = [b.value for b in held["main"].body.blocks[0].bindings]
-    (call,) = [value for value in values if packed_fields(value, WEIGHT_ONLY) is not None]
-    x, codes, scales = call.args[1].fields
-    wrong = named_const(np.roll(scales.value.numpy(), 1), "w.scale")
-    swapped = relax.call_dps_packed(
-        "icd.weight_only_matmul", relax.Tuple([x, codes, wrong]), call.ty
-    )
+    (call,) = [value for value in values if held_product(value) is not None]
+    parts = held_product(call)
+    assert parts is not None
+    wrong = named_const(np.roll(parts.codes.scales, 1), "w.scale")
+    swapped = parts._replace(scale=wrong).call()
     text = held["main"]
     block = text.body.blocks[0]
     bindings = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from tvm import relax
 
 from icd_tvm._tvm import apply_pass, const_name, named_const
 from icd_tvm.cli import main
+from icd_tvm.errors import TransformError
 from icd_tvm.measure.cuda_reference import run_rule
+from icd_tvm.relax_passes import select_cuda_kernels
 from icd_tvm.relax_passes.cuda_products import product_kernels
+from icd_tvm.relax_passes.int8_product import CodesCall
 from icd_tvm.relax_passes.select_cuda_kernels import (
     CudaChoice,
     SelectCudaKernels,
@@ -127,6 +131,34 @@ def test_what_does_not_fit_stays_with_a_reason(w: np.ndarray, reason: str) -> No
     (choice,) = read_cuda_kernels(after).values()
     assert choice.kind == "tvm"
     assert reason in choice.reason
+
+
+def codes_by_row() -> tvm.IRModule:
+    """Return the codes of rows with their steps and zero points."""
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType((M, K), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            made = builder.emit(CodesCall(x).call())
+            parts = [builder.emit(relax.TupleGetItem(made, i)) for i in range(3)]
+            result = builder.emit_output(relax.Tuple(parts))
+        builder.emit_func_output(result)
+    return builder.get()
+
+
+def test_outputs_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, find = codes_by_row(), select_cuda_kernels.find_kernels
+    (choice,) = read_cuda_kernels(lowered(before)).values()
+    assert choice.kind == "codes"
+
+    def turned(*args: Any) -> Any:
+        found = find(*args)
+        for name, plan in found.plans.items():
+            found.plans[name] = replace(plan, states=dict(reversed(plan.states.items())))
+        return found
+
+    monkeypatch.setattr(select_cuda_kernels, "find_kernels", turned)
+    with pytest.raises(TransformError, match="codes makes row_zero, row_scale, a result"):
+        lowered(before)
 
 
 @needs_compiler

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 
 from icd_tvm._tvm import const_name, named_const, relax
-from icd_tvm.relax_passes.cuda_plan import Operand, Planned
+from icd_tvm.relax_passes.cuda_plan import Operand, Planned, ProductKernels
 from icd_tvm.relax_passes.cuda_products import (
     Chain,
-    ProductKernels,
     chain_after,
     matrix_kernels,
-    paying_blocks,
     planned_product,
     weight_operands,
 )
+from icd_tvm.relax_passes.cuda_sparse_products import paying_blocks
 from icd_tvm.relax_passes.cuda_views import view_of
 from icd_tvm.relax_passes.int8_product import Int8Product, codes_call, int8_product
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
@@ -101,7 +100,7 @@ def plan_int8_product(flow: Dataflow, var: Any, wanted: set[Any], arch: str) -> 
     chain = chain_after(flow, var, wanted)
     if not product.rows:
         chain = replace(chain, epilogue=replace(chain.epilogue, bias=True))
-    return planned_product(chain, kernels, _operands(product, chain, kernels), "gemm", "int8")
+    return planned_product(chain, kernels, _operands(product, chain, kernels), "int8")
 
 
 def _operands(product: Int8Product, chain: Chain, kernels: ProductKernels) -> dict[str, Operand]:

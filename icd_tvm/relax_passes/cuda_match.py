@@ -21,6 +21,7 @@ from icd_tvm.relax_passes.cuda_prefill import plan_prefill_conv, plan_prefill_sc
 from icd_tvm.relax_passes.cuda_products import plan_product
 from icd_tvm.relax_passes.cuda_shared import SharedValues
 from icd_tvm.relax_passes.cuda_weight_only import plan_weight_only
+from icd_tvm.relax_passes.held_product import held_product
 from icd_tvm.relax_passes.int8_product import int8_product
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 
@@ -116,7 +117,7 @@ def _blocks(
 def _merged_weights(flow: Dataflow, var: Any) -> str:
     """Return the names of the weights of a merged product, which has no name of its own."""
     matmul = flow.bound(var, "relax.matmul")
-    codes = int8_product(flow.values.get(var))
+    codes = int8_product(flow.values.get(var)) or held_product(flow.values.get(var))
     constant = None if matmul is None else matmul.args[1]
     constant = constant if codes is None else codes.weight
     label = const_name(constant) if isinstance(constant, GenericConst) else ""

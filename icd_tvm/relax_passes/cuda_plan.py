@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy.typing as npt
+
 from icd_tvm._tvm import relax
 from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import Rule
@@ -22,6 +24,40 @@ class Operand:
     value: Any
     reads: Reads = "narrow"
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class ProductKernels:
+    """The kernels of one product.
+
+    Attributes
+    ----------
+    make : callable
+        (epilogue, output type, codes) -> rule.
+    constants : dict of str to array
+        By the names of the kernels' arguments.
+    reason : str
+        Why there are none.
+    kind : str
+        Family.
+    left : str
+        Why a sparse form of the weight is not made use of.
+    """
+
+    make: Callable[..., Rule]
+    constants: Mapping[str, npt.NDArray[Any]]
+    reason: str = ""
+    kind: str = "gemm"
+    left: str = ""
+
+    @property
+    def form(self) -> str:
+        """How the weight is stored, for people."""
+        if "meta" in self.constants:
+            return "2:4"
+        lists = {"slabs", "blocks"} & self.constants.keys()
+        strays = " and strays" if "stray_list" in self.constants else ""
+        return f"live blocks{strays}" if lists else "dense"
 
 
 @dataclass(frozen=True)

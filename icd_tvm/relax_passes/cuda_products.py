@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import GenericConst, const_name, named_const, relax
-from icd_tvm.relax_passes.cuda_plan import Operand, Planned
+from icd_tvm.relax_passes.cuda_plan import Operand, Planned, ProductKernels
+from icd_tvm.relax_passes.cuda_sparse_products import (
+    paying_blocks,
+    paying_strays,
+    two_four_kernels,
+)
 from icd_tvm.relax_passes.cuda_views import View, view_of
 from icd_tvm.relax_passes.elementwise_function import function_after
 from icd_tvm.relax_passes.relax_graph import (
@@ -28,7 +33,6 @@ from icd_tvm.tir_schedules.cuda.gemm import (
     SLAB,
     RowScales,
     gemm_rule,
-    live_blocks,
     pack_weight,
 )
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, choose_tile
@@ -42,20 +46,20 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     numpy_dtype,
     refused,
 )
+from icd_tvm.tir_schedules.cuda.strays import Strays
 
 Array = npt.NDArray[Any]
-# Lists of live blocks pay up to this share of a weight.
-_PAYS = 0.8
 _ACTIVATIONS = ("gelu", "relu", "silu")
-
-
-@dataclass(frozen=True)
-class ProductKernels:
-    """The kernels of one product: (epilogue, output type, codes) -> rule, and their constants."""
-
-    make: Callable[..., Rule]
-    constants: Mapping[str, Array]
-    reason: str = ""
+# What follows the name of a weight in that of a constant beside it.
+_ENDS = {
+    "w": "",
+    "scales": ".scale",
+    "slabs": ".blocks",
+    "blocks": ".blocks",
+    "meta": ".places",
+    "stray_starts": ".starts",
+    "stray_list": ".strays",
+}
 
 
 def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKernels:
@@ -65,15 +69,16 @@ def product_kernels(m: int, weight: Array, dtype: str, arch: str) -> ProductKern
     if not np.isfinite(rounded).all():
         reason = f"weights beyond the range of {dtype}"
         return ProductKernels(lambda *_: refused(reason), {}, reason)
-    make = _vector if m == 1 else matrix_kernels
-    return make(m, rounded, dtype, arch, paying_blocks(rounded))
-
-
-def paying_blocks(weight: Array) -> npt.NDArray[np.int32] | None:
-    """Return the lists of live blocks of a weight [K, N]; None where they do not pay."""
-    blocks = live_blocks(weight, LIVE_COLUMNS)
-    pays = blocks.shape[1] * SLAB <= _PAYS * len(weight) and not weight.shape[1] % LIVE_COLUMNS
-    return blocks if pays else None
+    blocks = paying_blocks(rounded)
+    sparse = two_four_kernels(m, rounded, dtype, arch, blocks)
+    if isinstance(sparse, ProductKernels):
+        return sparse
+    if m == 1:
+        return replace(_vector(rounded, dtype, blocks), left=sparse)
+    split = paying_strays(rounded, blocks)
+    if split is not None:
+        return matrix_kernels(m, split.weight, dtype, arch, split.blocks, strays=split.strays)
+    return replace(matrix_kernels(m, rounded, dtype, arch, blocks), left=sparse)
 
 
 def matrix_kernels(
@@ -83,8 +88,12 @@ def matrix_kernels(
     arch: str,
     blocks: npt.NDArray[np.int32] | None,
     rows: RowScales = "scale",
+    strays: Strays | None = None,
 ) -> ProductKernels:
-    """Return the kernels for ``A[m, K] @ weight``; ``rows`` as for `gemm_rule`."""
+    """Return the kernels for ``A[m, K] @ weight``; ``rows`` as for `gemm_rule`.
+
+    ``strays`` are elements outside of the blocks, which ``weight`` does not hold.
+    """
     k, n = weight.shape
     live = tile = None
     if blocks is not None:
@@ -94,16 +103,22 @@ def matrix_kernels(
 
     def make(epilogue: Epilogue, out: str, codes: RowCodes | None = None) -> Rule:
         options: dict[str, Any] = {"live": live, "tile": tile, "rows": rows, "codes": codes}
+        options["strays"] = None if strays is None else len(strays.list)
         return gemm_rule(m, n, k, dtype, out=out, epilogue=epilogue, arch=arch, **options)
 
     plain = make(PLAIN, "float32")
     if not plain.kernels:
         return ProductKernels(make, {}, plain.reason)
-    constants = {"w": pack_weight(weight, plain.kernels[0].arguments[1].shape[2], blocks)}
-    return ProductKernels(make, constants if blocks is None else {**constants, "slabs": blocks})
+    # Another kernel may turn A before.
+    main = next(kernel for kernel in plain.kernels if kernel.family != "turn")
+    constants: dict[str, Array] = {"w": pack_weight(weight, main.arguments[1].shape[2], blocks)}
+    constants |= {} if blocks is None else {"slabs": blocks}
+    if strays is not None:
+        constants |= {"stray_starts": strays.starts, "stray_list": strays.list}
+    return ProductKernels(make, constants)
 
 
-def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) -> ProductKernels:
+def _vector(weight: Array, dtype: str, blocks: Array | None) -> ProductKernels:
     k, n = weight.shape
     live = None if blocks is None else (blocks.shape[0], blocks.shape[1])
 
@@ -113,8 +128,9 @@ def _vector(m: int, weight: Array, dtype: str, arch: str, blocks: Array | None) 
     plain = make(PLAIN, "float32")
     if not plain.kernels:
         return ProductKernels(make, {}, plain.reason)
-    constants = {"w": pack_vectors(weight, dtype, blocks)}
-    return ProductKernels(make, constants if blocks is None else {**constants, "blocks": blocks})
+    constants: dict[str, Array] = {"w": pack_vectors(weight, dtype, blocks)}
+    constants |= {} if blocks is None else {"blocks": blocks}
+    return ProductKernels(make, constants, kind="gemv")
 
 
 @dataclass(frozen=True)
@@ -193,21 +209,21 @@ def plan_with(
         found["bias"] = Operand(chain.bias, "kept")
     if chain.residual is not None:
         found["residual"] = Operand(chain.residual, "tied")
-    return planned_product(chain, kernels, found, "gemv" if vector else "gemm", words)
+    return planned_product(chain, kernels, found, words)
 
 
 def planned_product(
-    chain: Chain, kernels: ProductKernels, found: Mapping[str, Operand], kind: str, words: str
+    chain: Chain, kernels: ProductKernels, found: Mapping[str, Operand], words: str
 ) -> Planned:
-    """Return the plan of a product with these operands; ``kind`` and ``words`` are for people."""
+    """Return the plan of a product with these operands; ``words`` are its types, for people."""
     lists = kernels.constants.get("slabs", kernels.constants.get("blocks"))
-    reason = f"{words}, {'dense' if lists is None else 'live blocks'}"
+    reason = f"{words}, {kernels.form}"
     return Planned(
         result=chain.result,
         operands=found,
         rule=partial(_rule, kernels.make, chain.epilogue),
-        kind=kind,
-        reason="; ".join(filter(None, (reason, chain.left))),
+        kind=kernels.kind,
+        reason="; ".join(filter(None, (reason, kernels.left, chain.left))),
         fused=_fused(chain.epilogue),
         flexible=True,
         live=0 if lists is None else int(lists.shape[1]),
@@ -216,9 +232,8 @@ def planned_product(
 
 def weight_operands(label: str, kernels: ProductKernels) -> dict[str, Operand]:
     """Return the constants of kernels, named after their weight."""
-    ends = {"w": "", "scales": ".scale", "slabs": ".blocks", "blocks": ".blocks"}
     return {
-        name: Operand(named_const(array, f"{label}{ends[name]}"), "kept")
+        name: Operand(named_const(array, f"{label}{_ENDS[name]}"), "kept")
         for name, array in kernels.constants.items()
     }
 

@@ -11,35 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import const_name
-from icd_tvm.relax_passes.cuda_plan import Planned
-from icd_tvm.relax_passes.cuda_products import ProductKernels, paying_blocks, plan_with
+from icd_tvm.relax_passes.cuda_plan import Planned, ProductKernels
+from icd_tvm.relax_passes.cuda_products import plan_with
+from icd_tvm.relax_passes.cuda_sparse_products import paying_blocks
+from icd_tvm.relax_passes.held_product import Codes, held_product
 from icd_tvm.relax_passes.quantized_operands import Weight
-from icd_tvm.relax_passes.relax_graph import Dataflow, packed_fields
+from icd_tvm.relax_passes.relax_graph import Dataflow
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule, pack_vectors
 from icd_tvm.tir_schedules.cuda.source_kernel import PLAIN, Epilogue, Rule
 
 Array = npt.NDArray[Any]
-# A call that folding leaves alone: x, codes int8 [K, N], scales float32 [N] or [N, K / group].
-WEIGHT_ONLY = "icd.weight_only_matmul"
-_RANGES = {"int4": 8, "int8": 128}
-
-
-class Codes(NamedTuple):
-    """A weight ``codes * scales``: int8 [K, N], and float32 [N] or [N, K / group]."""
-
-    codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[np.float32]
-
-    @property
-    def group(self) -> int:
-        """Rows that share a scale; 0 where a whole column does."""
-        return 0 if self.scales.ndim == 1 else len(self.codes) // self.scales.shape[1]
-
-    @property
-    def widths(self) -> list[str]:
-        """The types that hold the codes, narrowest first."""
-        low, high = int(self.codes.min()), int(self.codes.max())
-        return [name for name, half in _RANGES.items() if -half <= low and high < half]
 
 
 class _Form(NamedTuple):
@@ -83,7 +64,8 @@ def _kernels(weight: Codes, dtype: str, form: _Form) -> ProductKernels:
     constants["scales"] = weight.scales
     if form.blocks is not None:
         constants["blocks"] = form.blocks
-    return ProductKernels(partial(_rule, weight, dtype, form.stored, form.blocks), constants)
+    make = partial(_rule, weight, dtype, form.stored, form.blocks)
+    return ProductKernels(make, constants, kind="gemv")
 
 
 def plan_weight_only(flow: Dataflow, var: Any, wanted: set[Any], dtype: str) -> Planned | None:
@@ -103,17 +85,16 @@ def plan_weight_only(flow: Dataflow, var: Any, wanted: set[Any], dtype: str) -> 
     Planned or None
         None where ``var`` is no call that `HoldWeightOnly` made. It holds what has a kernel.
     """
-    fields = packed_fields(flow.values.get(var), WEIGHT_ONLY)
-    if fields is None:
+    held = held_product(flow.values.get(var))
+    if held is None:
         return None
-    x, codes, scales = fields
-    weight = Codes(codes.value.numpy(), scales.value.numpy())
+    weight = held.codes
     form = _form(weight, dtype)
     words = f"{form.stored} times {dtype}, scales by row"
     if weight.group:
         words = f"{words} and {weight.group} inputs"
     kernels = _kernels(weight, dtype, form)
-    return plan_with(flow, var, wanted, x, kernels, const_name(codes), words)
+    return plan_with(flow, var, wanted, held.x, kernels, const_name(held.weight), words)
 
 
 def _form(weight: Codes, dtype: str) -> _Form:

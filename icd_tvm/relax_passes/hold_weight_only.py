@@ -6,7 +6,8 @@ from math import prod
 from typing import Any
 
 from icd_tvm._tvm import PyExprMutator, mutator, named_const, relax, tvm
-from icd_tvm.relax_passes.cuda_weight_only import WEIGHT_ONLY, Codes, codes_of, why_no_kernel
+from icd_tvm.relax_passes.cuda_weight_only import codes_of, why_no_kernel
+from icd_tvm.relax_passes.held_product import Codes, HeldProduct
 from icd_tvm.relax_passes.quantized_operands import find_activation, find_weight, reads_bytes
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
@@ -73,8 +74,7 @@ class _Holder(PyExprMutator):
         self._owner.held.append(name)
         label, weight = found
         constants = [named_const(weight.codes, label), named_const(weight.scales, f"{label}.scale")]
-        args = relax.Tuple([self.visit_expr(call.args[0]), *constants])
-        return relax.call_dps_packed(WEIGHT_ONLY, args, call.ty)
+        return HeldProduct(self.visit_expr(call.args[0]), *constants).call()
 
 
 def _may(flow: Dataflow, call: Any) -> bool:

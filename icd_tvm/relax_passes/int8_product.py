@@ -102,17 +102,21 @@ def int8_product(value: Any) -> Int8Product | None:
     return Int8Product(codes, weight, scale, offset, tuple(rows))
 
 
+def side_by_side(constants: Sequence[Any], axis: int = -1) -> Any:
+    """Return one constant of all along an axis, named after theirs, joined by ``+``."""
+    return named_const(
+        np.concatenate([const.value.numpy() for const in constants], axis),
+        "+".join(const_name(const) for const in constants),
+    )
+
+
 def joined(products: Sequence[Int8Product], visit: Any) -> Int8Product:
     """Return one product of the same codes, the columns side by side.
 
     Constants are named after theirs, joined by ``+``; ``visit`` rewrites what is no constant.
     """
     weights, scales, offsets = (
-        named_const(
-            np.concatenate([c.value.numpy() for c in parts], axis=-1),
-            "+".join(const_name(c) for c in parts),
-        )
-        for parts in list(zip(*(one[1:4] for one in products), strict=True))
+        side_by_side(parts) for parts in zip(*(one[1:4] for one in products), strict=True)
     )
     first = products[0]
     rows = tuple(visit(one) for one in first.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
 from icd_tvm.relax_passes.attention_match import Refused
 from icd_tvm.relax_passes.fuse_attention import match_attention
+from icd_tvm.relax_passes.held_product import HeldProduct, held_product, joined_held
 from icd_tvm.relax_passes.int8_product import Int8Product, int8_product, joined
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
@@ -20,13 +22,14 @@ from icd_tvm.relax_passes.relax_graph import (
     rewrite_functions,
     static_shape,
 )
+from icd_tvm.relax_passes.select_cuda_kernels import with_refusals
 
 
 @dataclass(frozen=True)
 class _Product:
     """``x W``, and the bias after it if it has one; ``result`` is the last variable of them.
 
-    ``codes`` are the parts of a product of int8, whose input is codes.
+    ``codes`` are the parts of a product of int8, whose input is codes, or of a held one.
     """
 
     matmul: Any
@@ -35,7 +38,12 @@ class _Product:
     weight_name: str
     bias: npt.NDArray[Any] | None = None
     bias_name: str = ""
-    codes: Int8Product | None = None
+    codes: Int8Product | HeldProduct | None = None
+
+    @property
+    def form(self) -> str:
+        """What the weights of a merged product have in common, in words."""
+        return self.codes.codes.form if isinstance(self.codes, HeldProduct) else "floats"
 
 
 @tvm.transform.module_pass(opt_level=0, name="MergeSharedInput")
@@ -43,23 +51,28 @@ class MergeSharedInput:
     """Merge products of one row with constant weights, and those of an attention's three inputs.
 
     Each result becomes a slice of the wide one. For one row a slice is a part of memory; of more
-    rows only attention reads slices without a copy, so others stay apart. Merged constants are
-    named after theirs, joined by ``+``.
+    rows only attention reads slices without a copy, so others stay apart. Codes that
+    `HoldWeightOnly` kept are merged where they have as many bits and inputs to a scale. Merged
+    constants are named after theirs, joined by ``+``. Why one that reads the row of others is not
+    merged travels with the module (`read_cuda_kernels`).
 
     Attributes
     ----------
     merged : int
         Products that others were merged into.
+    refused : dict of str to str
+        Binding of each product whose weight has another form than those of its row -> the reason.
     """
 
     def __init__(self) -> None:
         self.merged = 0
+        self.refused: dict[str, str] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the products merged."""
-        self.merged = 0
+        self.merged, self.refused = 0, {}
         mod = rewrite_functions(mod, lambda new, func: _Merger(new, Dataflow(func), self))
-        return relax.transform.DeadCodeElimination()(mod)
+        return with_refusals(relax.transform.DeadCodeElimination()(mod), self.refused)
 
 
 @mutator
@@ -67,7 +80,7 @@ class _Merger(PyExprMutator):
     def __init__(self, mod: Any, flow: Dataflow, owner: MergeSharedInput) -> None:
         super().__init__(mod)
         self._flow, self._owner = flow, owner
-        self._groups = {group[0].matmul: group for group in _groups(flow)}
+        self._groups = {group[0].matmul: group for group in _groups(flow, owner.refused)}
         self._parts: dict[Any, Any] = {}
 
     def visit_var_binding_(self, binding: Any) -> None:
@@ -102,17 +115,20 @@ class _Merger(PyExprMutator):
             begin = end
 
     def _wide(self, group: list[_Product]) -> Any:
-        codes = [one.codes for one in group if one.codes is not None]
+        codes = [one.codes for one in group if isinstance(one.codes, Int8Product)]
         if codes:
             return joined(codes, self.visit_expr).call()
+        held = [one.codes for one in group if isinstance(one.codes, HeldProduct)]
+        if held:
+            return joined_held(held, self.visit_expr).call()
         source = self.visit_expr(self._flow.values[group[0].matmul].args[0])
         weight = np.concatenate([one.weight for one in group], axis=1)
         label = "+".join(one.weight_name for one in group)
         return relax.op.matmul(source, named_const(weight, label))
 
 
-def _groups(flow: Dataflow) -> list[list[_Product]]:
-    """Return the products to merge, each group in program order."""
+def _groups(flow: Dataflow, refused: dict[str, str]) -> list[list[_Product]]:
+    """Return the products to merge, each group in program order; fill in reasons of others."""
     by_source: dict[Any, list[_Product]] = {}
     attended = _attended(flow)
     for var, value in flow.values.items():
@@ -124,19 +140,32 @@ def _groups(flow: Dataflow) -> list[list[_Product]]:
         if rows == 1 or product.result in attended:
             key = source if rows == 1 else (source, attended[product.result])
             by_source.setdefault(key, []).append(product)
-    # An attention whose three inputs have not one source has smaller groups, and keeps them.
-    return [
-        group
-        for key, group in by_source.items()
-        if len(group) == 3 or (len(group) > 1 and isinstance(key, relax.Var))
-    ]
+    merged: list[list[_Product]] = []
+    for key, products in by_source.items():
+        by_form: dict[str, list[_Product]] = {}
+        for one in products:
+            by_form.setdefault(one.form, []).append(one)
+        # An attention whose three inputs have not one source has smaller groups, and keeps them.
+        least = 2 if isinstance(key, relax.Var) else 3
+        merged += [group for group in by_form.values() if len(group) >= least]
+        if len(by_form) > 1:
+            alone = [group[0] for group in by_form.values() if len(group) < least]
+            refused.update((str(one.matmul.name), _apart(one.form, by_form)) for one in alone)
+    return merged
+
+
+def _apart(own: str, forms: Iterable[str]) -> str:
+    others = ", ".join(form for form in forms if form != own)
+    return f"a product of its own: its weight is {own}, others of its row are {others}"
 
 
 def _product(flow: Dataflow, var: Any, value: Any) -> tuple[Any, _Product] | None:
     """Return a product with a constant weight, and the variable that it reads."""
-    codes, weight = int8_product(value), constant_weight(value)
+    codes, held, weight = int8_product(value), held_product(value), constant_weight(value)
     if codes is not None:
         return codes.codes, _with_bias(flow, var, codes.weight, codes.array, codes)
+    if held is not None:
+        return held.x, _with_bias(flow, var, held.weight, held.codes.codes, held)
     if weight is None or not isinstance(value.args[0], relax.Var):
         return None
     return value.args[0], _with_bias(flow, var, value.args[1], weight)
@@ -163,7 +192,7 @@ def _with_bias(
     var: Any,
     constant: Any,
     weight: npt.NDArray[Any],
-    codes: Int8Product | None = None,
+    codes: Int8Product | HeldProduct | None = None,
 ) -> _Product:
     label = const_name(constant)
     user = flow.only_user(var)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from icd_tvm._tvm import GenericConst, PyExprMutator, mutator, relax, tvm
+from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.attach_layout_tags import opaque_states
 from icd_tvm.relax_passes.cuda_match import find_kernels
 from icd_tvm.relax_passes.cuda_plan import Operand, Planned, narrow_values
@@ -51,6 +52,8 @@ class SelectCudaKernels:
     kernels have the type ``dtype`` where one of them asks for it; all sums of floats are float32.
     Opaque states are written in place. Packed constants keep the name of the weight; scales, sums
     and lists of live blocks are named after it with ``.scale``, ``.sums`` and ``.blocks`` appended.
+    Weights that are 2:4 are multiplied by sparse tensor cores, their places ``.places``; elements
+    outside of live blocks, ``.starts`` and ``.strays``, are added where that is cheaper.
     What does not fit stays for TVM. The choices travel with the module as JSON
     (`read_cuda_kernels`); the reasons of passes before this one, which it had there, are kept.
 
@@ -205,6 +208,10 @@ class _Emitter(PyExprMutator):
         out: str,
     ) -> None:
         """Call the last kernel and let its results stand for the variables."""
+        written = [one.name for one in kernel.arguments[-kernel.outputs :]]
+        if written[:-1] != list(plan.states):
+            wanted = ", ".join([*plan.states, "a result"])
+            raise TransformError(f"{plan.kind} makes {wanted}, its kernel writes {written}")
         inside = dict(plan.in_place) if self._is_owned(plan) else {}
         states = {inside.get(name, name): var for name, var in plan.states.items()}
         kernel = in_place(kernel, inside)

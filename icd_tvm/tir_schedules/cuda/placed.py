@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from icd_tvm.tir_schedules.cuda.source_kernel import WIDTHS, Argument, SourceKernel
 
-_BYTES = {**WIDTHS, "int32": 4.0, "int64": 8.0, "uint8": 1.0}
+_BYTES = {**WIDTHS, "int32": 4.0, "int64": 8.0, "uint8": 1.0, "uint32": 4.0}
 
 
 def placed(

@@ -16,6 +16,7 @@ from icd_tvm.tir_schedules.cuda.gemm import SLAB
 
 Array = npt.NDArray[np.generic]
 _FOUR = 4
+INPUTS = 1 << 16  # a stray has as many bits for the number of its own
 
 
 class Strays(NamedTuple):
@@ -61,7 +62,7 @@ def pack_strays(strays: Array) -> Strays:
     k, n = strays.shape
     if strays.dtype.itemsize != 2:
         raise ShapeError(f"strays are {strays.dtype}", "expected float16 or bfloat16")
-    if k > 1 << 16:
+    if k > INPUTS:
         raise ShapeError(f"{k} inputs of strays have no numbers of 16 bits")
     columns, inputs = np.nonzero(strays.T)
     counts = np.bincount(columns, minlength=n)
