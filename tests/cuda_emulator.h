@@ -164,9 +164,9 @@ struct F8;
 struct Chunk;
 
 static inline void sync_block() { emu::barrier(); }
-static inline float shuffle_xor(float value, int mask) {
+template <class V> static inline V shuffle_xor(V value, int mask) {
   emu::Exchange all(&value, sizeof value);
-  return all.of<float>((emu::current % 32) ^ mask);
+  return all.of<V>((emu::current % 32) ^ mask);
 }
 static inline void copy_async(void* to, const void* from, bool valid) {
   emu::check_shared(to, "copy_async: bad shared address");
@@ -197,6 +197,10 @@ template <class C = Chunk> static inline C load_stream(const void* p) {
   return r;
 }
 template <class C = Chunk> static inline C load_chunk(const void* p) { return load_stream<C>(p); }
+template <class C> static inline void store_chunk(void* p, const C& c) {
+  if ((uintptr_t)p % 16) emu::stop("store_chunk: unaligned address");
+  memcpy(p, &c, 16);
+}
 static inline void matrix_words(u32 (&r)[4], const void* row, bool trans) {
   emu::check_shared(row, "ldmatrix: bad shared address");
   emu::Exchange all(&row, sizeof row);

@@ -81,6 +81,8 @@ MISTAKES = {
     "the step of K": ("matrix_descriptor(a + step * 32)", "matrix_descriptor(a)", "worst"),
     "rows of one warpgroup": ("stage + group * 64 * 128", "stage", "worst"),
     "halves of a stage": ("half * 4 + (c & 3)", "(c & 3)", "worst|changes"),
+    "words that are not exchanged": ("  turn_four(more.w);\n      if", "  if", "worst"),
+    "words for the wrong lane": ("else words[i + by] = other", "else words[i] = other", "worst"),
     "a tile of the next part": ("last - at < 2 ? 1 : 2", "2", "worst"),
 }
 # Not of a warpgroup alone.
@@ -273,6 +275,7 @@ def test_machine_code_is_what_it_is_meant_to_be(
         "int8": ("k32.s32.s8.s8", f"IGMMA.64x{columns}x32.S8.S8"),
     }[kind]
     assert found.count(f"wgmma.mma_async.sync.aligned.m64n{columns}{ptx}") == 4
+    assert found.count("st.global.v4.u32"), "C goes out by 16 bytes"
     for word in ("fence.proxy.async", "cp.async.cg.shared.global", "wgmma.fence.sync.aligned"):
         assert found.count(word), word
     assert bool(found.sass) == (find_disassembler() is not None)
@@ -280,6 +283,7 @@ def test_machine_code_is_what_it_is_meant_to_be(
         assert found.count(sass) == 4
         assert not found.count("HMMA") + found.count("LDSM")
         assert found.count("LDGSTS.E.BYPASS.128")
+        assert found.count("STG.E.128")
 
 
 @needs_nvcc

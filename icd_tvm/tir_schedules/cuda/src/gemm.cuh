@@ -167,8 +167,7 @@ template <class G> struct GemmColumns {
     scale = scaled ? load_two(F32(), column_scale, column) : make_float2(1, 1);
   }
   // int8 and fp8 products are scaled by row of A and column of W.
-  ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
-                         int row, long at) const {
+  ICD_DEVICE float2 value(float x, float y, const float* row_scale, int row) const {
     if (end.row_zero) {
       x -= end.row_zero[row] * sums.x;
       y -= end.row_zero[row] * sums.y;
@@ -178,17 +177,53 @@ template <class G> struct GemmColumns {
       x *= by * scale.x;
       y *= by * scale.y;
     }
-    x = activate<G::ACT>(x + bias.x);
-    y = activate<G::ACT>(y + bias.y);
+    return make_float2(activate<G::ACT>(x + bias.x), activate<G::ACT>(y + bias.y));
+  }
+  ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
+                         int row, long at) const {
+    float2 two = value(x, y, row_scale, row);
     if constexpr (G::RESIDUAL) {
       float2 more = load_two(typename G::Out(), residual, at);
-      x += more.x;
-      y += more.y;
+      two.x += more.x;
+      two.y += more.y;
     }
-    store_two(typename G::Out(), c, at, coded(typename G::Out(), x, end.codes),
-              coded(typename G::Out(), y, end.codes));
+    store_two(typename G::Out(), c, at, coded(typename G::Out(), two.x, end.codes),
+              coded(typename G::Out(), two.y, end.codes));
   }
 };
+
+// What is written where; `end` and the scales are those of integers and fp8.
+template <class G> struct GemmResult {
+  void* c;
+  const void *bias, *residual;
+  const float *row_scale, *column_scale;
+  int m, n;
+  GemmEnd end;
+};
+
+// Writes a tile; `row` and `column` of C: of the thread's first sum.
+template <class G>
+ICD_DEVICE void gemm_write(Mma, const typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4],
+                           const GemmResult<G>& to, int first_row, int first_column) {
+#pragma unroll
+  for (int j = 0; j < G::WN / 8; ++j) {
+    int column = first_column + j * 8;
+    if (column >= to.n) continue;
+    const GemmColumns<G> columns(to.bias, to.column_scale, column, to.end);
+#pragma unroll
+    for (int i = 0; i < G::WM / 16; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int row = first_row + i * 16 + half * 8;
+        if (row >= to.m) continue;
+        float x = (float)acc[i][j][half * 2], y = (float)acc[i][j][half * 2 + 1];
+        if (G::SPLITS > 1)
+          store_two(F32(), to.c, ((long)blockIdx.z * to.m + row) * to.n + column, x, y);
+        else
+          columns.finish(to.c, x, y, to.residual, to.row_scale, row, (long)row * to.n + column);
+      }
+  }
+}
 
 // Grid: x column blocks, y row blocks, z parts of K. With parts, C is float32[SPLITS, M, N] of plain
 // sums. `slabs` is int32[column blocks, tiles * 64 / 16 / SLAB]; `tiles` of K for each column block.
@@ -219,29 +254,12 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
       for (int e = 0; e < 4; ++e) acc[i][j][e] = 0;
 
   gemm_sums(typename G::Path(), acc, tile, first, last, (u8*)shared);
+  const int row = tile.m0 + wm + lane / 4, column = blockIdx.x * G::BN + wn + lane % 4 * 2;
   if constexpr (G::STRAYS) {
-    const int row = tile.m0 + wm + lane / 4, column = blockIdx.x * G::BN + wn + lane % 4 * 2;
     if (blockIdx.z == 0) add_strays<G>(acc, strays, row, column, n);
   }
-
-#pragma unroll
-  for (int j = 0; j < G::WN / 8; ++j) {
-    int column = blockIdx.x * G::BN + wn + j * 8 + lane % 4 * 2;
-    if (column >= n) continue;
-    const GemmColumns<G> columns(bias, column_scale, column, end);
-#pragma unroll
-    for (int i = 0; i < G::WM / 16; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int row = tile.m0 + wm + i * 16 + lane / 4 + half * 8;
-        if (row >= m) continue;
-        float x = (float)acc[i][j][half * 2], y = (float)acc[i][j][half * 2 + 1];
-        if (G::SPLITS > 1)
-          store_two(F32(), c, ((long)blockIdx.z * m + row) * n + column, x, y);
-        else
-          columns.finish(c, x, y, residual, row_scale, row, (long)row * n + column);
-      }
-  }
+  const GemmResult<G> to = {c, bias, residual, row_scale, column_scale, m, n, end};
+  gemm_write(typename G::Path(), acc, to, row, column);
 }
 
 // Sum of the parts of K, in order, then the epilogue; a thread makes two columns.

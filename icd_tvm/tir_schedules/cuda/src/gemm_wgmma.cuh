@@ -133,5 +133,63 @@ ICD_DEVICE void gemm_sums(Wgmma, typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8
   pin(acc[0]);
 }
 
+// What lane i of four holds in word q becomes what lane q holds in word i.
+ICD_DEVICE void turn_four(u32 (&words)[4]) {
+#pragma unroll
+  for (int by = 1; by < 4; by *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & by) continue;
+      const bool upper = threadIdx.x & by;
+      const u32 other = shuffle_xor(upper ? words[i] : words[i + by], by);
+      if (upper) words[i] = other;
+      else words[i + by] = other;
+    }
+}
+
+// Types of 16 bits go out by 16 bytes: four lanes, which hold two columns each of four blocks of 8, write a
+// block each, 64 bytes of a row together, and read the residual so. Lanes beyond C only exchange.
+template <class G>
+ICD_DEVICE void gemm_write_wide(const typename G::T::Acc (&acc)[G::WN / 8][4], const GemmResult<G>& to,
+                                int first_row, int first_column) {
+  typename G::Out out;
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int j = 0; j < G::WN / 8; j += 4)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + half * 8, mine = first_column - lane * 2 + (j + lane) * 8;
+      const bool inside = row < to.m && mine < to.n;
+      const long at = ((long)row * to.n + mine) * 2;
+      Chunk more = {{0, 0, 0, 0}};
+      if constexpr (G::RESIDUAL) {
+        if (inside) more = load_chunk((const u8*)to.residual + at);
+        turn_four(more.w);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = first_column + (j + i) * 8;
+        const GemmColumns<G> columns(to.bias, to.column_scale, column < to.n ? column : 0, to.end);
+        const float x = (float)acc[j + i][half * 2], y = (float)acc[j + i][half * 2 + 1];
+        float2 two = columns.value(x, y, to.row_scale, row < to.m ? row : 0);
+        if constexpr (G::RESIDUAL) {
+          two.x += widen(out, (u16)(more.w[i] & 0xffff));
+          two.y += widen(out, (u16)(more.w[i] >> 16));
+        }
+        more.w[i] = narrow2(out, two.x, two.y);
+      }
+      turn_four(more.w);
+      if (inside) store_chunk((u8*)to.c + at, more);
+    }
+}
+template <class G>
+ICD_DEVICE void gemm_write(Wgmma, const typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4],
+                           const GemmResult<G>& to, int first_row, int first_column) {
+  if constexpr (G::SPLITS == 1 && G::Out::bytes == 2)
+    gemm_write_wide<G>(acc[0], to, first_row, first_column);
+  else
+    gemm_write(Mma(), acc, to, first_row, first_column);
+}
+
 }  // namespace icd
 #endif
