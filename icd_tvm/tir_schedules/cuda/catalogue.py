@@ -86,20 +86,27 @@ def _warpgroups(rows: tuple[int, ...]) -> list[Entry]:
     """Products that others above make with mma.sync; which tile is best is not known yet."""
     found = []
     for m in (m for m in rows if m >= 1024):
-        for layer, (n, k) in LAYERS.items():
-            rule = gemm_rule(m, n, k, "float16", epilogue=EPILOGUES[layer], arch=HOPPER)
-            found.append(Entry(f"bert {layer} {m} rows fp16, wgmma", rule))
-    (n, k), name, rules = LAYERS["ffn1"], "bert ffn1 4096 rows", dict[str, Rule]()
-    more: dict[str, Any] = {"epilogue": EPILOGUES["ffn1"], "arch": HOPPER}
-    for tile in (*WGMMA_TILES, _DEEP):
-        word = f"fp16, wgmma {tile.m} x {tile.n}, {tile.stages} stages"
-        rules[word] = gemm_rule(4096, n, k, "float16", tile=tile, **more)
-    rules["fp16, half of the blocks of 128, wgmma"] = gemm_rule(
-        4096, n, k, "float16", live=k // 32, tile=WGMMA_TILES[1], **more
-    )
-    rules["bf16, wgmma"] = gemm_rule(4096, n, k, "bfloat16", out="bfloat16", **more)
-    rules["int8, wgmma"] = gemm_rule(4096, n, k, "int8", rows="zero", **more)
-    return found + [Entry(f"{name} {word}", rule) for word, rule in rules.items()]
+        for layer in LAYERS:
+            found.append(Entry(f"bert {layer} {m} rows fp16, wgmma", _by_warpgroups(layer, m)))
+    for layer, m in (("ffn1", 4096), ("ffn2", 1024)):
+        for tile in (*WGMMA_TILES, _DEEP):
+            word = f"wgmma {tile.m} x {tile.n}, {tile.stages} stages"
+            rule = _by_warpgroups(layer, m, tile=tile)
+            found.append(Entry(f"bert {layer} {m} rows fp16, {word}", rule))
+    name, half = "bert ffn1 4096 rows", LAYERS["ffn1"][1] // 32
+    rules = {
+        "fp16, half of the blocks of 128": _by_warpgroups(
+            "ffn1", 4096, live=half, tile=WGMMA_TILES[1]
+        ),
+        "bf16": _by_warpgroups("ffn1", 4096, "bfloat16", out="bfloat16"),
+        "int8": _by_warpgroups("ffn1", 4096, "int8", rows="zero"),
+    }
+    return found + [Entry(f"{name} {word}, wgmma", rule) for word, rule in rules.items()]
+
+
+def _by_warpgroups(layer: str, m: int, dtype: str = "float16", **options: Any) -> Rule:
+    n, k = LAYERS[layer]
+    return gemm_rule(m, n, k, dtype, epilogue=EPILOGUES[layer], arch=HOPPER, **options)
 
 
 def _bert(m: int, arch: str) -> list[Entry]:
