@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cuda_cases import EVERY_TILE, FULL, Gemm, check_gemm, needs_compiler, plant
 from cuda_emulation import Emulated
 
+from benchmarks.gpu.cases import INDEX, POOL
 from benchmarks.gpu.gates import UNKNOWN, evaluate
 from benchmarks.gpu.kernels import archs_of
+from benchmarks.gpu.models import Models
+from benchmarks.gpu.recipes import Pool
+from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.cuda_inspect import Inspection, find_disassembler, inspect_kernels
 from icd_tvm.measure.cuda_reference import make_trial, run_rule
 from icd_tvm.measure.cuda_timing import PARTS
@@ -219,6 +225,18 @@ def test_code_of_compute_capability_nine_runs_there_alone() -> None:
     assert archs_of("sm_90") == ["sm_90", "sm_90a"]
     assert archs_of("sm_80") == ["sm_80"]
     assert not runs_on("sm_90a", "sm_100")
+
+
+def unused(folder: Path) -> Any:
+    """Stand for a machine that runs nothing."""
+
+
+def test_a_folder_of_models_for_it_is_for_the_same_device(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"arch": HOPPER, "notes": {}, "cases": {}}))
+    Pool().save(tmp_path / POOL)
+    assert Models(tmp_path, "sm_90", unused).cases == {}
+    with pytest.raises(MeasurementError, match="compiled for sm_90a, this is sm_80"):
+        Models(tmp_path, "sm_80", unused)
 
 
 def test_suite_holds_warpgroups_against_cublas() -> None:
