@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu import peers
 from benchmarks.gpu.gates import wrong_values
-from benchmarks.gpu.kernels import build_kernels, child, counters, open_device
+from benchmarks.gpu.kernels import archs_of, build_kernels, child, counters, open_device
 from benchmarks.gpu.machine import Machine, TvmMachine
 from benchmarks.gpu.model_counters import model_child, model_counters, model_energy
 from benchmarks.gpu.model_times import measure_models
@@ -129,9 +129,10 @@ def _parts(
     }
 
 
-def _predicted(arch: str = "sm_90") -> Record:
-    return {"arch": arch} | {
+def _predicted(device: str = "sm_90") -> Record:
+    return {"arch": device} | {
         item.name: {"us": item.microseconds, "bound": item.bound, "bytes": item.mbytes * 1e6}
+        for arch in archs_of(device)
         for item in predict(catalogue(arch), arch)
     }
 

@@ -335,8 +335,8 @@ class Config(Section):
     cache: CacheKeys = CacheKeys()
     target: str = Field(
         default="host",
-        description="host, x86-64-v3, x86-64-v4, aarch64, another CPU by LLVM's name, cuda:sm_80 "
-        "or cuda:sm_90; with :float16 or :bfloat16 behind it, products on tensor cores",
+        description="host, x86-64-v3, x86-64-v4, aarch64, another CPU by LLVM's name, cuda:sm_80, "
+        "cuda:sm_90 or cuda:sm_90a; with :float16 or :bfloat16 behind it, products on tensor cores",
     )
     cuda_graph: bool = Field(
         default=True,

@@ -8,21 +8,26 @@ from math import erf
 
 import numpy as np
 import pytest
-from cuda_emulation import numpy_dtype
+from cuda_emulation import Emulated, numpy_dtype
 
 from icd_tvm.tir_schedules.cuda import source_kernel
+from icd_tvm.tir_schedules.cuda.archs import HOPPER
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import decode_attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import (
     gemm_rule,
     live_blocks,
+    pack_weight,
 )
-from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
+from icd_tvm.tir_schedules.cuda.gemm_tile import TILES, WGMMA_TILES
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.source_kernel import FP8, PLAIN, Epilogue, Rule, SourceKernel
 from icd_tvm.tir_schedules.cuda.strays import pack_strays, split_strays
 
+# Those whose kernels are all compiled for one as for the other.
+ARCHS = ("sm_80", "sm_90")
+EVERY_TILE = (*TILES, *WGMMA_TILES)
 ORDERS = (1, 2)  # of the threads: last to first, shuffled
 FULL = Epilogue("gelu", bias=True, residual=True)
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
@@ -53,7 +58,7 @@ class Gemm:
             a = rng.standard_normal((self.m, self.k)).astype(numpy_dtype(self.dtype))
             w = rng.standard_normal((self.k, self.n)).astype(numpy_dtype(self.dtype))
         if self.sparse:
-            columns = TILES[self.tile].n
+            columns = EVERY_TILE[self.tile].n
             alive = rng.random((-(-self.k // 16), -(-self.n // columns))) < 0.4
             mask = np.kron(alive, np.ones((16, columns)))[: self.k, : self.n]
             w = (w * mask + w * (rng.random(w.shape) < self.strays)).astype(w.dtype)
@@ -62,10 +67,10 @@ class Gemm:
     def parts(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the weight in blocks, and its strays."""
         w = self.arrays()[1]
-        return split_strays(w, TILES[self.tile].n, 200) if self.strays else (w, 0 * w)
+        return split_strays(w, EVERY_TILE[self.tile].n, 200) if self.strays else (w, 0 * w)
 
     def rule(self) -> Rule:
-        tile = replace(TILES[self.tile], splits=self.splits)
+        tile = replace(EVERY_TILE[self.tile], splits=self.splits)
         blocks, strays = self.parts()
         live = live_blocks(blocks, tile.n).shape[1] if self.sparse else None
         return gemm_rule(
@@ -75,6 +80,7 @@ class Gemm:
             self.dtype,
             out=self.out,
             epilogue=self.epilogue,
+            arch=HOPPER if tile.wgmma else "sm_90",
             live=live,
             strays=len(pack_strays(strays).list) if self.strays else None,
             tile=tile,
@@ -227,3 +233,33 @@ def close(found: np.ndarray, expected: np.ndarray, dtype: str, sums: int, scale:
 def needs(kernel: SourceKernel, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     names = [a.name for a in kernel.arguments[: -kernel.outputs]]
     return {name: given[name] for name in names}
+
+
+def check_gemm(case: Gemm, emulated: Emulated) -> None:
+    """Run a matmul in every order of threads; compare with float64."""
+    rule = case.rule()
+    a, w = case.arrays()
+    rng = np.random.default_rng(1)
+    columns = EVERY_TILE[case.tile].n
+    kept, strays = case.parts()
+    blocks = live_blocks(kept, columns) if case.sparse else None
+    given = {"a": a, "w": pack_weight(kept, columns, blocks), "slabs": blocks}
+    given["stray_starts"], given["stray_list"] = pack_strays(strays.astype(np.float16))
+    if case.strays:
+        assert 0 < (strays != 0).sum() < (kept != 0).sum()
+        given["stray_starts"], given["stray_list"] = pack_strays(strays)
+    given["bias"] = rng.standard_normal(case.n).astype(np.float32)
+    given["residual"] = rng.standard_normal((case.m, case.n)).astype(numpy_dtype(case.out))
+    given["row_scale"] = (rng.random(case.m) / 127).astype(np.float32)
+    given["column_scale"] = (rng.random(case.n) / 127).astype(np.float32)
+    sums = a.astype(float) @ w.astype(float)
+    scale = np.abs(a.astype(float)).max() * np.abs(w.astype(float)).max()
+    if case.dtype in ("int8", FP8):
+        factor = given["row_scale"].astype(float)[:, None] * given["column_scale"].astype(float)
+        sums, scale = sums * factor, scale / 127**2
+    assert len(rule.kernels) == 1 + (case.splits > 1) + (case.strays > 0)
+    for order in ORDERS:
+        for kernel in rule.kernels:
+            found = emulated.run(kernel, needs(kernel, given), order)
+            given |= found
+        close(found["c"], finish(sums, case.epilogue, given), case.out, case.k, 8 * scale)

@@ -95,8 +95,15 @@ static void check_shared(const void* p, const char* what) {
   const unsigned char* at = (const unsigned char*)p;
   if ((uintptr_t)p % 16 || at < shared_begin || at + 16 > shared_end) stop(what);
 }
+// What products of warpgroups (cuda_emulator_wgmma.h) have to do with copies, and with a thread's end.
+static void reset_products(int threads);
+static void copy_begins(const void* to);
+static void copy_landed(const void* to);
+static void products_ended();
+
 static void entry() {
   body(body_argument);
+  products_ended();
   if (!fibers[current].copies.empty()) {
     // Copies that nobody waits for land in a block that is gone.
     for (const Copy& copy : fibers[current].copies)
@@ -107,6 +114,7 @@ static void entry() {
   swapcontext(&fibers[current].context, &scheduler);
 }
 static void run_block(int threads, int order, std::mt19937& random) {
+  reset_products(threads);
   fibers.resize(threads);
   warps.assign(threads / 32, Warp());
   barrier_arrived = barrier_turn = 0;
@@ -156,13 +164,14 @@ struct F8;
 struct Chunk;
 
 static inline void sync_block() { emu::barrier(); }
-static inline float shuffle_xor(float value, int mask) {
+template <class V> static inline V shuffle_xor(V value, int mask) {
   emu::Exchange all(&value, sizeof value);
-  return all.of<float>((emu::current % 32) ^ mask);
+  return all.of<V>((emu::current % 32) ^ mask);
 }
 static inline void copy_async(void* to, const void* from, bool valid) {
   emu::check_shared(to, "copy_async: bad shared address");
   if ((uintptr_t)from % 16) emu::stop("copy_async: unaligned global address");
+  emu::copy_begins(to);
   emu::Fiber& fiber = emu::fibers[emu::current];
   fiber.copies.push_back({to, from, valid, fiber.committed});
 }
@@ -171,9 +180,13 @@ template <int N> static inline void copy_wait() {
   emu::Fiber& fiber = emu::fibers[emu::current];
   std::vector<emu::Copy> later;
   for (const emu::Copy& copy : fiber.copies) {
-    if (copy.group >= fiber.committed - N) later.push_back(copy);
-    else if (copy.valid) memcpy(copy.to, copy.from, 16);
+    if (copy.group >= fiber.committed - N) {
+      later.push_back(copy);
+      continue;
+    }
+    if (copy.valid) memcpy(copy.to, copy.from, 16);
     else memset(copy.to, 0, 16);
+    emu::copy_landed(copy.to);
   }
   fiber.copies.swap(later);
 }
@@ -184,6 +197,10 @@ template <class C = Chunk> static inline C load_stream(const void* p) {
   return r;
 }
 template <class C = Chunk> static inline C load_chunk(const void* p) { return load_stream<C>(p); }
+template <class C> static inline void store_chunk(void* p, const C& c) {
+  if ((uintptr_t)p % 16) emu::stop("store_chunk: unaligned address");
+  memcpy(p, &c, 16);
+}
 static inline void matrix_words(u32 (&r)[4], const void* row, bool trans) {
   emu::check_shared(row, "ldmatrix: bad shared address");
   emu::Exchange all(&row, sizeof row);
@@ -282,6 +299,8 @@ template <class T> static inline void mma(T, int (&c)[4], const u32 (&a)[4], u32
   matrix_multiply<T>(c, a, b0, b1, 32);
 }
 }  // namespace icd
+
+#include "cuda_emulator_wgmma.h"
 
 extern "C" const char* emulator_failure() { return emu::failure; }
 

@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
 
 
-def entry(kind: int, arch: int, payload: bytes) -> bytes:
-    head = struct.pack("<HHIQIIHHI", kind, 1, 64, len(payload), 0, 0, 0, 1, arch)
+def entry(kind: int, arch: int, payload: bytes, flags: int = 0x11) -> bytes:
+    head = struct.pack("<HHIQIIHHIIIQ", kind, 1, 64, len(payload), 0, 0, 0, 1, arch, 0, 0, flags)
     return head.ljust(64, b"\0") + payload
 
 
@@ -58,11 +58,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_entries_of_all_fatbins_are_found() -> None:
     data = b"x" * 7 + fatbin(entry(1, 80, b"p" * 24), entry(2, 80, b"e" * 40)) + b"y" * 5
-    data += fatbin(entry(2, 90, b"f" * 16))
+    data += fatbin(entry(2, 90, b"f" * 16), entry(2, 90, b"a" * 8, 0x100011))
     assert fatbin_entries(data) == [
         CodeEntry("ptx", "sm_80", 24),
         CodeEntry("elf", "sm_80", 40),
         CodeEntry("elf", "sm_90", 16),
+        CodeEntry("elf", "sm_90a", 8),
     ]
 
 
@@ -72,7 +73,13 @@ def test_truncated_fatbin_is_no_crash(cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"__global__ void f() {}", fatbin(entry(1, 90, b"p")), fatbin(entry(2, 80, b"e"))]
+    "content",
+    [
+        b"__global__ void f() {}",
+        fatbin(entry(1, 90, b"p")),
+        fatbin(entry(2, 80, b"e")),
+        fatbin(entry(2, 90, b"e", 1 << 20)),
+    ],
 )
 def test_source_ptx_or_another_device_is_refused(tmp_path: Path, content: bytes) -> None:
     library = tmp_path / "a.so"

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 
 import pytest
+from cuda_cases import ARCHS
 
 from icd_tvm.cli import main
 from icd_tvm.errors import IcdError
@@ -17,7 +18,7 @@ from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
 from icd_tvm.tir_schedules.cuda.source_kernel import Argument, SourceKernel
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
-ENTRIES = {arch: catalogue(arch, quick=True) for arch in CUDA_ARCHS}
+ENTRIES = {arch: catalogue(arch, quick=True) for arch in ARCHS}
 NAMES = [entry.name for entry in ENTRIES["sm_90"]]
 # Word in a kernel's name -> instructions it must have: in PTX, in SASS.
 PRODUCTS = {
@@ -66,7 +67,7 @@ def wanted(entry: Entry, arch: str) -> list[tuple[str, str]]:
     return [WIDE, WIDEN] if "fp8" in entry.name and arch != "sm_80" else [WIDE]
 
 
-@pytest.fixture(scope="module", params=list(CUDA_ARCHS))
+@pytest.fixture(scope="module", params=ARCHS)
 def inspected(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Inspection]]:

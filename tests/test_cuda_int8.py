@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_cases import EPS, ORDERS, close, needs, needs_compiler, plant
+from cuda_cases import ARCHS, EPS, ORDERS, close, needs, needs_compiler, plant
 from cuda_emulation import Emulated, numpy_dtype
 
 from icd_tvm.measure.cuda_inspect import inspect_kernels
 from icd_tvm.measure.cuda_reference import run_rule
-from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.gemm import RowScales, gemm_rule, live_blocks, pack_weight
 from icd_tvm.tir_schedules.cuda.gemm_tile import TILES
@@ -298,7 +297,7 @@ def test_what_is_not_made_says_why() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
-@pytest.mark.parametrize("arch", CUDA_ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_without_spills(arch: str, tmp_path: Path) -> None:
     kernels = {kernel.name: kernel for kernel in every_kernel()}
     for name, found in inspect_kernels(list(kernels.values()), arch, tmp_path).items():

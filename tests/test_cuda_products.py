@@ -12,6 +12,7 @@ from cuda_cases import (
     ORDERS,
     Gemm,
     Gemv,
+    check_gemm,
     close,
     finish,
     needs,
@@ -55,35 +56,6 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
 @pytest.mark.parametrize("name", GEMMS)
 def test_gemm_equals_float64(name: str, emulated: Emulated) -> None:
     check_gemm(GEMMS[name], emulated)
-
-
-def check_gemm(case: Gemm, emulated: Emulated) -> None:
-    rule = case.rule()
-    a, w = case.arrays()
-    rng = np.random.default_rng(1)
-    columns = TILES[case.tile].n
-    kept, strays = case.parts()
-    blocks = live_blocks(kept, columns) if case.sparse else None
-    given = {"a": a, "w": pack_weight(kept, columns, blocks), "slabs": blocks}
-    given["stray_starts"], given["stray_list"] = pack_strays(strays.astype(np.float16))
-    if case.strays:
-        assert 0 < (strays != 0).sum() < (kept != 0).sum()
-        given["stray_starts"], given["stray_list"] = pack_strays(strays)
-    given["bias"] = rng.standard_normal(case.n).astype(np.float32)
-    given["residual"] = rng.standard_normal((case.m, case.n)).astype(numpy_dtype(case.out))
-    given["row_scale"] = (rng.random(case.m) / 127).astype(np.float32)
-    given["column_scale"] = (rng.random(case.n) / 127).astype(np.float32)
-    sums = a.astype(float) @ w.astype(float)
-    scale = np.abs(a.astype(float)).max() * np.abs(w.astype(float)).max()
-    if case.dtype in ("int8", FP8):
-        factor = given["row_scale"].astype(float)[:, None] * given["column_scale"].astype(float)
-        sums, scale = sums * factor, scale / 127**2
-    assert len(rule.kernels) == 1 + (case.splits > 1) + (case.strays > 0)
-    for order in ORDERS:
-        for kernel in rule.kernels:
-            found = emulated.run(kernel, needs(kernel, given), order)
-            given |= found
-        close(found["c"], finish(sums, case.epilogue, given), case.out, case.k, 8 * scale)
 
 
 @needs_compiler

@@ -265,6 +265,23 @@ def test_counters_are_read_in_both_cache_modes(monkeypatch: pytest.MonkeyPatch) 
 
 
 @needs_compiler
+def test_a_device_has_the_kernels_of_all_its_architectures(
+    device: CudaDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogues = {"sm_90": ENTRIES[-1:], "sm_90a": ENTRIES[-2:-1]}
+    monkeypatch.setattr(suite_kernels, "catalogue", catalogues.__getitem__)
+    with pytest.raises(MeasurementError, match=r"sm_90\.cubin is not there"):
+        suite_kernels.open_device(tmp_path)
+    kernels = suite_kernels.kernels_of(ENTRIES[-2:])
+    code = str(Emulated(kernels, tmp_path).path).encode() + b"\0"
+    (tmp_path / "sm_90.cubin").write_bytes(code)
+    assert suite_kernels.open_device(tmp_path)[1] == ENTRIES[-1:]
+    (tmp_path / "sm_90a.cubin").write_bytes(code)
+    opened, entries = suite_kernels.open_device(tmp_path)
+    assert (opened.arch, entries) == ("sm_90", ENTRIES[-2:])
+
+
+@needs_compiler
 def test_child_starts_one_rule(device: CudaDevice) -> None:
     suite_kernels.child(device, ENTRIES, "gemm parts")
 

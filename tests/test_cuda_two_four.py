@@ -107,7 +107,7 @@ def test_emulator_notices_a_planted_mistake(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, wrong, noticed = MISTAKES[mistake]
-    plant(monkeypatch, right, wrong, "gemm_24")
+    plant(monkeypatch, right, wrong, "gemm", "gemm_24")
     with pytest.raises(AssertionError, match=noticed):
         check(CASES["16 rows"], Emulated(CASES["16 rows"].rule().kernels, tmp_path))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cuda_cases import needs_compiler
+from cuda_cases import ARCHS, needs_compiler
 from cuda_modules import EmulatedModule, launches, selected
 
 from icd_tvm._tvm import apply_pass, const_name, named_const, relax, tvm
@@ -31,7 +31,6 @@ from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.relax_passes.quantized_operands import Weight
 from icd_tvm.relax_passes.select_cuda_kernels import SelectCudaKernels, read_cuda_kernels
-from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.target import cuda_target
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the path")
@@ -138,7 +137,7 @@ def test_kernels_compute_the_quantised_product(dtype: str, tmp_path: Path) -> No
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", CUDA_ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_spill_nothing_and_read_16_bytes(arch: str, tmp_path: Path) -> None:
     kernels = []
     for spec, dead in (("int8", False), ("int8:group64", True), ("int4:group64", False)):

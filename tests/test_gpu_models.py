@@ -329,6 +329,7 @@ def test_bars(good: bool, verdict: str) -> None:
     both = {"cold": {"us": us}, "warm": {"us": us}}
     times = {f"bert {layer} {rows} rows fp16": both for rows in m for layer in gates.LAYERS}
     shared = {name: {"us": 9.0} for name in times}
+    times |= {f"{name}, wgmma": both for name in shared}
     times |= {f"mamba {layer} fp16": both for layer in gates.PROJECTIONS}
     low = {"median": 0.7 if good else 0.76, "lo": 0.69, "hi": 0.71}
     ratio = {"iterative/linear": low, "iterative/best unordered": low}
@@ -353,7 +354,7 @@ def test_bars(good: bool, verdict: str) -> None:
     )
     found = gates.evaluate(whole)
     assert [gate.verdict for gate in found] == [verdict] * len(found)
-    assert len(found) == 4 + 2 * 3 + 1
+    assert len(found) == 5 + 2 * 3 + 1
     text = table(whole)
     assert f"{low['median']:.3f} [0.690, 0.710]" in text
     assert "not measured: late" in text

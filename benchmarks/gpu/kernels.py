@@ -14,7 +14,7 @@ from icd_tvm.measure import ncu
 from icd_tvm.measure.cuda_driver import CudaDevice
 from icd_tvm.measure.cuda_reference import make_trial
 from icd_tvm.measure.cuda_timing import CHOSEN, Buffers, Clock, sets_of
-from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS, runs_on
 from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
 from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
 
@@ -39,19 +39,29 @@ def kernels_of(entries: Iterable[Entry]) -> list[SourceKernel]:
     return [kernel for entry in entries for kernel in entry.rule.kernels]
 
 
+def archs_of(device: str) -> list[str]:
+    """Return the architectures whose machine code runs on a device, e.g. ``sm_90``."""
+    return [arch for arch in CUDA_ARCHS if runs_on(arch, device)]
+
+
 def open_device(folder: Path | None) -> tuple[CudaDevice, list[Entry]]:
     """Return the device with all kernels loaded, and their catalogue."""
-    device = CudaDevice()
-    if device.arch not in CUDA_ARCHS:
+    device, entries = CudaDevice(), list[Entry]()
+    if not archs_of(device.arch):
         raise MeasurementError(f"kernels are made for {', '.join(CUDA_ARCHS)}, not {device.arch}")
-    entries = catalogue(device.arch)
     with tempfile.TemporaryDirectory() as temporary:
         if folder is None:
             build_kernels(folder := Path(temporary))
-        file = folder / f"{device.arch}.cubin"
-        if not file.exists():
-            raise MeasurementError(f"{file} is not there; make it with --build where nvcc is")
-        device.load(file.read_bytes(), kernels_of(entries))
+        for arch in archs_of(device.arch):
+            file = folder / f"{arch}.cubin"
+            if not file.exists():
+                if arch != device.arch:
+                    continue
+                raise MeasurementError(f"{file} is not there; make it with --build where nvcc is")
+            found = catalogue(arch)
+            device.load(file.read_bytes(), kernels_of(found))
+            # What must be decided first: warpgroups, where the device has them.
+            entries = found + entries
     return device, entries
 
 

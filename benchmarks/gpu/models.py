@@ -15,6 +15,7 @@ from benchmarks.gpu.cases import ARMS, INDEX, POOL, SETS
 from benchmarks.gpu.machine import ArmRun, Array, Machine, feed
 from benchmarks.gpu.recipes import Draws, Pool, from_json, realise
 from icd_tvm.errors import MeasurementError
+from icd_tvm.tir_schedules.cuda.archs import runs_on
 from icd_tvm.tir_schedules.cuda.source_kernel import WIDTHS
 
 # Bytes that must stay free beside weights: inputs, states, what a call needs, the flushed copies.
@@ -34,7 +35,7 @@ class Models:
         if folder is None or not (folder / INDEX).exists():
             raise MeasurementError(f"no {INDEX}: make it with --build where nvcc and TVM are")
         index = json.loads((folder / INDEX).read_text("utf-8"))
-        if index["arch"] != arch:
+        if not runs_on(index["arch"], arch):
             raise MeasurementError(f"models are compiled for {index['arch']}, this is {arch}")
         self.folder, self.notes = folder, index["notes"]
         self.cases: Mapping[str, Any] = index["cases"]

@@ -26,7 +26,8 @@ HELP = {
     "cuda_graph": "with --target cuda: capture the step as a CUDA graph (default: yes)",
     "precision": "with --target cuda: float16 or bfloat16 products on tensor cores (default: "
     "float32 by TVM's own schedules)",
-    "arch": "CUDA architecture: sm_80 (A100) or sm_90 (H100, H200)",
+    "arch": "CUDA architecture: sm_80 (A100), sm_90 (H100, H200) or sm_90a (the same two alone: "
+    "warpgroup products where there are many rows, not measured yet)",
     "threads": "worker threads (default: every core)",
     "repeats": "timed calls per arm, at least 30",
     "time_budget": "seconds the solver may spend",

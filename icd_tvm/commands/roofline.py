@@ -6,6 +6,7 @@ import argparse
 import json
 
 from icd_tvm.arguments import Parser
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 
 
 def parser() -> Parser:
@@ -16,7 +17,8 @@ def parser() -> Parser:
         "Mamba-2.8B: counted operations and bytes over data sheet rates. Nothing is measured.",
         examples="  icd roofline\n  icd roofline --arch sm_80 --json\n",
     )
-    result.add_argument("--arch", choices=("sm_80", "sm_90"), default="sm_90", help="A100 or H200")
+    arches = "A100, H200, or what an H200 has in sm_90a alone: warpgroup products"
+    result.add_argument("--arch", choices=tuple(CUDA_ARCHS), default="sm_90", help=arches)
     result.add_common()
     return result
 

@@ -21,6 +21,8 @@ _ENTRY = re.compile(
     r"(\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
     re.DOTALL,
 )
+# Of ptxas: products of warpgroups wait for one another (C7510 to C7517, by the reason).
+_SERIALIZED = re.compile(r"\(C75\d\d\) (.*?) in (?:the )?function '(\w+)'")
 _PTX_ENTRY = re.compile(r"\.entry (\w+)\(.*?^\}", re.DOTALL | re.MULTILINE)
 _PTX_OPERATION = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][\w.:]+)[ ;]", re.MULTILINE)
 _SASS_SECTION = re.compile(r"\.section\s+\.text\.(\w+)[^\n]*\n(.*?)(?=\.section\s|\Z)", re.DOTALL)
@@ -40,6 +42,8 @@ class Inspection:
     ptx, sass : Counter of str
         Instruction with its modifiers -> how often it stands there; ``sass`` is empty where there
         is no disassembler.
+    serialized : str
+        Why warpgroup products wait for one another, by ptxas; empty where they do not.
     """
 
     registers: int
@@ -47,6 +51,7 @@ class Inspection:
     spilled: int
     ptx: Counter[str] = field(default_factory=Counter)
     sass: Counter[str] = field(default_factory=Counter)
+    serialized: str = ""
 
     def count(self, prefix: str) -> int:
         """Return how many instructions of SASS, or of PTX, begin so."""
@@ -93,6 +98,7 @@ def inspect_kernels(
     told = _compiled([*base, str(cubin), "-cubin", "-Xptxas=-v", str(ptx)])
     by_ptx = _operations(ptx.read_text("utf-8"), _PTX_ENTRY, _PTX_OPERATION)
     by_sass = _operations(_disassembled(cubin), _SASS_SECTION, _SASS_OPERATION)
+    serialized = {name: why for why, name in _SERIALIZED.findall(told)}
     return {
         name: Inspection(
             int(registers),
@@ -100,6 +106,7 @@ def inspect_kernels(
             int(stored) + int(loaded),
             by_ptx.get(name, Counter()),
             by_sass.get(name, Counter()),
+            serialized.get(name, ""),
         )
         for name, stack, stored, loaded, registers, _ in _ENTRY.findall(told)
     }

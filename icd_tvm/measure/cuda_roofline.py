@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from icd_tvm.core.hardware import H200
+from icd_tvm.tir_schedules.cuda.archs import HOPPER
 from icd_tvm.tir_schedules.cuda.catalogue import Entry
 from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel
 
@@ -39,6 +40,8 @@ DEVICES = {
         "NVIDIA A100 80GB data sheet (SXM), without sparsity",
     ),
 }
+# The same device: its data sheet counts warpgroup products.
+DEVICES[HOPPER] = DEVICES["sm_90"]
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 MAGIC = struct.pack("<I", 0xBA55ED50)
 _FILE = struct.Struct("<IHHQ")
-_ENTRY = struct.Struct("<HHIQIIHHI")
+_ENTRY = struct.Struct("<HHIQIIHHIIIQ")
+# Of its flags: code for what one compute capability alone has, as nvcc of CUDA 13 marks it.
+_SPECIFIC = 1 << 20
 _KINDS = {1: "ptx", 2: "elf"}
 
 
 class CodeEntry(NamedTuple):
-    """One entry of a fatbin: ``elf`` (machine code) or ``ptx``, and e.g. ``sm_90``."""
+    """One entry of a fatbin: ``elf`` (machine code) or ``ptx``, and e.g. ``sm_90a``."""
 
     kind: str
     arch: str
@@ -47,9 +49,10 @@ def _entries(data: bytes, start: int) -> list[CodeEntry]:
     at, end = start + header, start + header + size
     found = []
     while at + _ENTRY.size <= min(end, len(data)):
-        kind, _, own, payload, _, _, _, _, arch = _ENTRY.unpack_from(data, at)
+        kind, _, own, payload, _, _, _, _, arch, _, _, flags = _ENTRY.unpack_from(data, at)
         if kind not in _KINDS or own < _ENTRY.size:
             break
-        found.append(CodeEntry(_KINDS[kind], f"sm_{arch}", payload))
+        suffix = "a" if flags & _SPECIFIC else ""
+        found.append(CodeEntry(_KINDS[kind], f"sm_{arch}{suffix}", payload))
         at += own + payload
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from icd_tvm.tir_schedules.cuda.append import append_rule
+from icd_tvm.tir_schedules.cuda.archs import HOPPER
 from icd_tvm.tir_schedules.cuda.attention import attention_rule
 from icd_tvm.tir_schedules.cuda.decode_attention import (
     decode_attention_rule,
@@ -17,6 +18,7 @@ from icd_tvm.tir_schedules.cuda.decode_attention import (
 )
 from icd_tvm.tir_schedules.cuda.gemm import gemm_rule
 from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule
+from icd_tvm.tir_schedules.cuda.gemm_tile import WGMMA_TILES, GemmTile
 from icd_tvm.tir_schedules.cuda.gemv import gemv_rule
 from icd_tvm.tir_schedules.cuda.mamba_step import conv_step_rule, scan_step_rule
 from icd_tvm.tir_schedules.cuda.norm import norm_rule
@@ -35,6 +37,8 @@ EPILOGUES = {
 }
 PROJECTIONS = {"in_proj": (10240, 2560), "out_proj": (2560, 5120)}
 MODEL, INNER, STATES, PROMPT = 2560, 5120, 16, 1024
+# One block to a multiprocessor, with more copies on their way.
+_DEEP = GemmTile(128, 128, 16, 128, stages=6, wgmma=True)
 # Kernels of these differ from others in sizes only.
 _REPEATED = ("qkv", "ffn2 1024", "half of the units", "half of the outputs")
 
@@ -53,11 +57,16 @@ def catalogue(arch: str = "sm_90", *, quick: bool = False) -> list[Entry]:
     Parameters
     ----------
     arch : str
-        ``sm_80`` or ``sm_90``: it decides tiles and parts.
+        ``sm_80`` or ``sm_90``: it decides tiles and parts. ``sm_90a``: what it has beyond sm_90.
     quick : bool
         Leave out other sizes of the same kernels.
     """
     rows = (1024,) if quick else ROWS
+    found = _warpgroups(rows) if arch == HOPPER else _portable(rows, arch, quick)
+    return [e for e in found if not (quick and any(word in e.name for word in _REPEATED))]
+
+
+def _portable(rows: tuple[int, ...], arch: str, quick: bool) -> list[Entry]:
     found = [entry for m in rows for entry in _bert(m, arch)]
     found += _small_rows(arch)
     found += [entry for name in list(PROJECTIONS)[: 1 if quick else 2] for entry in _mamba(name)]
@@ -67,11 +76,37 @@ def catalogue(arch: str = "sm_90", *, quick: bool = False) -> list[Entry]:
     found += _prefills(arch)
     found += _norms(rows)
     # The step of the decoder whose attention is above.
-    found += [
+    return found + [
         Entry(f"decode append {cache}", append_rule(32, 8, 8192, 128, "float16", cache=cache))
         for cache in ("float16", "float32")
     ]
-    return [e for e in found if not (quick and any(word in e.name for word in _REPEATED))]
+
+
+def _warpgroups(rows: tuple[int, ...]) -> list[Entry]:
+    """Products that others above make with mma.sync; which tile is best is not known yet."""
+    found = []
+    for m in (m for m in rows if m >= 1024):
+        for layer in LAYERS:
+            found.append(Entry(f"bert {layer} {m} rows fp16, wgmma", _by_warpgroups(layer, m)))
+    for layer, m in (("ffn1", 4096), ("ffn2", 1024)):
+        for tile in (*WGMMA_TILES, _DEEP):
+            word = f"wgmma {tile.m} x {tile.n}, {tile.stages} stages"
+            rule = _by_warpgroups(layer, m, tile=tile)
+            found.append(Entry(f"bert {layer} {m} rows fp16, {word}", rule))
+    name, half = "bert ffn1 4096 rows", LAYERS["ffn1"][1] // 32
+    rules = {
+        "fp16, half of the blocks of 128": _by_warpgroups(
+            "ffn1", 4096, live=half, tile=WGMMA_TILES[1]
+        ),
+        "bf16": _by_warpgroups("ffn1", 4096, "bfloat16", out="bfloat16"),
+        "int8": _by_warpgroups("ffn1", 4096, "int8", rows="zero"),
+    }
+    return found + [Entry(f"{name} {word}, wgmma", rule) for word, rule in rules.items()]
+
+
+def _by_warpgroups(layer: str, m: int, dtype: str = "float16", **options: Any) -> Rule:
+    n, k = LAYERS[layer]
+    return gemm_rule(m, n, k, dtype, epilogue=EPILOGUES[layer], arch=HOPPER, **options)
 
 
 def _bert(m: int, arch: str) -> list[Entry]:

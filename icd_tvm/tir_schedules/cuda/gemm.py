@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, STAGES, GemmTile, choose_tile
+from icd_tvm.tir_schedules.cuda.archs import HOPPER
+from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, GemmTile, choose_tile, tiles_of
 from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import (
     FP8,
@@ -24,6 +25,7 @@ from icd_tvm.tir_schedules.cuda.source_kernel import (
     Epilogue,
     Rule,
     SourceKernel,
+    cpp_bool,
     operand,
     or_null,
     refused,
@@ -140,7 +142,7 @@ def gemm_rule(
         without a residual.
     epilogue : Epilogue
     arch : str
-        Whose number of multiprocessors decides the tile.
+        Whose number of multiprocessors decides the tile; ``sm_90a`` has warpgroup products.
     live : int, optional
         Blocks of 16 rows of W in each list of `live_blocks`; None for a dense weight.
     strays : int, optional
@@ -175,7 +177,9 @@ def gemm_rule(
         return refused(f"{live} live blocks are no whole tiles of {ROW} bytes")
     if strays is not None and (dtype in _SCALED or k > 1 << 16):
         return refused(f"strays of {k} inputs of {dtype}: make them float16, at most 65536 inputs")
-    tile = tile or choose_tile(m, n, k_tiles, arch)
+    tile = tile or choose_tile(m, n, k_tiles, arch, tiles=tiles_of(m, dtype, arch))
+    if tile.wgmma and (dtype == FP8 or arch != HOPPER):
+        return refused(f"no warpgroup product of {dtype} for {arch} here; use another tile")
     work = _Work(m, n, k, k_tiles, dtype, out, epilogue, live, strays, tile, rows, codes)
     before = () if strays is None else (turn_kernel(m, k, work.turned, dtype),)
     after = () if tile.splits == 1 else (work.reduce(),)
@@ -214,12 +218,19 @@ class _Work:
     @property
     def _config(self) -> str:
         tile, slab = self.tile, 0 if self.live is None else SLAB * int(WIDTHS[self.dtype]) // 16
-        sizes = f"{tile.m}, {tile.n}, {tile.warp_m}, {tile.warp_n}, {STAGES}"
+        sizes = f"{tile.m}, {tile.n}, {tile.warp_m}, {tile.warp_n}, {tile.stages}"
         return (
             f"icd::GemmConfig<{operand(self.dtype)}, {operand(self.out)}, {sizes}, "
             f"{self.epilogue.flags}, {slab}, {tile.splits}"
-            f"{'' if self.strays is None else ', true'}>"
+            f"{self._options}>"
         )
+
+    @property
+    def _options(self) -> str:
+        """The template arguments that most kernels leave out."""
+        if self.tile.wgmma:
+            return f", {cpp_bool(self.strays is not None)}, icd::Wgmma"
+        return "" if self.strays is None else ", true"
 
     @property
     def _extra(self) -> tuple[Argument, ...]:
@@ -300,14 +311,14 @@ class _Work:
         kept = self.k_tiles * per_tile
         written = 4 * tile.splits if split else WIDTHS[self.out]
         return SourceKernel(
-            family="gemm",
+            family="gemm_wgmma" if tile.wgmma else "gemm",
             config=self._config,
             call=f"icd::gemm<G>({out.name}, a, w, {slabs}, {finish}, {self.m}, {self.n}, {self.k}, "
             f"{self.k_tiles}, {', '.join(last)})",
             arguments=tuple(arguments),
             grid=(groups, -(-self.m // tile.m), tile.splits),
             threads=tile.threads,
-            shared=STAGES * (tile.m + tile.n) * ROW,
+            shared=tile.shared,
             flop=2.0 * self.m * (self.n * min(self.k, kept) + 4 * (self.strays or 0)),
             bytes=width * (self.m * self.k + self.n * kept)
             + written * self.m * self.n

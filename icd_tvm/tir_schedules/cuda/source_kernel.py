@@ -225,7 +225,7 @@ def cpp_bool(value: bool) -> str:
 
 def _files(family: str) -> tuple[str, ...]:
     """Return the files of a family, what they need first; `common` is in all."""
-    before = {"gemm_24": "gemm", "quantize": "norm"}.get(family)
+    before = {"gemm_24": "gemm", "gemm_wgmma": "gemm", "quantize": "norm"}.get(family)
     return (family,) if before is None else (before, family)
 
 

@@ -28,6 +28,7 @@ struct alignas(16) Chunk { u32 w[4]; };
 #ifndef ICD_EMULATE
 ICD_DEVICE void sync_block() { __syncthreads(); }
 ICD_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+ICD_DEVICE u32 shuffle_xor(u32 value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 ICD_DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // 16 bytes from global to shared memory, zeros where `valid` is false; L1 is bypassed.
@@ -50,6 +51,9 @@ ICD_DEVICE Chunk load_stream(const void* p) {
 ICD_DEVICE Chunk load_chunk(const void* p) {
   uint4 v = *(const uint4*)p;
   return Chunk{{v.x, v.y, v.z, v.w}};
+}
+ICD_DEVICE void store_chunk(void* p, const Chunk& c) {
+  *(uint4*)p = make_uint4(c.w[0], c.w[1], c.w[2], c.w[3]);
 }
 ICD_DEVICE void load_matrix(u32 (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"

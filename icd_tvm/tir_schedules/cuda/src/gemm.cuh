@@ -5,13 +5,18 @@
 
 namespace icd {
 
+// What sums a tile of C: warps, or warpgroups of 128 threads (gemm_wgmma.cuh, sm_90a alone).
+struct Mma {};
+struct Wgmma {};
+
 // What the kernel is compiled for. Rows of a tile hold 64 bytes of K: 32 fp16 or 64 int8
 // or fp8.
 template <class T_, class OUT_, int BM_, int BN_, int WM_, int WN_, int STAGES_, int ACT_, bool BIAS_,
-          bool RESIDUAL_, int SLAB_, int SPLITS_, bool STRAYS_ = false>
+          bool RESIDUAL_, int SLAB_, int SPLITS_, bool STRAYS_ = false, class PATH_ = Mma>
 struct GemmConfig {
   typedef T_ T;
   typedef OUT_ Out;
+  typedef PATH_ Path;
   static const int BM = BM_, BN = BN_, WM = WM_, WN = WN_, STAGES = STAGES_, ACT = ACT_;
   static const bool BIAS = BIAS_, RESIDUAL = RESIDUAL_, STRAYS = STRAYS_;
   // Chunks of 16 bytes in a live block of W; 0: dense.
@@ -23,6 +28,8 @@ struct GemmConfig {
 
 // Rows r and r + 1 share a 128-byte line; the exclusive or spreads 8 rows over all banks.
 ICD_DEVICE int swizzle(int row, int chunk) { return row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4); }
+// Any 8 rows of 128 bytes meet all banks once.
+ICD_DEVICE int wide_swizzle(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 template <class G> struct GemmTile {
   const u8* a;
@@ -75,6 +82,28 @@ ICD_DEVICE void gemm_stage(typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4], 
 #pragma unroll
       for (int j = 0; j < G::WN / 8; ++j)
         mma(typename G::T(), acc[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]);
+  }
+}
+
+// Adds tiles `first` to `last` of K; `stages` is shared memory.
+template <class G>
+ICD_DEVICE void gemm_sums(Mma, typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4],
+                          const GemmTile<G>& tile, int first, int last, u8* stages) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int wm = warp / (G::BN / G::WN) * G::WM, wn = warp % (G::BN / G::WN) * G::WN;
+#pragma unroll
+  for (int s = 0; s < G::STAGES - 1; ++s) {
+    if (first + s < last) tile.load(stages + s * G::STAGE, first + s, thread);
+    copy_commit();
+  }
+  for (int t = first; t < last; ++t) {
+    copy_wait<G::STAGES - 2>();
+    // Also: all warps are done with the stage that is filled next.
+    sync_block();
+    int ahead = t + G::STAGES - 1;
+    if (ahead < last) tile.load(stages + (ahead - first) % G::STAGES * G::STAGE, ahead, thread);
+    copy_commit();
+    gemm_stage<G>(acc, stages + (t - first) % G::STAGES * G::STAGE, wm, wn, lane);
   }
 }
 
@@ -138,8 +167,7 @@ template <class G> struct GemmColumns {
     scale = scaled ? load_two(F32(), column_scale, column) : make_float2(1, 1);
   }
   // int8 and fp8 products are scaled by row of A and column of W.
-  ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
-                         int row, long at) const {
+  ICD_DEVICE float2 value(float x, float y, const float* row_scale, int row) const {
     if (end.row_zero) {
       x -= end.row_zero[row] * sums.x;
       y -= end.row_zero[row] * sums.y;
@@ -149,17 +177,53 @@ template <class G> struct GemmColumns {
       x *= by * scale.x;
       y *= by * scale.y;
     }
-    x = activate<G::ACT>(x + bias.x);
-    y = activate<G::ACT>(y + bias.y);
+    return make_float2(activate<G::ACT>(x + bias.x), activate<G::ACT>(y + bias.y));
+  }
+  ICD_DEVICE void finish(void* c, float x, float y, const void* residual, const float* row_scale,
+                         int row, long at) const {
+    float2 two = value(x, y, row_scale, row);
     if constexpr (G::RESIDUAL) {
       float2 more = load_two(typename G::Out(), residual, at);
-      x += more.x;
-      y += more.y;
+      two.x += more.x;
+      two.y += more.y;
     }
-    store_two(typename G::Out(), c, at, coded(typename G::Out(), x, end.codes),
-              coded(typename G::Out(), y, end.codes));
+    store_two(typename G::Out(), c, at, coded(typename G::Out(), two.x, end.codes),
+              coded(typename G::Out(), two.y, end.codes));
   }
 };
+
+// What is written where; `end` and the scales are those of integers and fp8.
+template <class G> struct GemmResult {
+  void* c;
+  const void *bias, *residual;
+  const float *row_scale, *column_scale;
+  int m, n;
+  GemmEnd end;
+};
+
+// Writes a tile; `row` and `column` of C: of the thread's first sum.
+template <class G>
+ICD_DEVICE void gemm_write(Mma, const typename G::T::Acc (&acc)[G::WM / 16][G::WN / 8][4],
+                           const GemmResult<G>& to, int first_row, int first_column) {
+#pragma unroll
+  for (int j = 0; j < G::WN / 8; ++j) {
+    int column = first_column + j * 8;
+    if (column >= to.n) continue;
+    const GemmColumns<G> columns(to.bias, to.column_scale, column, to.end);
+#pragma unroll
+    for (int i = 0; i < G::WM / 16; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int row = first_row + i * 16 + half * 8;
+        if (row >= to.m) continue;
+        float x = (float)acc[i][j][half * 2], y = (float)acc[i][j][half * 2 + 1];
+        if (G::SPLITS > 1)
+          store_two(F32(), to.c, ((long)blockIdx.z * to.m + row) * to.n + column, x, y);
+        else
+          columns.finish(to.c, x, y, to.residual, to.row_scale, row, (long)row * to.n + column);
+      }
+  }
+}
 
 // Grid: x column blocks, y row blocks, z parts of K. With parts, C is float32[SPLITS, M, N] of plain
 // sums. `slabs` is int32[column blocks, tiles * 64 / 16 / SLAB]; `tiles` of K for each column block.
@@ -172,7 +236,6 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
   const int wm = warp / (G::BN / G::WN) * G::WM, wn = warp % (G::BN / G::WN) * G::WN;
   const int per_part = (tiles + G::SPLITS - 1) / G::SPLITS, first = blockIdx.z * per_part;
   const int last = first + per_part < tiles ? first + per_part : tiles;
-  u8* stages = (u8*)shared;
   GemmTile<G> tile;
   tile.a = (const u8*)a;
   tile.w = (const u8*)w + (long)blockIdx.x * tiles * G::BN * G::ROW;
@@ -190,43 +253,13 @@ ICD_DEVICE void gemm(void* c, const void* a, const void* w, const void* slabs, c
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[i][j][e] = 0;
 
-#pragma unroll
-  for (int s = 0; s < G::STAGES - 1; ++s) {
-    if (first + s < last) tile.load(stages + s * G::STAGE, first + s, thread);
-    copy_commit();
-  }
-  for (int t = first; t < last; ++t) {
-    copy_wait<G::STAGES - 2>();
-    // Also: all warps are done with the stage that is filled next.
-    sync_block();
-    int ahead = t + G::STAGES - 1;
-    if (ahead < last) tile.load(stages + (ahead - first) % G::STAGES * G::STAGE, ahead, thread);
-    copy_commit();
-    gemm_stage<G>(acc, stages + (t - first) % G::STAGES * G::STAGE, wm, wn, lane);
-  }
+  gemm_sums(typename G::Path(), acc, tile, first, last, (u8*)shared);
+  const int row = tile.m0 + wm + lane / 4, column = blockIdx.x * G::BN + wn + lane % 4 * 2;
   if constexpr (G::STRAYS) {
-    const int row = tile.m0 + wm + lane / 4, column = blockIdx.x * G::BN + wn + lane % 4 * 2;
     if (blockIdx.z == 0) add_strays<G>(acc, strays, row, column, n);
   }
-
-#pragma unroll
-  for (int j = 0; j < G::WN / 8; ++j) {
-    int column = blockIdx.x * G::BN + wn + j * 8 + lane % 4 * 2;
-    if (column >= n) continue;
-    const GemmColumns<G> columns(bias, column_scale, column, end);
-#pragma unroll
-    for (int i = 0; i < G::WM / 16; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int row = tile.m0 + wm + i * 16 + lane / 4 + half * 8;
-        if (row >= m) continue;
-        float x = (float)acc[i][j][half * 2], y = (float)acc[i][j][half * 2 + 1];
-        if (G::SPLITS > 1)
-          store_two(F32(), c, ((long)blockIdx.z * m + row) * n + column, x, y);
-        else
-          columns.finish(c, x, y, residual, row_scale, row, (long)row * n + column);
-      }
-  }
+  const GemmResult<G> to = {c, bias, residual, row_scale, column_scale, m, n, end};
+  gemm_write(typename G::Path(), acc, to, row, column);
 }
 
 // Sum of the parts of K, in order, then the epilogue; a thread makes two columns.

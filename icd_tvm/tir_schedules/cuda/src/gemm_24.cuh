@@ -22,9 +22,6 @@ struct Gemm24Config {
   static const int LINE = BN + 4;
 };
 
-// Any 8 rows of 128 bytes meet all banks once.
-ICD_DEVICE int wide_swizzle(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
-
 template <class G> struct Gemm24Tile {
   const u8 *a, *w, *meta;
   int m0, m, k_chunks, row_bytes;
