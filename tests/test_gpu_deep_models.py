@@ -147,6 +147,9 @@ def test_arms_of_a_deep_model_are_one_function(
     sizes = found[DEEP.name]["parameter_bytes"]
     assert sizes["iterative"] < 0.8 * sizes["linear"]
     assert found[DEEP_INT8.name]["parameter_bytes"]["linear"] < 0.6 * sizes["linear"]
+    # Half of the blocks of two projections, once both orders fit the device's blocks.
+    sizes = found[DEEP_VECTORS.name]["parameter_bytes"]
+    assert sizes["iterative"] < 0.7 * sizes["linear"] == 0.7 * sizes["dense"]
 
 
 def test_weights_of_repeated_layers_lie_in_memory_of_their_own(folder: Path) -> None:

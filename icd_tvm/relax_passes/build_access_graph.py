@@ -3,7 +3,8 @@
 The kernel of each matmul with a constant weight is built and scheduled as it will be for the
 target; its read of the packed weight is evaluated over the loop nest. One window is one step of
 the reduction: the columns whose weights that step multiplies. Only non-zero weights count, so a
-transform that zeroes weights changes the graph.
+transform that zeroes weights changes the graph. Kernels of CUDA devices are no TIR:
+`cuda_accesses` describes them by their blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import scipy.sparse as sp
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroups
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
@@ -24,10 +26,11 @@ from icd_tvm.relax_passes.coaccess_attr import (
     to_attr,
 )
 from icd_tvm.relax_passes.constant_values import ConstantValues
+from icd_tvm.relax_passes.cuda_accesses import cuda_accesses
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.relax_graph import Dataflow, rounded_to_bf16
-from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
+from icd_tvm.tir_schedules.access_patterns import Access, accesses, merge_equal, window_incidence
 from icd_tvm.tir_schedules.cpu.bf16_dot import has_bf16
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
@@ -48,11 +51,12 @@ class BuildAccessGraph:
 
     An axis is a free group that is the output of matmuls, or ``out:NODE``: the output order of
     one matmul whose weight has zeros and whose output axis cannot be permuted as a group.
+    For a CUDA device it is a free group on either side of matmuls (`cuda_accesses`).
 
     Parameters
     ----------
     target : tvm.target.Target, optional
-        Whose kernels are analysed; this machine if omitted.
+        Whose kernels are analysed, a CPU's or a CUDA device's; this machine if omitted.
     """
 
     def __init__(self, target: Any = None) -> None:
@@ -61,12 +65,19 @@ class BuildAccessGraph:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         func, groups = mod["main"], tagged_groups(mod)
+        cuda = self.target.kind.name == "cuda"
+        graphs = _device_accesses(func, groups) if cuda else self._host_accesses(func, groups)
+        dead = {
+            group.id: tvm.runtime.tensor(np.flatnonzero(dead_units(func, group)))
+            for group in hidden_groups(func, groups)
+            if group.id in graphs
+        }
+        return mod.with_attr(COACCESS_BLOCK, to_attr(graphs)).with_attr(DEAD_UNITS, dead)
+
+    def _host_accesses(self, func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:
         rows, values = _output_rows(func), ConstantValues(func)
-        runs = product_runs(func, self.target)
-        right = {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
-        hidden = {group.id for group in hidden_groups(func, groups)}
+        runs, right = product_runs(func, self.target), _right_operands(func)
         graphs: dict[str, list[TileAccess]] = {}
-        dead: dict[str, np.ndarray] = {}
         owned: set[str] = set()
         for group in groups.free:
             # Where the group is a segment of a longer axis, the kernel's tiles are not the group's.
@@ -81,18 +92,24 @@ class BuildAccessGraph:
                 )
                 for use in makers
             ]
-            if group.id in hidden:
-                dead[group.id] = np.flatnonzero(dead_units(func, group))
             owned |= {use.node for use in makers}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
                 mask = _read(values.array(weight), runs.get(node, 1))
                 graphs[OUTPUT_ORDER + node] = [self._access(mask, rows[node], node)]
-        mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
-        return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
+        return graphs
 
     def _access(self, mask: np.ndarray, rows: int, label: str) -> TileAccess:
         return weight_access(mask, rows, label, self.target)
+
+
+def _device_accesses(func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:
+    values, right = ConstantValues(func), _right_operands(func)
+
+    def read(node: str) -> np.ndarray:
+        return _read(values.array(right[node]), 1)
+
+    return cuda_accesses(groups, _output_rows(func), read)
 
 
 def byte_products(func: Any) -> set[str]:
@@ -170,7 +187,7 @@ def _windows(rows: int, mask: np.ndarray, target: Any) -> tuple[sp.csr_matrix, n
         return row, panel * tile.columns + lane
 
     found = window_incidence(access, 1, "reduction", nonzero=mask, logical=logical)
-    return _merge_equal(found.matrix, found.counts)
+    return merge_equal(found.matrix.toarray(), found.counts)
 
 
 @lru_cache(maxsize=64)
@@ -182,13 +199,6 @@ def _kernel_read(rows: int, k: int, n: int, target: Any) -> tuple[Access, Tile]:
     weight = func.params[1]
     reads = [a for a in accesses(func) if a.buffer.same_as(weight) and not a.write]
     return reads[0], tile
-
-
-def _merge_equal(matrix: sp.csr_matrix, counts: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
-    packed = np.packbits(matrix.toarray(), axis=1)
-    _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-    merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))
-    return matrix[first], merged
 
 
 def _density(weight: Any) -> float:
@@ -204,6 +214,10 @@ def _weights(func: Any) -> dict[str, Any]:
         if isinstance(binding.value.args[1], GenericConst)
         and len(binding.value.args[1].value.shape) == 2
     }
+
+
+def _right_operands(func: Any) -> dict[str, Any]:
+    return {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
 
 
 def _output_rows(func: Any) -> dict[str, int]:

@@ -57,7 +57,7 @@ def _build(job: Job, when: str, mod: Any) -> AccessGraphs:
     keys = job.config.graph
     if keys.source == "mock":
         return _planted(job, when, mod)
-    graphed = apply_pass(BuildAccessGraph(job.target), mod)
+    graphed = apply_pass(BuildAccessGraph(job.order_target), mod)
     if keys.source == "tir":
         return AccessGraphs("tir", graphed)
     accesses = read_accesses(graphed)
