@@ -171,7 +171,7 @@ def merge_equal(
     packed = np.packbits(windows, axis=1)
     _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))
-    return sp.csr_matrix(windows[first]), merged
+    return sp.csr_matrix(windows[first]), np.asarray(merged, dtype=np.float64)
 
 
 def _distinct(values: Ints) -> Ints:
