@@ -17,6 +17,7 @@ import scipy.sparse as sp
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroup, WeightUse
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
@@ -46,8 +47,9 @@ class BuildAccessGraph:
 
     ``icd.dead_units`` lists the hidden units of each group that contribute nothing.
 
-    An axis is a free group that is the output of matmuls, or ``out:NODE``: the output order of
-    one matmul whose weight has zeros and whose output axis cannot be permuted as a group.
+    An axis is a free group that is the output of matmuls, or a segment of it that starts with a
+    tile of the kernel; or ``out:NODE``: the output order of one matmul whose weight has zeros and
+    whose output axis cannot be permuted as a group, or only segment by segment.
 
     Parameters
     ----------
@@ -69,27 +71,39 @@ class BuildAccessGraph:
         dead: dict[str, np.ndarray] = {}
         owned: set[str] = set()
         for group in groups.free:
-            # Where the group is a segment of a longer axis, the kernel's tiles are not the group's.
-            makers = [u for u in group.weights if u.side == "N" and u.structure.is_leaf]
+            makers = [u for u in group.weights if u.side == "N"]
             if group.constraint != "free" or not makers:
                 continue
-            graphs[group.id] = [
+            found = [
                 self._access(
-                    _read(values.array(right[use.node]), runs.get(use.node, 1)),
+                    _read(values.array(right[use.node]), runs.get(use.node, 1))[:, columns],
                     rows[use.node],
                     use.name or use.node,
                 )
                 for use in makers
+                for columns in self._segments(use, group)
             ]
+            if not found:
+                continue
+            graphs[group.id] = found
             if group.id in hidden:
                 dead[group.id] = np.flatnonzero(dead_units(func, group))
-            owned |= {use.node for use in makers}
+            owned |= {use.node for use in makers if use.structure.is_leaf}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
                 mask = _read(values.array(weight), runs.get(node, 1))
                 graphs[OUTPUT_ORDER + node] = [self._access(mask, rows[node], node)]
         mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
         return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
+
+    def _segments(self, use: WeightUse, group: AxisGroup) -> list[slice]:
+        """Return the runs of columns that hold the group and start with a tile of the kernel."""
+        lanes, size = vector_bits(self.target) // 32, group.size
+        starts = use.positions(group.id)[0]
+        whole = np.add.outer(np.arange(size), starts)
+        if not np.array_equal(use.positions(group.id), whole):
+            return []
+        return [slice(int(at), int(at) + size) for at in starts if at % lanes == 0]
 
     def _access(self, mask: np.ndarray, rows: int, label: str) -> TileAccess:
         return weight_access(mask, rows, label, self.target)
