@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
-from icd_tvm.relax_passes.axis_groups import AxisGroups
+from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
@@ -49,8 +49,9 @@ class BuildAccessGraph:
 
     ``icd.dead_units`` lists the hidden units of each group that contribute nothing.
 
-    An axis is a free group that is the output of matmuls, or ``out:NODE``: the output order of
-    one matmul whose weight has zeros and whose output axis cannot be permuted as a group.
+    An axis is a free group that is the output of matmuls, or a segment of it that starts with a
+    tile of the kernel; or ``out:NODE``: the output order of one matmul whose weight has zeros and
+    whose output axis cannot be permuted as a group, or only segment by segment.
     For a CUDA device it is a free group on either side of matmuls (`cuda_accesses`).
 
     Parameters
@@ -77,30 +78,36 @@ class BuildAccessGraph:
     def _host_accesses(self, func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:
         rows, values = _output_rows(func), ConstantValues(func)
         runs, right = product_runs(func, self.target), _right_operands(func)
+        lanes = vector_bits(self.target) // 32
+
+        def access(node: str, columns: slice, label: str) -> TileAccess:
+            mask = _read(values.array(right[node]), runs.get(node, 1))[:, columns]
+            return weight_access(mask, rows[node], label, self.target)
+
         graphs: dict[str, list[TileAccess]] = {}
         owned: set[str] = set()
         for group in groups.free:
-            # Where the group is a segment of a longer axis, the kernel's tiles are not the group's.
-            makers = [u for u in group.weights if u.side == "N" and u.structure.is_leaf]
-            if group.constraint != "free" or not makers:
-                continue
-            graphs[group.id] = [
-                self._access(
-                    _read(values.array(right[use.node]), runs.get(use.node, 1)),
-                    rows[use.node],
-                    use.name or use.node,
-                )
-                for use in makers
-            ]
-            owned |= {use.node for use in makers}
+            makers = _makers(group, lanes)
+            if makers:
+                graphs[group.id] = [access(u.node, run, u.name or u.node) for u, run in makers]
+            owned |= {use.node for use, _ in makers if use.structure.is_leaf}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
-                mask = _read(values.array(weight), runs.get(node, 1))
-                graphs[OUTPUT_ORDER + node] = [self._access(mask, rows[node], node)]
+                graphs[OUTPUT_ORDER + node] = [access(node, slice(None), node)]
         return graphs
 
-    def _access(self, mask: np.ndarray, rows: int, label: str) -> TileAccess:
-        return weight_access(mask, rows, label, self.target)
+
+def _makers(group: AxisGroup, lanes: int) -> list[tuple[WeightUse, slice]]:
+    """Return the matmuls that make a group, and their columns of it that start with a tile."""
+    if group.constraint != "free":
+        return []
+    return [
+        (use, run)
+        for use in group.weights
+        if use.side == "N"
+        for run in use.segments(group.id)
+        if run.start % lanes == 0
+    ]
 
 
 def _device_accesses(func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:

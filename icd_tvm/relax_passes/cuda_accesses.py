@@ -82,14 +82,13 @@ def _places(group: AxisGroup) -> list[tuple[WeightUse, list[slice]]]:
 
 
 def _whole_tiles(use: WeightUse, group: str) -> list[slice]:
-    """Return the segments of an axis that are a group; none if one shares a tile with another."""
-    places, tile = use.positions(group), _TILES[use.side]
-    starts, ends = places[0], places[-1] + 1
-    in_a_row = np.array_equal(places, starts + np.arange(len(places))[:, None])
-    whole = (starts % tile == 0) & ((ends % tile == 0) | (ends == use.structure.size))
-    if not in_a_row or not whole.all():
-        return []
-    return [slice(int(start), int(end)) for start, end in zip(starts, ends, strict=True)]
+    """Return the segments of an axis that are a group and share no tile with another."""
+    tile, end = _TILES[use.side], use.structure.size
+    return [
+        run
+        for run in use.segments(group)
+        if run.start % tile == 0 and (run.stop % tile == 0 or run.stop == end)
+    ]
 
 
 def _listed(mask: Mask) -> Mask:

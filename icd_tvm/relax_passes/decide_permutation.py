@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,10 @@ import numpy as np
 from icd_tvm._tvm import tvm
 from icd_tvm.core.access_graph import build_w, is_uniform
 from icd_tvm.core.cost import TileAccess, tile_cost
+from icd_tvm.core.problem import columns_of
 from icd_tvm.core.solver import FitStats, fit_permutation
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_structure import AxisStructure, axis_index, positions
 from icd_tvm.relax_passes.coaccess_attr import (
     OUTPUT_ORDER,
     read_accesses,
@@ -89,15 +92,38 @@ class DecidePermutation:
         graphs, dead = read_accesses(mod), read_dead_units(mod)
         deadline = time.perf_counter() + self.time_budget_s
         self.decisions = []
-        for done, (group, accesses) in enumerate(graphs.items()):
+        axes = _output_axes(mod, graphs)
+        # An output order competes with what the orders of the groups leave of its columns.
+        for done, group in enumerate(sorted(graphs, key=axes.__contains__)):
+            accesses = graphs[group]
             share = max(0.05, (deadline - time.perf_counter()) / (len(graphs) - done))
+            if group in axes:
+                self.decisions.append(self._output(group, accesses[0], axes[group], dead, share))
+                continue
             perm, stats = self._solve(accesses, dead.get(group, np.empty(0, np.int64)), share)
-            figures = _as_dict(stats)
-            if group.startswith(OUTPUT_ORDER):
-                _charge_gather(figures, accesses[0])
-            self.decisions.append(Decision(group, perm, figures, _graph_nnz(accesses)))
+            self.decisions.append(Decision(group, perm, _as_dict(stats), _graph_nnz(accesses)))
         chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
         return mod.with_attr(LAYOUT_PERM, chosen)
+
+    def _output(
+        self,
+        key: str,
+        access: TileAccess,
+        axis: AxisStructure,
+        dead: Mapping[str, np.ndarray],
+        budget_s: float,
+    ) -> Decision:
+        """Solve for the columns of one matmul, from where the orders of their groups leave them."""
+        moved = {decision.group: decision.perm for decision in self.decisions if decision.improved}
+        groups = set(axis.groups())
+        start = axis_index(axis, moved).astype(np.int32)
+        gone = [positions(axis, group)[dead[group]].ravel() for group in groups & dead.keys()]
+        live = without(access, np.concatenate(gone)) if gone else access
+        own = columns_of(live, start) if groups & moved.keys() else live
+        perm, stats = self._fit([own], budget_s)
+        figures = _as_dict(stats)
+        _charge_gather(figures, access)
+        return Decision(key, start[perm], figures, _graph_nnz([access]))
 
     def _solve(
         self, accesses: Sequence[TileAccess], dead: np.ndarray, budget_s: float
@@ -130,6 +156,14 @@ class DecidePermutation:
             k_blocks=self.k_blocks,
             rng_seed=self.seed,
         )
+
+
+def _output_axes(mod: Any, graphs: Mapping[str, Sequence[TileAccess]]) -> dict[str, AxisStructure]:
+    """Return how the columns of every matmul that may have an order of its own are built."""
+    keys = [key for key in graphs if key.startswith(OUTPUT_ORDER)]
+    known = tagged_groups(mod).value_axes if keys else {}
+    axes = {OUTPUT_ORDER + str(var.name): own[-1] for var, own in known.items() if own}
+    return {key: axes.get(key, AxisStructure("leaf", graphs[key][0].n)) for key in keys}
 
 
 def read_permutations(mod: Any) -> dict[str, np.ndarray]:
