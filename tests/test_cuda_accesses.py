@@ -12,9 +12,12 @@ from relax_models import constants, mlp
 
 from icd_tvm._tvm import named_const, relax
 from icd_tvm.core.cost import TileAccess, tile_cost
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
-from icd_tvm.relax_passes.coaccess_attr import read_accesses
+from icd_tvm.relax_passes.coaccess_attr import LISTED_BLOCKS, read_accesses
 from icd_tvm.relax_passes.cuda_products import paying_blocks
+from icd_tvm.relax_passes.decide_permutation import DecidePermutation, Decision
+from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.repermute_pass import RepermutePass
 from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB, live_blocks
 from icd_tvm.tir_schedules.target import cuda_target, host_target
@@ -113,6 +116,32 @@ def test_blocks_scattered_over_both_axes_are_found(strays: int) -> None:
     # The kernels of a CPU see columns alone.
     host = RepermutePass(target=host_target(1), time_budget_s=5.0, verify=False)
     assert paying_blocks(constants(host(mod))["w1"]) is None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_orders_of_both_axes_leave_no_more_blocks_than_were_there(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    alive = np.kron(rng.random((16, 6)) < 0.3, np.ones((SLAB, LIVE_COLUMNS)))
+    weight = (alive * (rng.random(alive.shape) < 0.03)).astype(np.float32)
+    weight[~weight.any(axis=1), 0] = weight[0, ~weight.any(axis=0)] = 1
+    mod = chain(dense(64, 256), weight, dense(384, 64))
+    # Nearly empty rows find others than their neighbours, which they share blocks with.
+    build, decide = BuildAccessGraph(DEVICE), DecidePermutation(time_budget_s=10.0)
+    blind = DecidePermutation(time_budget_s=10.0)
+    graphed = build(mod)
+    blind(graphed.with_attr(LISTED_BLOCKS, False))
+    decide(graphed)
+    assert live(graphed, blind.decisions) > blocks(weight) >= live(graphed, decide.decisions)
+    dense_flop = {256: 64 * 256, 384: 384 * 64}
+    for decision in decide.decisions:
+        own = 2 * ROWS * (SLAB * LIVE_COLUMNS * blocks(weight) + dense_flop[len(decision.perm)])
+        assert decision.stats["U"] <= own == decision.stats["U_before"]
+
+
+def live(mod: Any, decisions: list[Decision]) -> int:
+    """Return the live blocks of the second weight in the orders decided."""
+    perms = {decision.group: decision.perm for decision in decisions if decision.improved}
+    return blocks(constants(permute_groups(mod, tagged_groups(mod), perms))["w1"])
 
 
 @pytest.mark.parametrize(("hidden", "sides"), [(256, "NNK"), (96, "K")])

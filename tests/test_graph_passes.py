@@ -10,6 +10,7 @@ from relax_models import D, F, constants, example, gated_mlp, mlp, mlp_weights, 
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.quant import parse_quant
+from icd_tvm.core.access_graph import build_w
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
@@ -32,7 +33,11 @@ from icd_tvm.relax_passes.coaccess_attr import (
     to_attr,
     without,
 )
-from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
+from icd_tvm.relax_passes.decide_permutation import (
+    DecidePermutation,
+    _graph_nnz,
+    read_permutations,
+)
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
@@ -275,3 +280,13 @@ def test_an_order_of_its_own_leaves_dead_units_out() -> None:
     assert own.stats["U"] == 2 * 8 * 16 * read_tiles(rewritten).sum()
     x = np.random.default_rng(3).standard_normal((1, 8, 16 * D)).astype(np.float32)
     np.testing.assert_allclose(run(rewritten, x), run(mod, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_non_zeros_of_w_are_counted_by_support(copies: int) -> None:
+    rng = np.random.default_rng(copies)
+    masks = [np.repeat(rng.random((6, 8)) < 0.2, copies, axis=1) for _ in range(2)]
+    masks[1][:, 0] = masks[0][:, 0] = False
+    counts = np.array([0.0, 1, 2, 1, 1, 1])
+    both = [TileAccess(sp.csr_matrix(mask), 4, counts=counts) for mask in masks]
+    assert _graph_nnz(both) == build_w("tir", accesses=both).nnz > 0

@@ -9,6 +9,7 @@ transform that zeroes weights changes the graph. Kernels of CUDA devices are no 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,11 +23,12 @@ from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
+    LISTED_BLOCKS,
     OUTPUT_ORDER,
     to_attr,
 )
 from icd_tvm.relax_passes.constant_values import ConstantValues
-from icd_tvm.relax_passes.cuda_accesses import cuda_accesses
+from icd_tvm.relax_passes.cuda_accesses import Blocks
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.relax_graph import Dataflow, rounded_to_bf16
@@ -52,7 +54,8 @@ class BuildAccessGraph:
     An axis is a free group that is the output of matmuls, or a segment of it that starts with a
     tile of the kernel; or ``out:NODE``: the output order of one matmul whose weight has zeros and
     whose output axis cannot be permuted as a group, or only segment by segment.
-    For a CUDA device it is a free group on either side of matmuls (`cuda_accesses`).
+    For a CUDA device it is a free group on either side of matmuls (`cuda_accesses`),
+    and ``icd.listed_blocks`` says so.
 
     Parameters
     ----------
@@ -67,13 +70,18 @@ class BuildAccessGraph:
         """Return a module with the attribute; the functions are unchanged."""
         func, groups = mod["main"], tagged_groups(mod)
         cuda = self.target.kind.name == "cuda"
-        graphs = _device_accesses(func, groups) if cuda else self._host_accesses(func, groups)
+        if cuda:
+            blocks = listed_blocks(func, groups, {})
+            graphs = {group: blocks.accesses(group) for group in blocks.places}
+        else:
+            graphs = self._host_accesses(func, groups)
         dead = {
             group.id: tvm.runtime.tensor(np.flatnonzero(dead_units(func, group)))
             for group in hidden_groups(func, groups)
             if group.id in graphs
         }
-        return mod.with_attr(COACCESS_BLOCK, to_attr(graphs)).with_attr(DEAD_UNITS, dead)
+        mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs)).with_attr(DEAD_UNITS, dead)
+        return mod.with_attr(LISTED_BLOCKS, cuda)
 
     def _host_accesses(self, func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:
         rows, values = _output_rows(func), ConstantValues(func)
@@ -110,13 +118,31 @@ def _makers(group: AxisGroup, lanes: int) -> list[tuple[WeightUse, slice]]:
     ]
 
 
-def _device_accesses(func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:
+def listed_blocks(func: Any, groups: AxisGroups, dead: Mapping[str, np.ndarray]) -> Blocks:
+    """Return the products of a function as the kernels of CUDA devices read them.
+
+    Parameters
+    ----------
+    func : relax.Function
+    groups : AxisGroups
+    dead : Mapping[str, numpy.ndarray]
+        Group -> indices that count as zero in every weight.
+    """
     values, right = ConstantValues(func), _right_operands(func)
+    gone = [
+        (use.node, use.side, use.positions(group)[indices].ravel())
+        for group, indices in dead.items()
+        for use in groups.get(group).weights
+    ]
 
     def read(node: str) -> np.ndarray:
-        return _read(values.array(right[node]), 1)
+        mask = _read(values.array(right[node]), 1)
+        for other, side, places in gone:
+            if other == node:
+                (mask if side == "K" else mask.T)[places] = False
+        return mask
 
-    return cuda_accesses(groups, _output_rows(func), read)
+    return Blocks(groups, _output_rows(func), read)
 
 
 def byte_products(func: Any) -> set[str]:

@@ -11,74 +11,117 @@ one weight and the rows of another.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from icd_tvm.core.cost import TileAccess
-from icd_tvm.relax_passes.axis_model import AxisGroup, AxisGroups, WeightUse
+from icd_tvm.relax_passes.axis_model import AxisGroups, WeightUse
+from icd_tvm.relax_passes.axis_structure import AxisStructure, axis_index
 from icd_tvm.tir_schedules.access_patterns import merge_equal
 from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB
 
 Mask = NDArray[np.bool_]
+Orders = Mapping[str, NDArray[np.int32]]
 # Elements of a block along an axis of W, and the axis across.
 _TILES = {"K": SLAB, "N": LIVE_COLUMNS}
 _ACROSS = {"K": "N", "N": "K"}
 
 
-def cuda_accesses(
-    groups: AxisGroups, rows: Mapping[str, int], read: Callable[[str], Mask]
-) -> dict[str, list[TileAccess]]:
-    """Return axis -> what the kernels of the products on it touch together.
-
-    A window of an axis is a tile of the axis across: a slab, or a group of columns. Where that is
-    ordered too, its tiles are not what they will be: then each row, or column, is a window, and its
-    order will put equal ones together. Lists have one length for all groups of columns, but the
-    accesses are not ``padded``: of rows that cannot be said, and where all groups have equally many
-    live blocks both agree.
+@dataclass(frozen=True)
+class Blocks:
+    """The products of a function whose kernels list live blocks.
 
     No product has an output order of its own: undoing it would be a launch, and would keep bias and
     residual out of the kernel.
 
-    Parameters
+    Attributes
     ----------
     groups : AxisGroups
     rows : Mapping[str, int]
         Matmul -> rows M of its left operand.
     read : callable
         Matmul -> bool [K, N], True where its weight counts.
-
-    Returns
-    -------
-    dict of str to list of TileAccess
-        Of free groups that lie in whole tiles on an axis of a weight. The weight of a unit is FLOP;
-        windows that touch one block add up to those of the block.
     """
-    places = {group.id: _places(group) for group in groups.free if group.constraint == "free"}
-    places = {group: found for group, found in places.items() if found}
-    ordered: dict[tuple[str, str], bool] = {
-        (use.node, use.side): not places.keys().isdisjoint(use.structure.groups())
-        for group in groups.atomic
-        for use in group.weights
-    }
 
-    def described(use: WeightUse, spans: list[slice]) -> list[TileAccess]:
-        across = ordered.get((use.node, _ACROSS[use.side]), False)
-        windows, counts = _windows(_listed(read(use.node)), use.side, across)
-        tile, label = _TILES[use.side], use.name or use.node
-        parts = (merge_equal(windows[:, span], counts) for span in spans)
-        return [TileAccess(m, tile, 2.0 * rows[use.node] * tile, label, c) for m, c in parts]
+    groups: AxisGroups
+    rows: Mapping[str, int]
+    read: Callable[[str], Mask]
 
-    return {
-        group: [access for use, spans in found for access in described(use, spans)]
-        for group, found in places.items()
-    }
+    @cached_property
+    def places(self) -> dict[str, list[tuple[WeightUse, list[slice]]]]:
+        """Free groups that lie in whole tiles on axes of weights, and where."""
+        found = {}
+        for group in self.groups.free:
+            uses = ((use, _whole_tiles(use, group.id)) for use in group.weights)
+            whole = [(use, runs) for use, runs in uses if runs]
+            if whole and group.constraint == "free":
+                found[group.id] = whole
+        return found
 
+    @cached_property
+    def _axes(self) -> dict[tuple[str, str], AxisStructure]:
+        uses = (use for group in self.groups.atomic for use in group.weights)
+        return {(use.node, use.side): use.structure for use in uses}
 
-def _places(group: AxisGroup) -> list[tuple[WeightUse, list[slice]]]:
-    """Return where a group lies on the axes of weights in whole tiles."""
-    found = ((use, _whole_tiles(use, group.id)) for use in group.weights)
-    return [(use, spans) for use, spans in found if spans]
+    def accesses(self, group: str, orders: Orders | None = None) -> list[TileAccess]:
+        """Return what the kernels touch together on a group of `places`.
+
+        A window is a tile of the axis across: a slab, or a group of columns. Where that axis is
+        ordered too, its tiles are not known before its order is: then each row, or column, is a
+        window, and equal ones are expected to come together. Lists have one length for all groups
+        of columns, but the accesses are not ``padded``: of rows that cannot be said, and where all
+        groups of columns have equally many live blocks both agree.
+
+        Parameters
+        ----------
+        group : str
+        orders : mapping of str to int32[n], optional
+            Of all groups, the incoming one where there is none: then tiles across are known.
+
+        Returns
+        -------
+        list of TileAccess
+            The weight of a unit is FLOP; windows that touch one block add up to those of the block.
+        """
+        found = []
+        for use, runs in self.places[group]:
+            windows, counts = self._windows(use, orders)
+            tile, label = _TILES[use.side], use.name or use.node
+            parts = (merge_equal(windows[:, run], counts) for run in runs)
+            weight = 2.0 * self.rows[use.node] * tile
+            found += [TileAccess(matrix, tile, weight, label, own) for matrix, own in parts]
+        return found
+
+    def flop(self, orders: Orders) -> float:
+        """Return what the kernels of all products in `places` do in given orders."""
+        nodes = {use.node for uses in self.places.values() for use, _ in uses}
+        return float(sum(2 * self.rows[node] * self._live(node, orders) for node in sorted(nodes)))
+
+    def _live(self, node: str, orders: Orders) -> int:
+        """Return the weights in live blocks."""
+        mask = _listed(self.read(node))
+        for axis, side in enumerate("KN"):
+            structure, tile = self._axes.get((node, side)), _TILES[side]
+            if structure is not None and not orders.keys().isdisjoint(structure.groups()):
+                mask = np.take(mask, axis_index(structure, orders), axis=axis)
+            mask = np.logical_or.reduceat(mask, np.arange(0, mask.shape[axis], tile), axis=axis)
+        return SLAB * LIVE_COLUMNS * int(mask.sum())
+
+    def _windows(self, use: WeightUse, orders: Orders | None) -> tuple[Mask, NDArray[np.float64]]:
+        """Return bool [windows, axis] and the rows, or columns, that each window stands for."""
+        mask, side = _listed(self.read(use.node)), _ACROSS[use.side]
+        windows, run = mask if use.side == "N" else mask.T, 1
+        structure = self._axes.get((use.node, side))
+        moves = structure is not None and not self.places.keys().isdisjoint(structure.groups())
+        if structure is not None and moves and orders is not None:
+            windows = windows[axis_index(structure, orders)]
+        if orders is not None or not moves:
+            run = _TILES[side]
+            windows = np.logical_or.reduceat(windows, np.arange(0, len(windows), run), axis=0)
+        return windows, np.full(len(windows), float(run))
 
 
 def _whole_tiles(use: WeightUse, group: str) -> list[slice]:
@@ -96,12 +139,3 @@ def _listed(mask: Mask) -> Mask:
     if mask.shape[1] % LIVE_COLUMNS:
         return np.outer(mask.any(axis=1), mask.any(axis=0))
     return mask
-
-
-def _windows(mask: Mask, side: str, across: bool) -> tuple[Mask, NDArray[np.float64]]:
-    """Return bool [windows, axis] and the rows, or columns, that each window stands for."""
-    windows, run = mask if side == "N" else mask.T, 1
-    if not across:
-        run = _TILES[_ACROSS[side]]
-        windows = np.logical_or.reduceat(windows, np.arange(0, len(windows), run), axis=0)
-    return windows, np.full(len(windows), float(run))

@@ -15,18 +15,25 @@ from icd_tvm.core.access_graph import build_w, is_uniform
 from icd_tvm.core.cost import TileAccess, tile_cost
 from icd_tvm.core.problem import columns_of
 from icd_tvm.core.solver import FitStats, fit_permutation
+from icd_tvm.core.starts import stacked_items, support_labels
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.axis_structure import AxisStructure, axis_index, positions
+from icd_tvm.relax_passes.build_access_graph import listed_blocks
 from icd_tvm.relax_passes.coaccess_attr import (
     OUTPUT_ORDER,
+    has_listed_blocks,
     read_accesses,
     read_dead_units,
     without,
 )
+from icd_tvm.relax_passes.cuda_accesses import Blocks
+from icd_tvm.relax_passes.settle_orders import settle
 
 LAYOUT_PERM = "icd.layout_perm"
 # One gathered element takes about one cycle, in which a core with two 512-bit FMA units does 64.
 GATHER_FLOP = 64.0
+# Share of the time that axes are solved in one by one, where blocks depend on two.
+_FIRST = 0.6
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class DecidePermutation:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         graphs, dead = read_accesses(mod), read_dead_units(mod)
-        deadline = time.perf_counter() + self.time_budget_s
+        listed, began = has_listed_blocks(mod), time.perf_counter()
+        deadline = began + self.time_budget_s * (_FIRST if listed else 1)
         self.decisions = []
         axes = _output_axes(mod, graphs)
         # An output order competes with what the orders of the groups leave of its columns.
@@ -102,8 +110,26 @@ class DecidePermutation:
                 continue
             perm, stats = self._solve(accesses, dead.get(group, np.empty(0, np.int64)), share)
             self.decisions.append(Decision(group, perm, _as_dict(stats), _graph_nnz(accesses)))
+        if listed:
+            self._settle(mod, dead, began + self.time_budget_s)
         chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
         return mod.with_attr(LAYOUT_PERM, chosen)
+
+    def _settle(self, mod: Any, dead: Mapping[str, np.ndarray], deadline: float) -> None:
+        """Decide again where the orders together leave other blocks than each one expected."""
+        decided = {
+            decision.group: decision.perm for decision in self.decisions if decision.improved
+        }
+        if not decided:
+            return
+        blocks = listed_blocks(mod["main"], tagged_groups(mod), dead)
+        settled = settle(blocks, decided, self._fit, deadline)
+        self.decisions = [
+            one
+            if decided.get(one.group) is settled.get(one.group)
+            else _settled(one, settled, blocks)
+            for one in self.decisions
+        ]
 
     def _output(
         self,
@@ -148,9 +174,12 @@ class DecidePermutation:
             other, U=cost, U_before=stats.U_before, improved=improved, winner=winner
         )
 
-    def _fit(self, accesses: Sequence[TileAccess], budget_s: float) -> tuple[np.ndarray, FitStats]:
+    def _fit(
+        self, accesses: Sequence[TileAccess], budget_s: float, start: np.ndarray | None = None
+    ) -> tuple[np.ndarray, FitStats]:
         return fit_permutation(
             accesses=accesses,
+            start=start,
             time_budget_s=budget_s,
             refine_steps=self.refine_steps,
             k_blocks=self.k_blocks,
@@ -178,6 +207,20 @@ def _as_dict(stats: FitStats) -> dict[str, Any]:
     return json.loads(json.dumps(stats.to_dict(), default=float))
 
 
+def _settled(decision: Decision, orders: Mapping[str, np.ndarray], blocks: Blocks) -> Decision:
+    """Return the decision for an axis whose order was changed for the blocks of all orders."""
+    group, kept = decision.group, np.arange(len(decision.perm), dtype=np.int32)
+    perm, improved = orders.get(group, kept), group in orders
+    figures = {
+        "U": tile_cost(blocks.accesses(group, orders), perm),
+        "U_before": tile_cost(blocks.accesses(group, {}), kept),
+        "winner": f"{decision.stats['winner']}, settled" if improved else "start",
+        "reason": "" if improved else "with all orders decided blocks would be more",
+        "improved": improved,
+    }
+    return Decision(group, perm, {**decision.stats, **figures}, decision.w_nnz)
+
+
 def _charge_gather(figures: dict[str, Any], access: TileAccess) -> None:
     """Refuse a private output order whose run-time gather costs more than it saves.
 
@@ -194,7 +237,13 @@ def _charge_gather(figures: dict[str, Any], access: TileAccess) -> None:
 
 
 def _graph_nnz(accesses: Sequence[TileAccess]) -> int:
+    """Return the non-zeros of W, which is formed of one index of each support."""
     n = accesses[0].n
     if is_uniform(accesses=accesses):
         return n * (n - 1)
-    return int(build_w("tir", accesses=accesses).nnz)
+    items, weights = stacked_items(accesses)
+    items = items[:, np.flatnonzero(weights)]
+    _, first, sizes = np.unique(support_labels(items), return_index=True, return_counts=True)
+    graph = build_w("tir", accesses=[columns_of(access, first) for access in accesses])
+    touched = np.diff(items.indptr)[first] > 0
+    return int(sizes @ (graph != 0) @ sizes + (sizes * (sizes - 1)) @ touched)
