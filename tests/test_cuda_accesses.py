@@ -13,7 +13,7 @@ from relax_models import constants, mlp
 from icd_tvm._tvm import named_const, relax
 from icd_tvm.core.cost import TileAccess, tile_cost
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
-from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
+from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph, listed_blocks
 from icd_tvm.relax_passes.coaccess_attr import LISTED_BLOCKS, read_accesses
 from icd_tvm.relax_passes.cuda_products import paying_blocks
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, Decision
@@ -142,6 +142,20 @@ def live(mod: Any, decisions: list[Decision]) -> int:
     """Return the live blocks of the second weight in the orders decided."""
     perms = {decision.group: decision.perm for decision in decisions if decision.improved}
     return blocks(constants(permute_groups(mod, tagged_groups(mod), perms))["w1"])
+
+
+def test_dead_units_are_in_no_block() -> None:
+    weights = [dense(64, 256), planted(16, 8, np.random.default_rng(0)), dense(512, 64)]
+    mod, dead = chain(*weights), np.arange(64, 192)
+    groups = tagged_groups(mod)
+    (group,) = (one.id for one in groups.free if one.size == 512)
+    found = listed_blocks(mod["main"], groups, {group: dead})
+    weights[1][:, dead], weights[2][dead] = 0, 0
+    block = 2 * ROWS * SLAB * LIVE_COLUMNS
+    assert found.flop({}) == block * sum(map(blocks, weights))
+    order = np.random.default_rng(1).permutation(512)
+    weights[1], weights[2] = weights[1][:, order], weights[2][order]
+    assert found.flop({group: order}) == block * sum(map(blocks, weights))
 
 
 @pytest.mark.parametrize(("hidden", "sides"), [(256, "NNK"), (96, "K")])

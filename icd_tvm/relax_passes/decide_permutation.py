@@ -117,19 +117,14 @@ class DecidePermutation:
 
     def _settle(self, mod: Any, dead: Mapping[str, np.ndarray], deadline: float) -> None:
         """Decide again where the orders together leave other blocks than each one expected."""
-        decided = {
-            decision.group: decision.perm for decision in self.decisions if decision.improved
-        }
+        decided = {one.group: one.perm for one in self.decisions if one.improved}
         if not decided:
             return
         blocks = listed_blocks(mod["main"], tagged_groups(mod), dead)
         settled = settle(blocks, decided, self._fit, deadline)
-        self.decisions = [
-            one
-            if decided.get(one.group) is settled.get(one.group)
-            else _settled(one, settled, blocks)
-            for one in self.decisions
-        ]
+        for place, one in enumerate(self.decisions):
+            if settled.get(one.group) is not decided.get(one.group):
+                self.decisions[place] = _settled(one, settled, blocks)
 
     def _output(
         self,
@@ -246,4 +241,5 @@ def _graph_nnz(accesses: Sequence[TileAccess]) -> int:
     _, first, sizes = np.unique(support_labels(items), return_index=True, return_counts=True)
     graph = build_w("tir", accesses=[columns_of(access, first) for access in accesses])
     touched = np.diff(items.indptr)[first] > 0
-    return int(sizes @ (graph != 0) @ sizes + (sizes * (sizes - 1)) @ touched)
+    pairs = graph.astype(np.bool_) @ sizes
+    return int(sizes @ pairs + (sizes * (sizes - 1)) @ touched)
