@@ -29,6 +29,24 @@ def mlp(
     return builder.get()
 
 
+def gated_mlp(w1: np.ndarray, w2: np.ndarray, rows: int = 8) -> Any:
+    """Return main(x [1, rows, D]) = x + (relu(g) * u) @ w2 where g and u are halves of x @ w1."""
+    x = relax.Var("x", relax.TensorType((1, rows, w1.shape[0]), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x], attrs={"num_input": 1}):
+        with builder.dataflow():
+            both = builder.emit(relax.op.matmul(x, named_const(w1, "w1")), "fc1")
+            halves = builder.emit(relax.op.split(both, 2, axis=-1), "halves")
+            gate = builder.emit(relax.TupleGetItem(halves, 0), "gate")
+            value = builder.emit(relax.TupleGetItem(halves, 1), "value")
+            gate = builder.emit(relax.op.nn.relu(gate), "act")
+            hidden = builder.emit(relax.op.multiply(gate, value), "gated")
+            down = builder.emit(relax.op.matmul(hidden, named_const(w2, "w2")), "fc2")
+            out = builder.emit_output(relax.op.add(down, x), "out")
+        builder.emit_func_output(out)
+    return builder.get()
+
+
 def random_mlp(seed: int = 0, activation: str = "gelu") -> Any:
     """Return an MLP of width D and hidden width F with random dense weights."""
     return mlp(*mlp_weights(seed), activation=activation)

@@ -44,7 +44,9 @@ from icd_tvm.models.mamba import (
     random_mamba_weights,
 )
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
+from icd_tvm.relax_passes.cuda_products import paying_blocks
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
+from icd_tvm.tir_schedules.cuda.gemm import SLAB
 from icd_tvm.tir_schedules.target import cuda_target
 
 DEEP = Case("mamba-2.8b deep test", 1, 1, UNIT)
@@ -147,6 +149,19 @@ def test_arms_of_a_deep_model_are_one_function(
     sizes = found[DEEP.name]["parameter_bytes"]
     assert sizes["iterative"] < 0.8 * sizes["linear"]
     assert found[DEEP_INT8.name]["parameter_bytes"]["linear"] < 0.6 * sizes["linear"]
+
+
+def test_orders_fit_the_blocks_of_the_device() -> None:
+    arms = Arms(DEEP_VECTORS, Orders(2.0))
+    names = [n for n in arms.drawn if n.endswith(("in_proj.weight", "out_proj.weight"))]
+    assert len(names) == 2 * BASE_LAYERS
+    for arm, pays in (("linear", False), ("iterative", True)):
+        known = lift.matrices(arms.make(arm)[0])
+        weights = [known[name].value.numpy() for name in names]
+        lists = [paying_blocks(weight) for weight in weights]
+        assert [blocks is not None for blocks in lists] == [pays] * len(names)
+        for weight, blocks in zip(weights, lists, strict=True):
+            assert blocks is None or 2 * blocks.shape[1] * SLAB == len(weight)
 
 
 def test_weights_of_repeated_layers_lie_in_memory_of_their_own(folder: Path) -> None:

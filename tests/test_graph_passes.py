@@ -1,14 +1,16 @@
 """AttachLayoutTags, BuildAccessGraph and DecidePermutation: attributes and what they hold."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from relax_models import D, F, mlp, mlp_weights, random_mlp
+from relax_models import D, F, constants, example, gated_mlp, mlp, mlp_weights, random_mlp, run
 
 from icd_tvm._tvm import apply_pass, tvm
 from icd_tvm.adapters.quant import parse_quant
+from icd_tvm.core.access_graph import build_w
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
@@ -31,7 +33,12 @@ from icd_tvm.relax_passes.coaccess_attr import (
     to_attr,
     without,
 )
-from icd_tvm.relax_passes.decide_permutation import DecidePermutation, read_permutations
+from icd_tvm.relax_passes.decide_permutation import (
+    DecidePermutation,
+    _graph_nnz,
+    read_permutations,
+)
+from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.runtime.calibrate import calibrate
 from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
 
@@ -199,3 +206,87 @@ def test_every_field_of_an_access_travels() -> None:
 def test_no_attribute_reads_as_nothing() -> None:
     assert read_accesses(random_mlp()) == {}
     assert read_permutations(random_mlp()) == {}
+
+
+def halves(labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return w1 [D, 2 F]: the columns of one label share the rows that are not zero."""
+    rng = np.random.default_rng(seed)
+    kept = np.array([rng.permutation(D) < D // 2 for _ in range(labels.max() + 1)])
+    return np.where(kept[labels].T, rng.standard_normal((D, labels.size)), 0).astype(np.float32)
+
+
+def decided(mod: Any) -> tuple[dict[str, np.ndarray], Any, DecidePermutation]:
+    solver = DecidePermutation()
+    mod = solver(BuildAccessGraph(parse_target("x86-64-v4", 1))(mod))
+    return read_permutations(mod), RewriteLayout()(mod), solver
+
+
+def read_tiles(mod: Any) -> np.ndarray:
+    """Return how many rows each run of 16 columns of the reordered w1 reads."""
+    array = constants(mod)["w1"]
+    return np.asarray((array.reshape(len(array), -1, 16) != 0).any(axis=2).sum(axis=0))
+
+
+@pytest.mark.parametrize(("width", "segments"), [(F, [0, F]), (F - 8, [0])])
+def test_segments_that_start_with_a_tile_make_a_group(width: int, segments: list[int]) -> None:
+    w1 = halves(np.arange(2 * width))
+    mod = gated_mlp(w1, mlp_weights()[2][:width])
+    graph = read_accesses(BuildAccessGraph(parse_target("x86-64-v4", 1))(mod))
+    accesses = graph[find_axis_groups(mod["main"]).free[0].id]
+    assert [access.n for access in accesses] == [width] * len(segments)
+    for access, start in zip(accesses, segments, strict=True):
+        assert access.counts is not None
+        touched = access.counts @ access.incidence
+        assert touched.tolist() == (w1 != 0).sum(axis=0)[start : start + width].tolist()
+    assert graph["out:fc1"][0].n == 2 * width
+
+
+def test_halves_that_agree_share_one_order_without_a_gather() -> None:
+    label = np.random.default_rng(1).permutation(np.repeat(np.arange(F // 16), 16))
+    mod = gated_mlp(halves(np.concatenate([label, label + F // 16])), mlp_weights()[2])
+    perms, rewritten, _ = decided(mod)
+    assert list(perms) == [find_axis_groups(mod["main"]).free[0].id]
+    assert read_tiles(rewritten).tolist() == [D // 2] * (2 * F // 16)
+    np.testing.assert_allclose(run(rewritten, example()), run(mod, example()), rtol=1e-4, atol=1e-5)
+
+
+def test_halves_that_do_not_agree_compete_with_an_order_of_their_own() -> None:
+    label = np.random.default_rng(2).permutation(np.repeat(np.arange(2 * F // 16), 16))
+    w1, w2 = np.tile(halves(label), (16, 1)), mlp_weights()[2]
+    mod = gated_mlp(w1, np.tile(w2, 16))
+    perms, rewritten, solver = decided(mod)
+    assert "out:fc1" in perms
+    assert read_tiles(rewritten).tolist() == [16 * D // 2] * (2 * F // 16)
+    # It is charged against what the order of the group alone would leave.
+    own = next(d for d in solver.decisions if d.group == "out:fc1").stats
+    group = find_axis_groups(mod["main"]).free[0].id
+    alone = RewriteLayout({group: perms[group]})(mod) if group in perms else mod
+    assert own["U_before"] == 2 * 8 * 16 * read_tiles(alone).sum()
+    x = np.random.default_rng(3).standard_normal((1, 8, 16 * D)).astype(np.float32)
+    np.testing.assert_allclose(run(rewritten, x), run(mod, x), rtol=1e-3, atol=1e-3)
+
+
+def test_an_order_of_its_own_leaves_dead_units_out() -> None:
+    """What is counted is what is read once they are cut off."""
+    label = np.random.default_rng(4).permutation(np.repeat(np.arange(2 * F // 32), 32))
+    w1, w2 = np.tile(halves(label), (16, 1)), np.tile(mlp_weights()[2], 16)
+    first = np.array([np.flatnonzero(label[:F] == own)[:4] for own in range(4)])
+    w2[first.ravel()] = 0
+    mod = gated_mlp(w1, w2)
+    perms, rewritten, solver = decided(mod)
+    assert "out:fc1" in perms
+    assert constants(rewritten)["w1"].shape[1] == 2 * F - 32
+    own = next(d for d in solver.decisions if d.group == "out:fc1")
+    assert own.stats["U"] == 2 * 8 * 16 * read_tiles(rewritten).sum()
+    x = np.random.default_rng(3).standard_normal((1, 8, 16 * D)).astype(np.float32)
+    np.testing.assert_allclose(run(rewritten, x), run(mod, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_non_zeros_of_w_are_counted_by_support(copies: int) -> None:
+    rng = np.random.default_rng(copies)
+    masks = [np.repeat(rng.random((6, 8)) < 0.2, copies, axis=1) for _ in range(2)]
+    masks[1][:, 0] = masks[0][:, 0] = False
+    counts = np.array([0.0, 1, 2, 1, 1, 1])
+    both = [TileAccess(sp.csr_matrix(mask), 4, counts=counts) for mask in masks]
+    assert _graph_nnz(both) == build_w("tir", accesses=both).nnz > 0

@@ -27,6 +27,7 @@ from icd_tvm.runtime.graph_file import save_graphs
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.measured_file import read_measured, save_measured
 from icd_tvm.runtime.order_file import AFTER, BEFORE, orders_text, output_widths, read_orders
+from icd_tvm.runtime.orders import made_from
 from icd_tvm.runtime.prepare import prepare
 from icd_tvm.runtime.progress import Progress, Stage, timed
 from icd_tvm.runtime.stages.load import load
@@ -36,6 +37,7 @@ from icd_tvm.runtime.stages.transform import changed_accesses, transform
 from icd_tvm.runtime.states import State
 from icd_tvm.runtime.trace_file import read_trace
 from icd_tvm.runtime.transforms import KINDS, Transform
+from icd_tvm.tir_schedules.target import cuda_target, host_target
 
 
 @pytest.fixture(scope="module")
@@ -412,3 +414,17 @@ def test_accesses_follow_the_transform(model: Path) -> None:
     touched = [int(read_accesses(g.mod)[axis][0].degrees().max()) for g in (before, after)]
     assert touched == [F, F // 2]
     assert isinstance(before.mod, tvm.IRModule)
+
+
+@pytest.mark.parametrize(
+    ("target", "device"), [("cuda:sm_90:float16", True), ("cuda:sm_90", False), ("host", False)]
+)
+def test_orders_are_for_the_kernels_of_the_device(model: Path, target: str, device: bool) -> None:
+    job = job_of(model)
+    job.config = job.config.model_copy(update={"target": target})
+    wanted = cuda_target("sm_90") if device else job.target
+    assert str(job.order_target) == made_from(job)["target"] == str(wanted)
+    found = read_accesses(access_graphs(job, BEFORE, job.result.imported.mod).mod)[hidden(job)]
+    # What makes the axis, and what reads it.
+    assert len(found) == 1 + device
+    assert str(job.target) == str(host_target(1))

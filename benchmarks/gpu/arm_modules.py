@@ -39,7 +39,7 @@ from icd_tvm.relax_passes.replace_constants import replace_constants, rewrite_co
 from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
 from icd_tvm.runtime.arms import DENSE, IDENTITY, LINEAR, RANDOM, Arm, linear_arm, ordered_arms
 from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB
-from icd_tvm.tir_schedules.target import host_target
+from icd_tvm.tir_schedules.target import cuda_target
 
 Perms = dict[str, npt.NDArray[Any]]
 # What follows `` + `` in a sparsity, and what it adds to the request.
@@ -77,10 +77,10 @@ HIDDEN = (
 
 
 class Orders:
-    """Orders that were decided, by model and transform: shapes share them."""
+    """Orders decided for a device's kernels, by model and transform: shapes share them."""
 
-    def __init__(self, solver_s: float) -> None:
-        self.solver_s = solver_s
+    def __init__(self, solver_s: float, arch: str = "sm_90") -> None:
+        self.solver_s, self.target = solver_s, cuda_target(arch)
         self._known: dict[tuple[str, str, str], Perms] = {}
 
     def of(self, case: Case, when: str, mod: Any) -> Perms:
@@ -99,7 +99,7 @@ class Orders:
         if all(np.all(const.value.numpy()) for const in matrices(mod).values()):
             return {}
         decide = DecidePermutation(time_budget_s=self.solver_s)
-        apply_pass(decide, apply_pass(BuildAccessGraph(host_target(1)), mod))
+        apply_pass(decide, apply_pass(BuildAccessGraph(self.target), mod))
         return {d.group: d.perm for d in decide.decisions if d.improved}
 
 
@@ -192,7 +192,7 @@ class Arms:
             return ordered_arms(mod, {}, None, seed=0)[RANDOM]
         if name == LINEAR:
             return linear_arm(mod, before)
-        rewrite = RewriteLayout(after)
+        rewrite = RewriteLayout(after, lanes=LIVE_COLUMNS)
         made = apply_pass(rewrite, mod)
         return Arm(name, made) if after or rewrite.removed else Arm(name, mod, same_as=IDENTITY)
 

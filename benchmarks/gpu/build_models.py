@@ -65,7 +65,7 @@ def build_models(
         The content of ``models.json``, which is written after every case.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pool, orders = Pool(), Orders(solver_s)
+    pool, orders = Pool(), Orders(solver_s, device.arch)
     index: dict[str, Any] = {"format": FORMAT, "arch": device.arch, "notes": NOTES, "cases": {}}
     for case in cases:
         began = time.perf_counter()

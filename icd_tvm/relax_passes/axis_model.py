@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from icd_tvm._tvm import GenericConst, Var
 from icd_tvm.errors import PermutationError
 from icd_tvm.relax_passes.axis_rules.dims import Pin
@@ -100,6 +102,17 @@ class WeightUse:
     def positions(self, group: str) -> Index:
         """Return int64[group size, m]: the m places of each index of an atomic group."""
         return positions(self.structure, group)
+
+    def segments(self, group: str) -> list[slice]:
+        """Return the runs of the axis that are an atomic group in its order; none if it is apart.
+
+        A leaf is one run, gate and value of one matmul are two.
+        """
+        places = self.positions(group)
+        starts = places[0]
+        if not np.array_equal(places, np.add.outer(np.arange(len(places)), starts)):
+            return []
+        return [slice(int(start), int(start) + len(places)) for start in starts]
 
 
 @dataclass(frozen=True)

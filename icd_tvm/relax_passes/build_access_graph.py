@@ -3,11 +3,13 @@
 The kernel of each matmul with a constant weight is built and scheduled as it will be for the
 target; its read of the packed weight is evaluated over the loop nest. One window is one step of
 the reduction: the columns whose weights that step multiplies. Only non-zero weights count, so a
-transform that zeroes weights changes the graph.
+transform that zeroes weights changes the graph. Kernels of CUDA devices are no TIR:
+`cuda_accesses` describes them by their blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -17,17 +19,20 @@ import scipy.sparse as sp
 from icd_tvm._tvm import Call, GenericConst, Op, tvm
 from icd_tvm.core.cost import TileAccess
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
 from icd_tvm.relax_passes.coaccess_attr import (
     COACCESS_BLOCK,
     DEAD_UNITS,
+    LISTED_BLOCKS,
     OUTPUT_ORDER,
     to_attr,
 )
 from icd_tvm.relax_passes.constant_values import ConstantValues
+from icd_tvm.relax_passes.cuda_accesses import Blocks
 from icd_tvm.relax_passes.dead_units import dead_units
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
 from icd_tvm.relax_passes.relax_graph import Dataflow, rounded_to_bf16
-from icd_tvm.tir_schedules.access_patterns import Access, accesses, window_incidence
+from icd_tvm.tir_schedules.access_patterns import Access, accesses, merge_equal, window_incidence
 from icd_tvm.tir_schedules.cpu.bf16_dot import has_bf16
 from icd_tvm.tir_schedules.cpu.block_sparse import vrow_tile
 from icd_tvm.tir_schedules.cpu.dense import DenseRule, dense_matmul
@@ -46,13 +51,16 @@ class BuildAccessGraph:
 
     ``icd.dead_units`` lists the hidden units of each group that contribute nothing.
 
-    An axis is a free group that is the output of matmuls, or ``out:NODE``: the output order of
-    one matmul whose weight has zeros and whose output axis cannot be permuted as a group.
+    An axis is a free group that is the output of matmuls, or a segment of it that starts with a
+    tile of the kernel; or ``out:NODE``: the output order of one matmul whose weight has zeros and
+    whose output axis cannot be permuted as a group, or only segment by segment.
+    For a CUDA device it is a free group on either side of matmuls (`cuda_accesses`),
+    and ``icd.listed_blocks`` says so.
 
     Parameters
     ----------
     target : tvm.target.Target, optional
-        Whose kernels are analysed; this machine if omitted.
+        Whose kernels are analysed, a CPU's or a CUDA device's; this machine if omitted.
     """
 
     def __init__(self, target: Any = None) -> None:
@@ -61,38 +69,80 @@ class BuildAccessGraph:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         func, groups = mod["main"], tagged_groups(mod)
+        cuda = self.target.kind.name == "cuda"
+        if cuda:
+            blocks = listed_blocks(func, groups, {})
+            graphs = {group: blocks.accesses(group) for group in blocks.places}
+        else:
+            graphs = self._host_accesses(func, groups)
+        dead = {
+            group.id: tvm.runtime.tensor(np.flatnonzero(dead_units(func, group)))
+            for group in hidden_groups(func, groups)
+            if group.id in graphs
+        }
+        mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs)).with_attr(DEAD_UNITS, dead)
+        return mod.with_attr(LISTED_BLOCKS, cuda)
+
+    def _host_accesses(self, func: Any, groups: AxisGroups) -> dict[str, list[TileAccess]]:
         rows, values = _output_rows(func), ConstantValues(func)
-        runs = product_runs(func, self.target)
-        right = {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
-        hidden = {group.id for group in hidden_groups(func, groups)}
+        runs, right = product_runs(func, self.target), _right_operands(func)
+        lanes = vector_bits(self.target) // 32
+
+        def access(node: str, columns: slice, label: str) -> TileAccess:
+            mask = _read(values.array(right[node]), runs.get(node, 1))[:, columns]
+            return weight_access(mask, rows[node], label, self.target)
+
         graphs: dict[str, list[TileAccess]] = {}
-        dead: dict[str, np.ndarray] = {}
         owned: set[str] = set()
         for group in groups.free:
-            # Where the group is a segment of a longer axis, the kernel's tiles are not the group's.
-            makers = [u for u in group.weights if u.side == "N" and u.structure.is_leaf]
-            if group.constraint != "free" or not makers:
-                continue
-            graphs[group.id] = [
-                self._access(
-                    _read(values.array(right[use.node]), runs.get(use.node, 1)),
-                    rows[use.node],
-                    use.name or use.node,
-                )
-                for use in makers
-            ]
-            if group.id in hidden:
-                dead[group.id] = np.flatnonzero(dead_units(func, group))
-            owned |= {use.node for use in makers}
+            makers = _makers(group, lanes)
+            if makers:
+                graphs[group.id] = [access(u.node, run, u.name or u.node) for u, run in makers]
+            owned |= {use.node for use, _ in makers if use.structure.is_leaf}
         for node, weight in _weights(func).items():
             if node not in owned and _density(weight) <= MOST_DENSITY:
-                mask = _read(values.array(weight), runs.get(node, 1))
-                graphs[OUTPUT_ORDER + node] = [self._access(mask, rows[node], node)]
-        mod = mod.with_attr(COACCESS_BLOCK, to_attr(graphs))
-        return mod.with_attr(DEAD_UNITS, {k: tvm.runtime.tensor(v) for k, v in dead.items()})
+                graphs[OUTPUT_ORDER + node] = [access(node, slice(None), node)]
+        return graphs
 
-    def _access(self, mask: np.ndarray, rows: int, label: str) -> TileAccess:
-        return weight_access(mask, rows, label, self.target)
+
+def _makers(group: AxisGroup, lanes: int) -> list[tuple[WeightUse, slice]]:
+    """Return the matmuls that make a group, and their columns of it that start with a tile."""
+    if group.constraint != "free":
+        return []
+    return [
+        (use, run)
+        for use in group.weights
+        if use.side == "N"
+        for run in use.segments(group.id)
+        if run.start % lanes == 0
+    ]
+
+
+def listed_blocks(func: Any, groups: AxisGroups, dead: Mapping[str, np.ndarray]) -> Blocks:
+    """Return the products of a function as the kernels of CUDA devices read them.
+
+    Parameters
+    ----------
+    func : relax.Function
+    groups : AxisGroups
+    dead : Mapping[str, numpy.ndarray]
+        Group -> indices that count as zero in every weight.
+    """
+    values, right = ConstantValues(func), _right_operands(func)
+    gone = [
+        (use.node, use.side, use.positions(group)[indices].ravel())
+        for group, indices in dead.items()
+        for use in groups.get(group).weights
+    ]
+
+    def read(node: str) -> np.ndarray:
+        mask = _read(values.array(right[node]), 1)
+        for other, side, places in gone:
+            if other == node:
+                (mask if side == "K" else mask.T)[places] = False
+        return mask
+
+    return Blocks(groups, _output_rows(func), read)
 
 
 def byte_products(func: Any) -> set[str]:
@@ -170,7 +220,7 @@ def _windows(rows: int, mask: np.ndarray, target: Any) -> tuple[sp.csr_matrix, n
         return row, panel * tile.columns + lane
 
     found = window_incidence(access, 1, "reduction", nonzero=mask, logical=logical)
-    return _merge_equal(found.matrix, found.counts)
+    return merge_equal(found.matrix.toarray(), found.counts)
 
 
 @lru_cache(maxsize=64)
@@ -182,13 +232,6 @@ def _kernel_read(rows: int, k: int, n: int, target: Any) -> tuple[Access, Tile]:
     weight = func.params[1]
     reads = [a for a in accesses(func) if a.buffer.same_as(weight) and not a.write]
     return reads[0], tile
-
-
-def _merge_equal(matrix: sp.csr_matrix, counts: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
-    packed = np.packbits(matrix.toarray(), axis=1)
-    _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-    merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))
-    return matrix[first], merged
 
 
 def _density(weight: Any) -> float:
@@ -204,6 +247,10 @@ def _weights(func: Any) -> dict[str, Any]:
         if isinstance(binding.value.args[1], GenericConst)
         and len(binding.value.args[1].value.shape) == 2
     }
+
+
+def _right_operands(func: Any) -> dict[str, Any]:
+    return {binding.var.name: binding.value.args[1] for binding in _matmuls(func)}
 
 
 def _output_rows(func: Any) -> dict[str, int]:

@@ -14,6 +14,8 @@ from icd_tvm.core.cost import TileAccess
 
 COACCESS_BLOCK = "icd.coaccess_block"
 DEAD_UNITS = "icd.dead_units"
+# Whether the accesses are blocks of weights, each of which depends on two orders.
+LISTED_BLOCKS = "icd.listed_blocks"
 # Key prefix of the private output order of one matmul, beside the ids of axis groups.
 OUTPUT_ORDER = "out:"
 
@@ -37,6 +39,11 @@ def read_dead_units(mod: Any) -> dict[str, np.ndarray]:
     if attrs is None or DEAD_UNITS not in attrs:
         return {}
     return {str(group): indices.numpy() for group, indices in attrs[DEAD_UNITS].items()}
+
+
+def has_listed_blocks(mod: Any) -> bool:
+    """Read ``icd.listed_blocks`` of ``mod``; absent reads as False."""
+    return mod.attrs is not None and bool(mod.attrs.get(LISTED_BLOCKS, False))
 
 
 def without(access: TileAccess, indices: np.ndarray) -> TileAccess:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +13,27 @@ import numpy as np
 from icd_tvm._tvm import tvm
 from icd_tvm.core.access_graph import build_w, is_uniform
 from icd_tvm.core.cost import TileAccess, tile_cost
+from icd_tvm.core.problem import columns_of
 from icd_tvm.core.solver import FitStats, fit_permutation
+from icd_tvm.core.starts import stacked_items, support_labels
+from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
+from icd_tvm.relax_passes.axis_structure import AxisStructure, axis_index, positions
+from icd_tvm.relax_passes.build_access_graph import listed_blocks
 from icd_tvm.relax_passes.coaccess_attr import (
     OUTPUT_ORDER,
+    has_listed_blocks,
     read_accesses,
     read_dead_units,
     without,
 )
+from icd_tvm.relax_passes.cuda_accesses import Blocks
+from icd_tvm.relax_passes.settle_orders import settle
 
 LAYOUT_PERM = "icd.layout_perm"
 # One gathered element takes about one cycle, in which a core with two 512-bit FMA units does 64.
 GATHER_FLOP = 64.0
+# Share of the time that axes are solved in one by one, where blocks depend on two.
+_FIRST = 0.6
 
 
 @dataclass(frozen=True)
@@ -87,17 +97,54 @@ class DecidePermutation:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a module with the attribute; the functions are unchanged."""
         graphs, dead = read_accesses(mod), read_dead_units(mod)
-        deadline = time.perf_counter() + self.time_budget_s
+        listed, began = has_listed_blocks(mod), time.perf_counter()
+        deadline = began + self.time_budget_s * (_FIRST if listed else 1)
         self.decisions = []
-        for done, (group, accesses) in enumerate(graphs.items()):
+        axes = _output_axes(mod, graphs)
+        # An output order competes with what the orders of the groups leave of its columns.
+        for done, group in enumerate(sorted(graphs, key=axes.__contains__)):
+            accesses = graphs[group]
             share = max(0.05, (deadline - time.perf_counter()) / (len(graphs) - done))
+            if group in axes:
+                self.decisions.append(self._output(group, accesses[0], axes[group], dead, share))
+                continue
             perm, stats = self._solve(accesses, dead.get(group, np.empty(0, np.int64)), share)
-            figures = _as_dict(stats)
-            if group.startswith(OUTPUT_ORDER):
-                _charge_gather(figures, accesses[0])
-            self.decisions.append(Decision(group, perm, figures, _graph_nnz(accesses)))
+            self.decisions.append(Decision(group, perm, _as_dict(stats), _graph_nnz(accesses)))
+        if listed:
+            self._settle(mod, dead, began + self.time_budget_s)
         chosen = {d.group: tvm.runtime.tensor(d.perm) for d in self.decisions if d.improved}
         return mod.with_attr(LAYOUT_PERM, chosen)
+
+    def _settle(self, mod: Any, dead: Mapping[str, np.ndarray], deadline: float) -> None:
+        """Decide again where the orders together leave other blocks than each one expected."""
+        decided = {one.group: one.perm for one in self.decisions if one.improved}
+        if not decided:
+            return
+        blocks = listed_blocks(mod["main"], tagged_groups(mod), dead)
+        settled = settle(blocks, decided, self._fit, deadline)
+        for place, one in enumerate(self.decisions):
+            if settled.get(one.group) is not decided.get(one.group):
+                self.decisions[place] = _settled(one, settled, blocks)
+
+    def _output(
+        self,
+        key: str,
+        access: TileAccess,
+        axis: AxisStructure,
+        dead: Mapping[str, np.ndarray],
+        budget_s: float,
+    ) -> Decision:
+        """Solve for the columns of one matmul, from where the orders of their groups leave them."""
+        moved = {decision.group: decision.perm for decision in self.decisions if decision.improved}
+        groups = set(axis.groups())
+        start = axis_index(axis, moved).astype(np.int32)
+        gone = [positions(axis, group)[dead[group]].ravel() for group in groups & dead.keys()]
+        live = without(access, np.concatenate(gone)) if gone else access
+        own = columns_of(live, start) if groups & moved.keys() else live
+        perm, stats = self._fit([own], budget_s)
+        figures = _as_dict(stats)
+        _charge_gather(figures, access)
+        return Decision(key, start[perm], figures, _graph_nnz([access]))
 
     def _solve(
         self, accesses: Sequence[TileAccess], dead: np.ndarray, budget_s: float
@@ -122,14 +169,25 @@ class DecidePermutation:
             other, U=cost, U_before=stats.U_before, improved=improved, winner=winner
         )
 
-    def _fit(self, accesses: Sequence[TileAccess], budget_s: float) -> tuple[np.ndarray, FitStats]:
+    def _fit(
+        self, accesses: Sequence[TileAccess], budget_s: float, start: np.ndarray | None = None
+    ) -> tuple[np.ndarray, FitStats]:
         return fit_permutation(
             accesses=accesses,
+            start=start,
             time_budget_s=budget_s,
             refine_steps=self.refine_steps,
             k_blocks=self.k_blocks,
             rng_seed=self.seed,
         )
+
+
+def _output_axes(mod: Any, graphs: Mapping[str, Sequence[TileAccess]]) -> dict[str, AxisStructure]:
+    """Return how the columns of every matmul that may have an order of its own are built."""
+    keys = [key for key in graphs if key.startswith(OUTPUT_ORDER)]
+    known = tagged_groups(mod).value_axes if keys else {}
+    axes = {OUTPUT_ORDER + str(var.name): own[-1] for var, own in known.items() if own}
+    return {key: axes.get(key, AxisStructure("leaf", graphs[key][0].n)) for key in keys}
 
 
 def read_permutations(mod: Any) -> dict[str, np.ndarray]:
@@ -142,6 +200,20 @@ def read_permutations(mod: Any) -> dict[str, np.ndarray]:
 
 def _as_dict(stats: FitStats) -> dict[str, Any]:
     return json.loads(json.dumps(stats.to_dict(), default=float))
+
+
+def _settled(decision: Decision, orders: Mapping[str, np.ndarray], blocks: Blocks) -> Decision:
+    """Return the decision for an axis whose order was changed for the blocks of all orders."""
+    group, kept = decision.group, np.arange(len(decision.perm), dtype=np.int32)
+    perm, improved = orders.get(group, kept), group in orders
+    figures = {
+        "U": tile_cost(blocks.accesses(group, orders), perm),
+        "U_before": tile_cost(blocks.accesses(group, {}), kept),
+        "winner": f"{decision.stats['winner']}, settled" if improved else "start",
+        "reason": "" if improved else "with all orders decided blocks would be more",
+        "improved": improved,
+    }
+    return Decision(group, perm, {**decision.stats, **figures}, decision.w_nnz)
 
 
 def _charge_gather(figures: dict[str, Any], access: TileAccess) -> None:
@@ -160,7 +232,14 @@ def _charge_gather(figures: dict[str, Any], access: TileAccess) -> None:
 
 
 def _graph_nnz(accesses: Sequence[TileAccess]) -> int:
+    """Return the non-zeros of W, which is formed of one index of each support."""
     n = accesses[0].n
     if is_uniform(accesses=accesses):
         return n * (n - 1)
-    return int(build_w("tir", accesses=accesses).nnz)
+    items, weights = stacked_items(accesses)
+    items = items[:, np.flatnonzero(weights)]
+    _, first, sizes = np.unique(support_labels(items), return_index=True, return_counts=True)
+    graph = build_w("tir", accesses=[columns_of(access, first) for access in accesses])
+    touched = np.diff(items.indptr)[first] > 0
+    pairs = graph.astype(np.bool_) @ sizes
+    return int(sizes @ pairs + (sizes * (sizes - 1)) @ touched)

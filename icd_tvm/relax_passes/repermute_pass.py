@@ -10,7 +10,7 @@ from icd_tvm.errors import VerificationError
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, Decision
-from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
+from icd_tvm.relax_passes.rewrite_layout import RewriteLayout, lanes_of
 from icd_tvm.relax_passes.verify_layout import VerifyLayout
 
 
@@ -83,7 +83,7 @@ class RepermutePass:
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return the rewritten module, or ``mod`` with a reason on the pass."""
         decide = DecidePermutation(time_budget_s=self.time_budget_s, seed=self.seed)
-        rewrite = RewriteLayout(compact=self.compact)
+        rewrite = RewriteLayout(compact=self.compact, lanes=lanes_of(self.target))
         steps = [
             AttachLayoutTags(self.opaque_states),
             BuildAccessGraph(self.target),

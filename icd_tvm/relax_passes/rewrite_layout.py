@@ -21,8 +21,11 @@ from icd_tvm.relax_passes.permute_constants import leaf_permutations, permute_gr
 from icd_tvm.relax_passes.reorder_outputs import ReorderOutputs
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.unit_weights import is_float, kept_places
+from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS
 
 Orders = dict[str, np.ndarray]
+# Columns of a V-row kernel's tile on most CPUs.
+LANES = 16
 
 
 @tvm.transform.module_pass(opt_level=0, name="RewriteLayout")
@@ -48,7 +51,7 @@ class RewriteLayout:
         perms: Mapping[str, np.ndarray] | None = None,
         *,
         compact: bool = True,
-        lanes: int = 16,
+        lanes: int = LANES,
     ) -> None:
         self.perms = None if perms is None else dict(perms)
         self.compact = compact
@@ -90,6 +93,11 @@ class RewriteLayout:
                 keep[group.id] = np.flatnonzero(~dead)
                 self.removed[group.id] = int(dead.sum())
         return keep
+
+
+def lanes_of(target: Any) -> int:
+    """Return the columns of a tile of the kernels for a target; None is this machine."""
+    return LIVE_COLUMNS if target is not None and target.kind.name == "cuda" else LANES
 
 
 def _followed(orders: Orders, groups: AxisGroups, moved: Mapping[str, np.ndarray]) -> Orders:

@@ -12,7 +12,12 @@ from icd_tvm.core.mock_graph import mock_w
 from icd_tvm.errors import IcdError
 from icd_tvm.relax_passes.axis_groups import AxisGroup
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph
-from icd_tvm.relax_passes.coaccess_attr import COACCESS_BLOCK, read_accesses, to_attr
+from icd_tvm.relax_passes.coaccess_attr import (
+    COACCESS_BLOCK,
+    LISTED_BLOCKS,
+    read_accesses,
+    to_attr,
+)
 from icd_tvm.runtime.graph_file import MAX_DENSITY, graph_of
 from icd_tvm.runtime.job import Job
 from icd_tvm.runtime.order_file import AFTER
@@ -57,7 +62,7 @@ def _build(job: Job, when: str, mod: Any) -> AccessGraphs:
     keys = job.config.graph
     if keys.source == "mock":
         return _planted(job, when, mod)
-    graphed = apply_pass(BuildAccessGraph(job.target), mod)
+    graphed = apply_pass(BuildAccessGraph(job.order_target), mod)
     if keys.source == "tir":
         return AccessGraphs("tir", graphed)
     accesses = read_accesses(graphed)
@@ -69,7 +74,8 @@ def _build(job: Job, when: str, mod: Any) -> AccessGraphs:
         job.warn("access graph", f"{error}; planted graphs stand in, as graph.on_broken_trace says")
         return _planted(job, when, mod)
     attribute = to_attr({axis: [traced[axis]] for axis in accesses if axis in traced})
-    return AccessGraphs("trace", graphed.with_attr(COACCESS_BLOCK, attribute))
+    graphed = graphed.with_attr(COACCESS_BLOCK, attribute).with_attr(LISTED_BLOCKS, False)
+    return AccessGraphs("trace", graphed)
 
 
 def _planted(job: Job, when: str, mod: Any) -> AccessGraphs:

@@ -11,7 +11,7 @@ import numpy as np
 from icd_tvm._tvm import apply_pass
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.permute_constants import permute_groups
-from icd_tvm.relax_passes.rewrite_layout import RewriteLayout
+from icd_tvm.relax_passes.rewrite_layout import LANES, RewriteLayout
 
 DENSE, IDENTITY, RANDOM, LINEAR, ITERATIVE = "dense", "identity", "random", "linear", "iterative"
 
@@ -49,6 +49,7 @@ def ordered_arms(
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray] | None,
     seed: int,
+    lanes: int = LANES,
 ) -> dict[str, Arm]:
     """Return the transformed function in the random, linear and iterative orders.
 
@@ -63,13 +64,15 @@ def ordered_arms(
         where the order was kept.
     seed : int
         Seed of the random arm.
+    lanes : int
+        Units that go together where the iterative arm is shortened, see `RewriteLayout`.
     """
     arms = [
         Arm(RANDOM, _randomly_permuted(transformed, seed)),
         linear_arm(transformed, before),
     ]
     if after is not None:
-        arms.append(_ordered(ITERATIVE, transformed, after, compact=True))
+        arms.append(_ordered(ITERATIVE, transformed, after, compact=True, lanes=lanes))
         if after is before and arms[-1].changed and not arms[-1].removed:
             arms[-1] = Arm(ITERATIVE, arms[-2].mod, same_as=LINEAR)
     return {arm.name: arm for arm in arms}
@@ -80,8 +83,10 @@ def linear_arm(transformed: Any, before: Mapping[str, np.ndarray]) -> Arm:
     return _ordered(LINEAR, transformed, before, compact=False)
 
 
-def _ordered(name: str, mod: Any, perms: Mapping[str, np.ndarray], compact: bool) -> Arm:
-    rewrite = RewriteLayout(perms, compact=compact)
+def _ordered(
+    name: str, mod: Any, perms: Mapping[str, np.ndarray], compact: bool, lanes: int = LANES
+) -> Arm:
+    rewrite = RewriteLayout(perms, compact=compact, lanes=lanes)
     ordered = apply_pass(rewrite, mod)
     if not perms and not rewrite.removed:
         return Arm(name, mod, same_as=IDENTITY)

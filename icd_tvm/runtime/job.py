@@ -19,7 +19,13 @@ from icd_tvm.runtime.progress import Progress
 from icd_tvm.runtime.run_folder import RunFolder
 from icd_tvm.runtime.states import State
 from icd_tvm.runtime.transforms import Transform
-from icd_tvm.tir_schedules.target import cuda_arch, cuda_target, parse_target, runs_here
+from icd_tvm.tir_schedules.target import (
+    cuda_arch,
+    cuda_precision,
+    cuda_target,
+    parse_target,
+    runs_here,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class Job:
     ----------
     config : Config
     target : tvm.target.Target
-        Of the machine that decides and verifies; that of the library is `target_text`.
+        Of the machine that decides and verifies; that of the library is `target_text`, and whose
+        kernels orders are decided for is `order_target`.
     transforms : list of Transform
         S, Q and K in the order they are applied.
     progress : Progress
@@ -125,6 +132,16 @@ class Job:
     def cuda(self) -> str | None:
         """Architecture of the CUDA device that the library is for; None for a CPU."""
         return cuda_arch(self.config.target)
+
+    @property
+    def order_target(self) -> Any:
+        """Whose kernels the orders are decided for: a device's where its kernels are ours.
+
+        Without a precision they are TVM's, which read whole weights in any order.
+        """
+        if self.cuda is None or cuda_precision(self.config.target) is None:
+            return self.target
+        return cuda_target(self.cuda)
 
     @property
     def foreign(self) -> Any | None:

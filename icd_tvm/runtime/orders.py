@@ -43,7 +43,7 @@ def made_from(job: Job) -> dict[str, Any]:
             "opaque_states": config.model.opaque_states,
         },
         "seed": config.seed,
-        "target": str(job.target),
+        "target": str(job.order_target),
         "versions": tool_versions(),
     }
 

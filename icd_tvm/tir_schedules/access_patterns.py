@@ -28,6 +28,7 @@ __all__ = [
     "Incidence",
     "accesses",
     "affine",
+    "merge_equal",
     "reduction_windows",
     "split_fused",
     "window_incidence",
@@ -148,6 +149,29 @@ def window_incidence(
     )
     factor = 1.0 if naming.by_address else domain.repeats * domain.scale
     return Incidence(matrix, np.full(names.size, factor), domain.error)
+
+
+def merge_equal(
+    windows: NDArray[np.bool_], counts: NDArray[np.float64]
+) -> tuple[sp.csr_matrix, NDArray[np.float64]]:
+    """Return distinct windows, and the sum of the counts of those that are equal.
+
+    Parameters
+    ----------
+    windows : ndarray of bool, shape [windows, n]
+    counts : float64[windows]
+
+    Returns
+    -------
+    csr_matrix of bool, shape [distinct, n]
+    float64[distinct]
+    """
+    if windows.all():
+        return sp.csr_matrix(windows[:1]), counts.sum(keepdims=True)
+    packed = np.packbits(windows, axis=1)
+    _, first, of = np.unique(packed, axis=0, return_index=True, return_inverse=True)
+    merged = np.bincount(of.ravel(), weights=counts, minlength=len(first))
+    return sp.csr_matrix(windows[first]), np.asarray(merged, dtype=np.float64)
 
 
 def _distinct(values: Ints) -> Ints:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from icd_tvm.errors import VerificationError
 from icd_tvm.relax_passes.permutation_file import model_hash
+from icd_tvm.relax_passes.rewrite_layout import lanes_of
 from icd_tvm.relax_passes.verify_layout import Difference, difference, order_tolerance, worse
 from icd_tvm.runtime.arms import DENSE, IDENTITY, ITERATIVE, LINEAR, Arm, ordered_arms
 from icd_tvm.runtime.build import build
@@ -72,7 +73,8 @@ def _make_arms(job: Job) -> None:
     result, before, after = job.result, job.perms[BEFORE] or {}, job.perms[AFTER]
     with job.progress.stage("rewrite") as stage:
         transformed = result.arms[IDENTITY].mod
-        result.arms |= ordered_arms(transformed, before, after, job.config.seed)
+        lanes = lanes_of(job.order_target)
+        result.arms |= ordered_arms(transformed, before, after, job.config.seed, lanes)
         result.no_opportunity = result.no_opportunity or _no_opportunity(job)
         dense = result.arms[DENSE]
         unchanged = result.no_opportunity and not before
