@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from relax_models import F, constants, example, mlp, mlp_weights, random_mlp, run
+from relax_models import D, F, constants, example, gated_mlp, mlp, mlp_weights, random_mlp, run
 
 from icd_tvm._tvm import relax, tvm
 from icd_tvm.adapters.sparsity import parse_sparsity
@@ -13,7 +13,7 @@ from icd_tvm.relax_passes.apply_sparsity import ApplySparsity, calibration_reque
 from icd_tvm.relax_passes.axis_groups import find_axis_groups
 from icd_tvm.relax_passes.collect_activation_stats import CollectActivationStats
 from icd_tvm.relax_passes.hidden_groups import hidden_groups
-from icd_tvm.relax_passes.layer_rules import LayerRules
+from icd_tvm.relax_passes.layer_rules import LayerRule, LayerRules
 from icd_tvm.runtime.calibrate import calibrate
 
 UNIT, VEC = (LayerRules(parse_sparsity(text), min_size=0) for text in ("unit:0.5", "vec16:0.5"))
@@ -96,3 +96,56 @@ def _statistics(mod: object, x: np.ndarray) -> np.ndarray:
     executable = tvm.compile(mod, tvm.target.Target("llvm"))
     outputs = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x))
     return outputs[1].numpy()
+
+
+def gated(unread: int = 0) -> tuple[object, np.ndarray]:
+    """Return a gated MLP of 96 units, the last ``unread`` of a permutation not read, and them."""
+    rng = np.random.default_rng(5)
+    w1, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((D, 192), (96, D)))
+    gone = rng.permutation(96)[96 - unread :]
+    w2[gone] = 0
+    return gated_mlp(w1, w2), gone
+
+
+def supports(array: np.ndarray) -> list[bytes]:
+    return [column.tobytes() for column in (array != 0).T]
+
+
+def partition(keys: list[bytes]) -> set[frozenset[int]]:
+    return {frozenset(i for i, key in enumerate(keys) if key == own) for own in set(keys)}
+
+
+def test_the_columns_of_a_unit_go_into_groups_together() -> None:
+    mod, _ = gated()
+    found = supports(constants(ApplySparsity(VEC)(mod))["w1"])
+    first, second = partition(found[:96]), partition(found[96:])
+    assert first == second
+    assert {len(group) for group in first} == {16}
+    assert not set(found[:96]) & set(found[96:])
+
+
+def shares_of(unread: int) -> list[int]:
+    """Return how many of some units of 96 lie in each group of 16 if they fill groups."""
+    live = 96 - unread
+    return sorted([0] * (live // 16) + [16 - live % 16] * (live % 16 > 0) + [16] * (unread // 16))
+
+
+@pytest.mark.parametrize("unread", [40, 48, 5, 96])
+def test_units_that_nothing_reads_fill_groups_of_their_own(unread: int) -> None:
+    mod, gone = gated(unread)
+    rules = LayerRules(parse_sparsity("none"), (LayerRule("w1", parse_sparsity("vec16:0.5")),))
+    sparse = constants(ApplySparsity(rules)(mod))["w1"]
+    assert (sparse != 0).sum(axis=0).tolist() == [D // 2] * 192
+    found = partition(supports(sparse)[:96])
+    assert sorted(len(group & set(gone.tolist())) for group in found) == shares_of(unread)
+
+
+def test_what_reads_the_units_is_pruned_first() -> None:
+    mod, _ = gated()
+    pass_ = ApplySparsity(VEC)
+    found = constants(pass_(mod))
+    assert [entry["node"] for entry in pass_.meta["sparsity"]["entries"]] == ["fc2", "fc1"]
+    unread = set(np.flatnonzero(~found["w2"].any(axis=1)).tolist())
+    groups = partition(supports(found["w1"])[:96])
+    assert len(unread) > 8
+    assert sorted(len(group & unread) for group in groups) == shares_of(len(unread))

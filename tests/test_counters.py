@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from icd_tvm._tvm import named_const, relax
 from icd_tvm.config import MeasureKeys
 from icd_tvm.errors import MeasurementError
+from icd_tvm.measure.cache_model import model_caches
+from icd_tvm.measure.cache_sim import CacheLevel
 from icd_tvm.measure.energy import EnergyRecord
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
@@ -167,3 +171,29 @@ def test_a_run_records_energy_per_token_its_gate_and_its_page(
 def test_a_compilation_counts_nothing() -> None:
     keys = CompileOptions("bert-mini-random").to_config().measure
     assert (keys.energy, keys.kernel_times, keys.roofline, keys.cache_model) == (False,) * 4
+
+
+def test_a_view_is_no_kernel() -> None:
+    """The machine runs none for a reshape: none is timed, counted or modelled."""
+    x = relax.Var("x", relax.TensorType((1, 8, 32), "float32"))
+    w1, w2 = (named_const(np.ones(s, np.float32), f"w{s[0]}") for s in ((32, 64), (64, 32)))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x], attrs={"num_input": 1}):
+        with builder.dataflow():
+            rows = builder.emit(relax.op.reshape(x, (8, 32)))
+            up = builder.emit(relax.op.matmul(rows, w1), "up")
+            turned = builder.emit(relax.op.reshape(up, (2, 4, 64)))
+            out = builder.emit_output(relax.op.matmul(turned, w2), "down")
+        builder.emit_func_output(out)
+    arm, feeds = build(builder.get(), V3), {"x": np.ones((1, 8, 32), np.float32)}
+    found = count({"dense": arm}, feeds, NOTHING.model_copy(update={"kernel_times": True}), V3)
+    assert "kernel_times" not in found.reasons
+    kernels = found.kernels["dense"]["kernels"]
+    assert [kernel["node"] for kernel in kernels] == ["up", "down"]
+    # x counts through its view; what one kernel hands to the next does not.
+    between = 4 * 8 * 64
+    assert found.work["dense"]["bytes"] == sum(k["bytes"] for k in kernels) - 2 * between
+    level = CacheLevel("L", 1 << 20, 16)
+    model = model_caches(arm.lowered, V3, feeds, (level,), warm=False)
+    assert [kernel.reason for kernel in model.kernels if kernel.kernel] == ["", ""]
+    assert model.dram_bytes == found.work["dense"]["bytes"] + between

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from budget_models import D, Distance, F, N, two_mlps
 from onnx import numpy_helper
+from relax_models import constants, gated_mlp
 from scipy import stats
 
 from icd_tvm.adapters.sparsity import parse_sparsity
@@ -63,6 +64,23 @@ def test_the_rules_give_the_same_model_to_the_pass() -> None:
     assert {entry["group"]: entry["rate"] for entry in entries} == choice
     zeros = sum(a.size - np.count_nonzero(a) for a in strengths.arrays(choice).values())
     assert strengths.removed(choice) == zeros / (4 * D * F) == 0.375
+
+
+def test_the_rules_give_the_pass_the_columns_that_were_tried() -> None:
+    """A gated layer looks at what is left of its readers: at their rate, in both."""
+    rng = np.random.default_rng(6)
+    w1, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((32, 192), (96, 32)))
+    mod = gated_mlp(w1, w2)
+    spec = LayerRules(parse_sparsity("vec16:0.5"), min_size=0)
+    strengths, found = Strengths(mod, spec, {}, RATES), []
+    for rates in ({"fc1": 0.5, "fc2": 0.5}, {"fc1": 0.5, "fc2": 0.25}, {"fc1": 0.5}):
+        sparse = constants(ApplySparsity(strengths.rules(rates))(mod))
+        tried = strengths.arrays(rates)
+        assert set(tried) == {node.replace("fc", "w") for node in rates}
+        for name, array in tried.items():
+            np.testing.assert_array_equal(array, sparse[name])
+        found.append(tried["w1"])
+    assert not np.array_equal(found[0] != 0, found[2] != 0)
 
 
 def test_every_candidate_is_recorded_and_gated() -> None:

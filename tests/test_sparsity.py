@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icd_tvm.adapters import grouping
-from icd_tvm.adapters.grouping import assign_groups, best_rows
+from icd_tvm.adapters.grouping import assign_groups, assign_units, best_rows
 from icd_tvm.adapters.sparsity import (
     SparsitySpec,
     apply_sparsity,
@@ -175,6 +175,20 @@ def test_assignment_recovers_planted_groups() -> None:
         saliency[np.ix_(rng.permutation(96)[:32], truth[g])] += 1
     found = assign_groups(saliency, 16, 32)
     assert {tuple(sorted(g)) for g in truth.tolist()} == {tuple(g) for g in found.tolist()}
+
+
+def test_assignment_recovers_planted_groups_of_units() -> None:
+    """Noise in one half is no reason to part what the other half holds together."""
+    rng = np.random.default_rng(0)
+    places = rng.permutation(256).reshape(128, 2)
+    truth = rng.permutation(128).reshape(8, 16)
+    saliency = rng.random((96, 256)) * 0.2
+    for units in truth:
+        for columns in places[units].T:
+            saliency[np.ix_(rng.permutation(96)[:32], columns)] += 1
+    found = assign_units(saliency, places, 16, 32, np.zeros(128, np.bool_))
+    expected = {tuple(sorted(columns)) for units in truth for columns in places[units].T.tolist()}
+    assert {tuple(sorted(columns)) for columns in found.tolist()} == expected
 
 
 def test_swaps_beat_the_natural_and_the_principal_order(monkeypatch: pytest.MonkeyPatch) -> None:

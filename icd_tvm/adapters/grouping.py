@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from icd_tvm.adapters.arrays import Bool, Float64, Index
@@ -11,6 +13,9 @@ ROUNDS = 12
 SWEEPS = 600
 # A round that adds less than this share of the retained saliency ends the search.
 LEAST_GAIN = 1e-4
+
+# Saliency [K, N], and how many rows each group keeps of it.
+Part = tuple[Float64, int]
 
 
 def assign_groups(saliency: Float64, size: int, kept_rows: int, seed: int = 0) -> Index:
@@ -35,8 +40,52 @@ def assign_groups(saliency: Float64, size: int, kept_rows: int, seed: int = 0) -
     int32 array, shape [N / size, size]
         Columns of each group, ascending; groups ordered by their first column.
     """
-    starts = (np.arange(saliency.shape[1]), _principal_order(saliency))
-    ends = [_improve(saliency, s.reshape(-1, size), kept_rows, seed) for s in starts]
+    return _assign([(saliency, kept_rows)], size, seed)
+
+
+def assign_units(
+    saliency: Float64, places: Index, size: int, kept_rows: int, unread: Bool, seed: int = 0
+) -> Index:
+    """Group columns by the units that they belong to, several columns to a unit.
+
+    One order of the units can then make all groups contiguous. The first columns of the units
+    of a group share one set of rows, the second ones another. Units that nothing reads fill
+    groups of their own, all but a few.
+
+    Parameters
+    ----------
+    saliency : float64 array, shape [K, N], non-negative
+    places : int array, shape [units, copies]
+        Columns of each unit; all N, each once.
+    size : int
+        Columns in a group; divides the number of units.
+    kept_rows : int
+        Rows each group keeps.
+    unread : bool array, shape [units]
+    seed : int
+        Seed of the swaps.
+
+    Returns
+    -------
+    int array, shape [N / size, size]
+    """
+    unread = unread & ~unread.all()
+    order = np.argsort(unread, kind="stable")
+    live = -(-np.count_nonzero(~unread) // size) * size
+    read = ~unread[order[:live]]
+    parts = [(saliency[:, columns] * read, kept_rows) for columns in places[order[:live]].T]
+    found = order[_assign(parts, size, seed, int(read.sum()))]
+    groups = np.concatenate([found, order[live:].reshape(-1, size)])
+    return np.concatenate([columns[groups] for columns in places.T])
+
+
+def _assign(parts: Sequence[Part], size: int, seed: int, free: int | None = None) -> Index:
+    """Group the columns that several matrices have in common; those from ``free`` on stay."""
+    whole = parts[0][0] if len(parts) == 1 else np.concatenate([part for part, _ in parts])
+    every = np.arange(whole.shape[1])
+    free = every.size if free is None else free
+    starts = (every, np.concatenate([_principal_order(whole[:, :free]), every[free:]]))
+    ends = [_improve(whole, parts, start.reshape(-1, size), free, seed) for start in starts]
     columns, _ = max(ends, key=lambda end: end[1])
     inside = np.sort(columns, axis=1)
     return inside[np.argsort(inside[:, 0])].astype(np.int32)
@@ -69,15 +118,17 @@ def group_sums(saliency: Float64, columns: Index) -> Float64:
     return np.asarray(by_column[columns].sum(axis=1))
 
 
-def _improve(saliency: Float64, columns: Index, kept_rows: int, seed: int) -> tuple[Index, float]:
+def _improve(
+    saliency: Float64, parts: Sequence[Part], columns: Index, free: int, seed: int
+) -> tuple[Index, float]:
     rng = np.random.default_rng(seed)
     total = float(saliency.sum()) or 1.0
-    kept = best_rows(saliency, columns, kept_rows)
+    kept = _supports(parts, columns)
     best, best_value = columns, _retained(saliency, columns, kept) / total
     for _ in range(ROUNDS):
         scores = saliency.T @ kept.T.astype(np.float64)
-        columns = _swap(scores, columns, rng)
-        kept = best_rows(saliency, columns, kept_rows)
+        columns = _swap(scores, columns, free, rng)
+        kept = _supports(parts, columns)
         value = _retained(saliency, columns, kept) / total
         gain = value - best_value
         if gain > 0:
@@ -87,14 +138,19 @@ def _improve(saliency: Float64, columns: Index, kept_rows: int, seed: int) -> tu
     return best, best_value
 
 
-def _swap(scores: Float64, columns: Index, rng: np.random.Generator) -> Index:
+def _supports(parts: Sequence[Part], columns: Index) -> Bool:
+    """Return the rows that each group keeps of every part, one part after the other."""
+    return np.concatenate([best_rows(part, columns, kept) for part, kept in parts], axis=1)
+
+
+def _swap(scores: Float64, columns: Index, free: int, rng: np.random.Generator) -> Index:
     """Swap random disjoint pairs of columns whenever both groups together gain."""
     groups, size = columns.shape
     owner = np.empty(columns.size, dtype=np.intp)
     owner[columns] = np.arange(groups)[:, None]
-    half = columns.size // 2
+    half = free // 2
     for _ in range(SWEEPS):
-        order = rng.permutation(columns.size)
+        order = rng.permutation(free)
         left, right = order[:half], order[half : 2 * half]
         a, b = owner[left], owner[right]
         now = scores[left, a] + scores[right, b]

@@ -19,7 +19,7 @@ from icd_tvm._tvm import GenericConst, Var, relax, tvm_ffi
 from icd_tvm.errors import ConfigError, IcdError, UnsupportedOpError
 from icd_tvm.measure.cache_sim import CacheLevel, CacheSimulator, LevelCount
 from icd_tvm.measure.environment import data_cache_levels
-from icd_tvm.relax_passes.kernel_calls import KernelCall, kernel_calls
+from icd_tvm.relax_passes.kernel_calls import KernelCall, kernel_calls, origins
 from icd_tvm.tir_schedules.address_trace import address_trace, lower_loops
 
 _PAGE = 4096
@@ -275,15 +275,17 @@ class _Memory:
                         self.values[_key(argument)] = argument.value.numpy()
 
     def _intermediates(self, func: Any, calls: Sequence[KernelCall]) -> None:
-        last = {v: k for k, call in enumerate(calls) for v in call.arguments if isinstance(v, Var)}
-        kept = set(relax.analysis.free_vars(func.body.body))
+        lies_in = origins(calls)
+        read = [{lies_in.get(a, a) for a in c.arguments if isinstance(a, Var)} for c in calls]
+        last = {argument: step for step, found in enumerate(read) for argument in found}
+        kept = {lies_in.get(var, var) for var in relax.analysis.free_vars(func.body.body)}
         free: list[tuple[int, int]] = []
         for step, call in enumerate(calls):
             if call.in_place:
                 self.places[call.var] = self._of(call.arguments[0])
             else:
                 self.places[call.var] = [self._reused(size, free) for size in _sizes(call.var.ty)]
-            for argument in {a for a in call.arguments if isinstance(a, Var)}:
+            for argument in (a for a in read[step] if isinstance(a, Var)):
                 if last[argument] == step and argument not in kept and argument not in func.params:
                     sizes = _sizes(argument.ty)
                     free += list(zip(sizes, self.places[argument], strict=True))

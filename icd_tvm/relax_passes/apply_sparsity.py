@@ -16,7 +16,12 @@ from icd_tvm.relax_passes.collect_activation_stats import Statistic
 from icd_tvm.relax_passes.layer_rules import LayerRules, as_rules
 from icd_tvm.relax_passes.prune_target import prune_target
 from icd_tvm.relax_passes.replace_constants import replace_constants
-from icd_tvm.relax_passes.sparsity_targets import SparsityTarget, fits, sparsity_targets
+from icd_tvm.relax_passes.sparsity_targets import (
+    SparsityTarget,
+    fits,
+    sparsity_targets,
+    unread_units,
+)
 from icd_tvm.relax_passes.transform_meta import with_transform_meta
 
 Rules = SparsitySpec | LayerRules[SparsitySpec]
@@ -121,11 +126,14 @@ class ApplySparsity:
         if not fits(target, choice.spec):
             # Not a skip: the weights of a group and the group itself are both listed.
             return ""
+        unread = unread_units(target, lambda const: arrays.get(const, const.value.numpy()))
         try:
             with warnings.catch_warnings():
                 # The adapter's own warning does not know the layer; ours below does.
                 warnings.simplefilter("ignore", RuntimeWarning)
-                found, entry = prune_target(func, target, choice.spec, self.statistics, self.seed)
+                found, entry = prune_target(
+                    func, target, choice.spec, self.statistics, self.seed, unread
+                )
         except (IcdError, ArithmeticError, MemoryError, ValueError) as error:
             return _warned(target, str(error))
         if not found:

@@ -37,7 +37,7 @@ class KernelCall:
         Name of the PrimFunc; empty where the binding calls none.
     arguments : list of relax.Expr
     in_place : bool
-        Whether the result is the first argument.
+        Whether the result is the first argument, or a view of it.
     label : str
         ONNX name of the binding where the pipeline gave it another; empty if it did not.
     """
@@ -102,8 +102,19 @@ def kernel_calls(lowered: Any, names: Mapping[str, str] | None = None) -> list[K
                 name = str(value.args[0].name_hint)
                 label = labels.get(str(binding.var.name), "")
                 found.append(KernelCall(binding.var, name, fields, in_place, label))
+            elif is_call(value, "relax.reshape"):
+                found.append(KernelCall(binding.var, "", [value.args[0]], in_place=True))
             else:
                 found.append(KernelCall(binding.var, "", []))
+    return found
+
+
+def origins(calls: Iterable[KernelCall]) -> dict[Any, Any]:
+    """Return the tensor in which the result of each view, and of each call in place, lies."""
+    found: dict[Any, Any] = {}
+    for call in calls:
+        if call.in_place:
+            found[call.var] = found.get(call.arguments[0], call.arguments[0])
     return found
 
 

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from icd_tvm.adapters.calibration import Calibration, as_calibration
+from icd_tvm.adapters.grouping import assign_units
+from icd_tvm.adapters.saliency import weight_saliency
 from icd_tvm.adapters.sparsity import SparsitySpec, apply_sparsity, select_units, zero_units
-from icd_tvm.adapters.units import refit_consumer, removal_costs
+from icd_tvm.adapters.units import kept_count, refit_consumer, removal_costs
 from icd_tvm.errors import TransformError
 from icd_tvm.relax_passes.axis_groups import AxisGroup, ConstUse, WeightUse
 from icd_tvm.relax_passes.relax_graph import op_names
 from icd_tvm.relax_passes.sparsity_targets import SparsityTarget
 from icd_tvm.relax_passes.unit_weights import kept_places
 
-Arrays = dict[Any, np.ndarray]
+Array = np.ndarray
+Arrays = dict[Any, Array]
 Statistics = Mapping[str, np.ndarray]
 
 # Ops through which a zero of the constant is a zero of the unit, or harmless. A unit that is
@@ -45,7 +48,12 @@ _WANTED = (
 
 
 def prune_target(
-    func: Any, target: SparsityTarget, spec: SparsitySpec, statistics: Statistics, seed: int = 0
+    func: Any,
+    target: SparsityTarget,
+    spec: SparsitySpec,
+    statistics: Statistics,
+    seed: int = 0,
+    unread: Array | None = None,
 ) -> tuple[Arrays, dict[str, Any]]:
     """Return the new constants of one target.
 
@@ -62,6 +70,8 @@ def prune_target(
         is refitted.
     seed : int
         Seed of the adapters.
+    unread : numpy.ndarray, optional
+        bool [units]: which units of ``target.units`` no weight reads; all are read if omitted.
 
     Returns
     -------
@@ -78,26 +88,57 @@ def prune_target(
     if target.quantised:
         raise TransformError("its weights are quantised", "make them sparse before they are")
     if target.group is None:
-        return _prune_weight(target, spec, statistics, seed)
+        return _prune_weight(target, spec, statistics, seed, unread)
     return _prune_units(func, target, target.group, spec, statistics)
 
 
 def _prune_weight(
-    target: SparsityTarget, spec: SparsitySpec, statistics: Statistics, seed: int
+    target: SparsityTarget,
+    spec: SparsitySpec,
+    statistics: Statistics,
+    seed: int,
+    unread: Array | None,
 ) -> tuple[Arrays, dict[str, Any]]:
     use = target.weights[0]
-    gram = statistics.get(use.node)
+    weight, saliency, gram = _ranked(use, spec, statistics)
     out, meta = apply_sparsity(
-        _as_kn(use, use.const.value.numpy()),
+        weight,
         spec.type_name,
         spec.rate,
-        saliency=spec.saliency or ("magnitude" if gram is None else "wanda"),
+        saliency=saliency,
         calibration=gram,
+        groups=_column_groups(target, spec, statistics, unread, seed),
         seed=seed,
         refit=gram is not None,
     )
     entry = {"weight": use.name, "node": use.node, **{key: meta[key] for key in _WANTED}}
     return ({} if meta["skipped"] else {use.const: _as_kn(use, out)}), entry
+
+
+def _ranked(use: WeightUse, spec: SparsitySpec, statistics: Statistics) -> tuple[Array, Any, Any]:
+    """Return a weight [K, N], what ranks its elements, and the second moments of its input."""
+    gram = statistics.get(use.node)
+    saliency = spec.saliency or ("magnitude" if gram is None else "wanda")
+    return _as_kn(use, use.const.value.numpy()), saliency, gram
+
+
+def _column_groups(
+    target: SparsityTarget,
+    spec: SparsitySpec,
+    statistics: Statistics,
+    unread: Array | None,
+    seed: int,
+) -> Array | None:
+    """Return vector groups of whole units where each has several columns; None: any will do."""
+    group = target.units
+    if group is None or spec.kind != "vec" or group.size % spec.vector:
+        return None
+    made = next(use for use in group.weights if (use.node, use.side) == (target.id, "N"))
+    weight, saliency, gram = _ranked(made, spec, statistics)
+    scores = weight_saliency(weight, saliency, as_calibration(gram, len(weight)))
+    places, count = made.positions(group.id), kept_count(len(scores), spec.rate)
+    silent = np.zeros(group.size, np.bool_) if unread is None else unread
+    return assign_units(scores, places, spec.vector, count, silent, seed)
 
 
 def _prune_units(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from icd_tvm.adapters.sparsity import SparsitySpec
 from icd_tvm.relax_passes.axis_groups import AxisGroup, AxisGroups, WeightUse
@@ -35,6 +38,8 @@ class SparsityTarget:
         What rules look at: the weights that make the units first, then those that read them.
     named_only : str
         Why only a rule that names the target reaches it; empty if the default does as well.
+    units : AxisGroup or None
+        Hidden group of which each unit has several columns of the weight, as in a gated layer.
     """
 
     id: str
@@ -43,6 +48,7 @@ class SparsityTarget:
     group: AxisGroup | None
     layers: tuple[Layer, ...]
     named_only: str = ""
+    units: AxisGroup | None = None
 
     @property
     def makers(self) -> tuple[WeightUse, ...]:
@@ -71,7 +77,7 @@ class SparsityTarget:
 
 
 def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
-    """Return every target of a function, units first.
+    """Return every target of a function: units first, weights with several columns a unit last.
 
     Parameters
     ----------
@@ -84,7 +90,7 @@ def sparsity_targets(func: Any, groups: AxisGroups) -> list[SparsityTarget]:
     kinds = [(group, _unit_kind(group, hidden)) for group in groups.free]
     units = [_units(group, kind, heads) for group, kind in kinds if kind is not None]
     inside = {use.node for unit in units if unit.kind == "units" for use in unit.weights}
-    return units + _weights(groups, inside, heads)
+    return units + _weights(groups, hidden, inside, heads)
 
 
 def fits(target: SparsityTarget, spec: SparsitySpec) -> bool:
@@ -109,18 +115,60 @@ def _units(group: AxisGroup, kind: Kind, heads: set[str]) -> SparsityTarget:
     return SparsityTarget(group.id, kind, tuple(ordered), group, layers, named_only)
 
 
-def _weights(groups: AxisGroups, inside: set[str], heads: set[str]) -> list[SparsityTarget]:
+def _weights(
+    groups: AxisGroups, hidden: Sequence[AxisGroup], inside: set[str], heads: set[str]
+) -> list[SparsityTarget]:
     uses: dict[str, WeightUse] = {}
     for group in (*groups.atomic, *groups.composites):
         for use in group.weights:
             uses.setdefault(use.node, use)
     outside = "it is no layer of hidden units: left out unless a rule names it"
-    return [
+    several = {
+        use.node: group
+        for group in hidden
+        for use in group.weights
+        if use.side == "N" and not use.structure.is_leaf
+    }
+    targets = [
         SparsityTarget(
-            node, "weight", (use,), None, (_layer(use, heads),), "" if node in inside else outside
+            node,
+            "weight",
+            (use,),
+            None,
+            (_layer(use, heads),),
+            "" if node in inside else outside,
+            several.get(node),
         )
         for node, use in uses.items()
     ]
+    # What reads the units of a weight is pruned before it, and says which of them count.
+    makers = [target for target in targets if target.units is not None]
+    return [target for target in targets if target.units is None] + makers[::-1]
+
+
+def unread_units(
+    target: SparsityTarget, value: Callable[[Any], NDArray[Any]]
+) -> NDArray[np.bool_] | None:
+    """Return which of ``target.units`` no weight reads; None where it has none.
+
+    Parameters
+    ----------
+    target : SparsityTarget
+    value : callable
+        Constant of a weight -> its array, pruned or not.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        bool [units].
+    """
+    if target.units is None:
+        return None
+    read = np.zeros(target.units.size, np.bool_)
+    for use in (use for use in target.units.weights if use.side == "K"):
+        used = np.any(value(use.const), axis=1 - use.axis)
+        read |= used[use.positions(target.units.id)].any(axis=1)
+    return ~read
 
 
 def _layer(use: WeightUse, heads: set[str]) -> Layer:

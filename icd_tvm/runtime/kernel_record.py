@@ -13,7 +13,7 @@ from icd_tvm._tvm import GenericConst, relax, tvm, tvm_ffi
 from icd_tvm.errors import IcdError
 from icd_tvm.measure.kernel_times import SOURCE, kernel_times
 from icd_tvm.relax_passes.axis_model import AxisGroups
-from icd_tvm.relax_passes.kernel_calls import KernelCall, kernel_calls, owners
+from icd_tvm.relax_passes.kernel_calls import KernelCall, kernel_calls, origins, owners
 from icd_tvm.runtime.build import Built
 from icd_tvm.tir_schedules.flop_count import count_flop, touched_bytes
 
@@ -61,14 +61,16 @@ def arm_work(lowered: Any, counter: WorkCounter) -> dict[str, Any]:
     kernels: list[dict[str, int]] = []
     outside: dict[Any, int] = {}
     body, parameters = lowered["main"].body.body, list(lowered["main"].params)
-    kept = relax.analysis.free_vars(body)
-    for call in kernel_calls(lowered):
+    calls = kernel_calls(lowered)
+    views = origins(call for call in calls if not call.kernel)
+    kept = [views.get(var, var) for var in relax.analysis.free_vars(body)]
+    for call in calls:
         if not call.kernel:
             continue
         flop, moved = counter.count(call, lowered[call.kernel])
         kernels.append({"flop": flop, "bytes": sum(moved)})
         for argument, size in zip(call.arguments, moved, strict=False):
-            key = _outside(argument, parameters)
+            key = _outside(views.get(argument, argument), parameters)
             if key is not None:
                 outside[key] = max(size, outside.get(key, 0))
         if any(call.var.same_as(var) for var in kept):

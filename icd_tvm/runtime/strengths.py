@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from icd_tvm._tvm import const_name
 from icd_tvm.adapters.sparsity import SparsitySpec
@@ -19,19 +20,26 @@ from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.axis_groups import WeightUse
 from icd_tvm.relax_passes.layer_rules import LayerRule, LayerRules, as_rules
 from icd_tvm.relax_passes.prune_target import prune_target
-from icd_tvm.relax_passes.sparsity_targets import SparsityTarget, fits, sparsity_targets
+from icd_tvm.relax_passes.sparsity_targets import (
+    SparsityTarget,
+    fits,
+    sparsity_targets,
+    unread_units,
+)
 
 # Shares tried for each layer or group; N:M and V:N:M have one strength only.
 RATES = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 Choice = Mapping[str, float]
 Named = dict[str, np.ndarray]
+Unread = NDArray[np.bool_] | None
 
 
 class Strengths:
     """Targets of a module and their sparse constants at a few rates, each made once.
 
-    The constants of one target do not depend on the rates of the others: the saliency and the
+    The constants of one target do not depend on the rates of the others, but for a weight with
+    several columns a unit, which looks at what reads its units: the saliency and the
     refit read the activations of the dense model.
 
     Parameters
@@ -78,7 +86,7 @@ class Strengths:
         for target in sparsity_targets(self._func, tagged_groups(mod)):
             self._add(target, as_rules(spec), sorted(set(rates)))
         self._require_any()
-        self._made: dict[tuple[str, str], Named] = {}
+        self._made: dict[tuple[str, str, bytes], Named] = {}
 
     @property
     def elements(self) -> int:
@@ -107,32 +115,36 @@ class Strengths:
     def arrays(self, choice: Choice) -> Named:
         """Return the new constants of a choice of rates by ONNX name."""
         found: Named = {}
-        for key, rate in choice.items():
-            found |= self._arrays(key, self._spec(key, rate))
+
+        def value(const: Any) -> np.ndarray:
+            return found.get(const_name(const), const.value.numpy())
+
+        for key in (key for key in self._targets if key in choice):
+            unread = unread_units(self._targets[key], value)
+            found.update(self._arrays(key, self._spec(key, choice[key]), unread))
         return found
 
     def removed(self, choice: Choice) -> float:
         """Return the share of the weights of all targets that a choice sets to zero."""
-        zeros = 0
-        for key, rate in choice.items():
-            arrays = self._arrays(key, self._spec(key, rate))
-            for use in self._targets[key].weights:
-                array = arrays.get(const_name(use.const), use.const.value.numpy())
-                zeros += array.size - np.count_nonzero(array)
+        zeros, arrays = 0, self.arrays(choice)
+        for use in (use for key in choice for use in self._targets[key].weights):
+            array = arrays.get(const_name(use.const), use.const.value.numpy())
+            zeros += array.size - np.count_nonzero(array)
         return zeros / self.elements
 
     def _spec(self, key: str, rate: float) -> SparsitySpec:
         return next(spec for spec in self.ladder[key] if spec.rate == rate)
 
-    def _arrays(self, key: str, spec: SparsitySpec) -> Named:
-        if (key, str(spec)) not in self._made:
+    def _arrays(self, key: str, spec: SparsitySpec, unread: Unread = None) -> Named:
+        made = (key, str(spec), b"" if unread is None else unread.tobytes())
+        if made not in self._made:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 arrays, _ = prune_target(
-                    self._func, self._targets[key], spec, self._statistics, self._seed
+                    self._func, self._targets[key], spec, self._statistics, self._seed, unread
                 )
-            self._made[key, str(spec)] = {const_name(c): a for c, a in arrays.items()}
-        return self._made[key, str(spec)]
+            self._made[made] = {const_name(c): a for c, a in arrays.items()}
+        return self._made[made]
 
     def _add(
         self, target: SparsityTarget, rules: LayerRules[SparsitySpec], rates: Sequence[float]
