@@ -27,7 +27,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu import peers
 from benchmarks.gpu.gates import wrong_values
-from benchmarks.gpu.kernels import archs_of, build_kernels, child, counters, open_device
+from benchmarks.gpu.kernels import (
+    archs_of,
+    build_kernels,
+    child,
+    counters,
+    open_device,
+    try_kernels,
+)
 from benchmarks.gpu.machine import Machine, TvmMachine
 from benchmarks.gpu.model_counters import model_child, model_counters, model_energy
 from benchmarks.gpu.model_times import measure_models
@@ -46,6 +53,7 @@ from icd_tvm.measure.cuda_timing import (
     count_joules,
     measure_times,
 )
+from icd_tvm.tir_schedules.cuda.archs import CUDA_ARCHS
 from icd_tvm.tir_schedules.cuda.catalogue import Entry, catalogue
 
 LIMIT_S = 480.0
@@ -54,7 +62,7 @@ MakeMachine = Callable[[CudaDevice, Path], Machine]
 
 
 def run_suite(
-    opened: Callable[[], tuple[CudaDevice, list[Entry]]],
+    opened: Callable[[], tuple[CudaDevice, list[Entry], dict[str, str]]],
     arguments: argparse.Namespace,
     keep: Callable[[Record], None] = lambda record: None,
     machine: MakeMachine = TvmMachine,
@@ -64,7 +72,7 @@ def run_suite(
     Parameters
     ----------
     opened : callable
-        Returns the device with the catalogue's kernels loaded.
+        Returns the device with the catalogue's kernels loaded, as `open_device` does.
     arguments : argparse.Namespace
         ``kernels``, ``limit``.
     keep : callable
@@ -79,7 +87,7 @@ def run_suite(
     record |= dict.fromkeys(("copy_rate", *PARTS), "not measured: the suite did not come to it")
     record["predicted"] = _predicted()
     try:
-        device, entries = opened()
+        device, entries, record["left_out"] = opened()
     except (IcdError, OSError, subprocess.CalledProcessError) as error:
         record |= dict.fromkeys(("copy_rate", *PARTS), f"not measured: {error}")
         keep(record)
@@ -148,9 +156,12 @@ def build(arguments: argparse.Namespace) -> None:
 
 
 def run_child(folder: Path, what: str) -> None:
-    """Run what ncu looks at: a rule of the catalogue, or ``CASE/ARM``."""
+    """Run what ncu looks at: a rule of the catalogue, or ``CASE/ARM``; or try an architecture."""
+    if what in CUDA_ARCHS:
+        try_kernels(folder, what)
+        return
     if "/" not in what:
-        child(*open_device(folder), what)
+        child(*open_device(folder)[:2], what)
         return
     device, (case, arm) = CudaDevice(), what.rsplit("/", 1)
     models = Models(folder, device.arch, lambda place: TvmMachine(device, place))

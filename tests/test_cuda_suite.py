@@ -88,7 +88,7 @@ def test_whole_suite_on_an_emulated_device(
 ) -> None:
     monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
     monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
-    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments())
+    record = gpu_suite.run_suite(lambda: (device, ENTRIES, {}), arguments())
     worst = {name: item["error_of_allowed"] for name, item in record["correctness"].items()}
     assert set(worst) == {entry.name for entry in ENTRIES}
     assert all(0 < value <= 1 for value in worst.values()), worst
@@ -150,7 +150,7 @@ def test_models_are_timed_as_graphs_and_kept_after_every_part(
     monkeypatch.setattr(gpu_suite, "measure_times", lambda *_: {})
     kept: list[dict[str, Any]] = []
     record = gpu_suite.run_suite(
-        lambda: (device, ENTRIES),
+        lambda: (device, ENTRIES, {}),
         arguments(kernels=tmp_path),
         keep=lambda record: kept.append(dict(record)),
         machine=LaunchingMachine,
@@ -181,7 +181,7 @@ def test_a_record_is_written_while_the_suite_runs(tmp_path: Path) -> None:
 
 def test_child_of_a_model_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(gpu_suite, "open_device", lambda folder: ("device", "entries"))
+    monkeypatch.setattr(gpu_suite, "open_device", lambda folder: ("device", "entries", {}))
     monkeypatch.setattr(gpu_suite, "child", lambda *given: seen.append(given))
     gpu_suite.run_child(tmp_path, "conv")
     monkeypatch.setattr(gpu_suite, "CudaDevice", lambda: argparse.Namespace(arch="sm_90"))
@@ -213,7 +213,7 @@ def test_a_wrong_kernel_is_found(device: CudaDevice) -> None:
 def test_without_time_nothing_is_begun(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_suite, "catalogue", lambda arch: ENTRIES)
     monkeypatch.setattr(cuda_timing, "COPY_BYTES", 1 << 12)
-    record = gpu_suite.run_suite(lambda: (device, ENTRIES), arguments(limit=0.0))
+    record = gpu_suite.run_suite(lambda: (device, ENTRIES, {}), arguments(limit=0.0))
     for part in ("correctness", "times"):
         assert set(record[part].values()) == {"not measured: no time is left"}
     assert "not measured" in gpu_suite.table(record)
@@ -277,8 +277,38 @@ def test_a_device_has_the_kernels_of_all_its_architectures(
     (tmp_path / "sm_90.cubin").write_bytes(code)
     assert suite_kernels.open_device(tmp_path)[1] == ENTRIES[-1:]
     (tmp_path / "sm_90a.cubin").write_bytes(code)
-    opened, entries = suite_kernels.open_device(tmp_path)
-    assert (opened.arch, entries) == ("sm_90", ENTRIES[-2:])
+    tried: list[list[str]] = []
+    child = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(
+        suite_kernels.subprocess, "run", lambda line, **_: tried.append(line) or child
+    )
+    opened, entries, left_out = suite_kernels.open_device(tmp_path)
+    assert (opened.arch, entries, left_out) == ("sm_90", ENTRIES[-2:], {})
+    assert [line[-2:] for line in tried] == [["--child", "sm_90a"]]
+    suite_kernels.try_kernels(tmp_path, "sm_90a")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("raise SystemExit('cuLaunchKernel: CUDA error 700')", "cuLaunchKernel: CUDA error 700"),
+        ("raise SystemExit(3)", "status 3"),
+        ("import time; time.sleep(60)", "its kernels did not come to their end in 1 s"),
+    ],
+)
+def test_kernels_that_fail_or_hang_are_left_out(
+    device: CudaDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    (tmp_path / "fails.py").write_text(script)
+    monkeypatch.setattr(suite_kernels, "catalogue", lambda arch: ENTRIES[-1:])
+    monkeypatch.setattr(suite_kernels, "SCRIPT", tmp_path / "fails.py")
+    monkeypatch.setattr(suite_kernels, "TRIED_S", 1 if "sleep" in script else 60)
+    code = str(Emulated(suite_kernels.kernels_of(ENTRIES[-1:]), tmp_path).path).encode() + b"\0"
+    for arch in ("sm_90", "sm_90a"):
+        (tmp_path / f"{arch}.cubin").write_bytes(code)
+    _, entries, left_out = suite_kernels.open_device(tmp_path)
+    assert (entries, left_out) == (ENTRIES[-1:], {"sm_90a": reason})
 
 
 @needs_compiler

@@ -20,6 +20,8 @@ from icd_tvm.tir_schedules.cuda.source_kernel import SourceKernel, whole_text
 
 SCRIPT = Path(__file__).resolve().parents[1] / "gpu_suite.py"
 LAUNCHES = 10
+# Of a suite of 480: making the inputs takes most of it.
+TRIED_S = 60
 
 
 def build_kernels(folder: Path) -> None:
@@ -44,9 +46,13 @@ def archs_of(device: str) -> list[str]:
     return [arch for arch in CUDA_ARCHS if runs_on(arch, device)]
 
 
-def open_device(folder: Path | None) -> tuple[CudaDevice, list[Entry]]:
-    """Return the device with all kernels loaded, and their catalogue."""
-    device, entries = CudaDevice(), list[Entry]()
+def open_device(folder: Path | None) -> tuple[CudaDevice, list[Entry], dict[str, str]]:
+    """Return the device with all kernels loaded, their catalogue, and why an architecture is not.
+
+    Machine code beyond that of the device's own architecture is tried in another process before: an
+    error or an endless wait there would end this one's context, and with it all parts.
+    """
+    device, entries, left_out = CudaDevice(), list[Entry](), dict[str, str]()
     if not archs_of(device.arch):
         raise MeasurementError(f"kernels are made for {', '.join(CUDA_ARCHS)}, not {device.arch}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -58,11 +64,36 @@ def open_device(folder: Path | None) -> tuple[CudaDevice, list[Entry]]:
                 if arch != device.arch:
                     continue
                 raise MeasurementError(f"{file} is not there; make it with --build where nvcc is")
+            if arch != device.arch and (reason := _fails(folder, arch)):
+                left_out[arch] = reason
+                continue
             found = catalogue(arch)
             device.load(file.read_bytes(), kernels_of(found))
             # What must be decided first: warpgroups, where the device has them.
             entries = found + entries
-    return device, entries
+    return device, entries, left_out
+
+
+def _fails(folder: Path, arch: str) -> str:
+    """Return why the kernels of an architecture do not come to their end; empty if they do."""
+    line = [sys.executable, str(SCRIPT), "--kernels", str(folder), "--child", arch]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=TRIED_S)
+    except subprocess.TimeoutExpired:
+        return f"its kernels did not come to their end in {TRIED_S} s"
+    last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    return last if done.returncode else ""
+
+
+def try_kernels(folder: Path, arch: str) -> None:
+    """Start every rule of an architecture once; an error of CUDA raises."""
+    device, entries = CudaDevice(), catalogue(arch)
+    device.load((folder / f"{arch}.cubin").read_bytes(), kernels_of(entries))
+    for entry in entries:
+        buffers = Buffers(device, entry, make_trial(entry.rule, rows=1).inputs, 1)
+        buffers.call()
+        device.wait()
+        buffers.free()
 
 
 def counters(folder: Path | None, clock: Clock) -> dict[str, Any]:

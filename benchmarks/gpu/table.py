@@ -14,7 +14,10 @@ def table(record: Mapping[str, Any]) -> str:
     device, rate = record["device"], record["copy_rate"]
     head = f"{device['name']}, {device['arch']}" if device else "no GPU: nothing was run"
     copied = rate if isinstance(rate, str) else f"{rate / 1e12:.2f} TB/s"
-    lines = [f"# {head}", "", f"Copy on the device: {copied}.", "", *_gates(record), ""]
+    lines = [f"# {head}", "", f"Copy on the device: {copied}.", ""]
+    for arch, reason in record.get("left_out", {}).items():
+        lines += [f"Kernels of {arch} are left out: {reason}", ""]
+    lines += [*_gates(record), ""]
     lines += [*_models(record), "", *_energy(record), "", *_counters(record), ""]
     lines += [*_peers(record), "", *_kernels(record)]
     for part in ("energy", "counters"):
