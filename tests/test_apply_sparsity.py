@@ -149,3 +149,11 @@ def test_what_reads_the_units_is_pruned_first() -> None:
     groups = partition(supports(found["w1"])[:96])
     assert len(unread) > 8
     assert sorted(len(group & unread) for group in groups) == shares_of(len(unread))
+
+
+def test_units_that_do_not_fill_groups_leave_the_columns_free() -> None:
+    rng = np.random.default_rng(7)
+    w1, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((D, 176), (88, D)))
+    found = partition(supports(constants(ApplySparsity(VEC)(gated_mlp(w1, w2)))["w1"]))
+    assert {len(group) for group in found} == {16}
+    assert len(found) == 11
