@@ -3,7 +3,8 @@
 From three rows on, the multiply-adds of widened bytes take longer than the bytes take to arrive.
 ``vpdpbusd`` multiplies four at a time and wants nothing widened, but takes bytes on both sides:
 rows of X become fixed-point numbers of 23 bits, cut into three digits of a byte. Three
-instructions then do what four multiply-adds did, and the sums are exact integers.
+instructions then do what four multiply-adds did, and the sums are exact integers. Seven and eight
+rows are multiplied by :mod:`icd_tvm.tir_schedules.cpu.digit_lanes`.
 
 X is off by at most 2**-22.5 of the largest of its row, about what float32 sums lose, and what is
 smaller than that is taken as zero. Infinities and NaN spoil their row and no other.

@@ -91,7 +91,8 @@ class RunBuilder(TileBuilder):
         """Fetch a part of the next panel, which lies behind this one; each row tile its own.
 
         The weights of a model come from beyond L2: 16 rows of 768 bytes take a seventh less time
-        so. A panel that serves one row tile alone streams as fast as memory gives it.
+        so, 128 rows of 768 bfloat16 a twentieth. A panel that serves one row tile alone streams as
+        fast as memory gives it.
         """
         row_tiles = self.rows // self.tile.rows
         if self.panels == 1 or row_tiles == 1:
