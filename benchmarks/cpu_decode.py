@@ -48,6 +48,8 @@ ROWS = (1, 4, 8)
 KINDS = ("fp32", "bf16", "int8", "int8 + 50 % block")
 GEMV_BAR, TYPESEG_BAR = 0.85, 0.10
 SLOTS = (1024, 4096)
+# Columns of a block of zeros: those of the widest panel, so that all kernels skip as much.
+BLOCK_COLUMNS = 64
 # Several copies of a weight, so that each call reads from memory.
 COPY_BYTES = 160 * 2**20
 Line = dict[str, Any]
@@ -58,14 +60,9 @@ Line = dict[str, Any]
 
 def kernel(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Any, list[np.ndarray], int]:
     """Return the function that a model would get, its constants, and the digits of its X, or 0."""
+    from icd_tvm.relax_passes.narrow_weight import narrow_product
     from icd_tvm.tir_schedules.cpu.bf16_matmul import bf16_matmul, bf16_tile, pack_bf16
-    from icd_tvm.tir_schedules.cpu.digit_matmul import (
-        DIGITS,
-        digit_matmul,
-        digit_tile,
-        pack_digits,
-        takes_digits,
-    )
+    from icd_tvm.tir_schedules.cpu.digit_matmul import DIGITS
     from icd_tvm.tir_schedules.cpu.gemv import NarrowWeight, narrow_matmul, narrow_tile, pack_narrow
 
     rng = np.random.default_rng(0)
@@ -77,32 +74,23 @@ def kernel(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Any, list[np
         form, weight = NarrowWeight(32, k), rng.standard_normal((k, n), dtype=np.float32)
         packed = pack_narrow(weight, [], form, narrow_tile(m, target).columns)
         return narrow_matmul(m, k, n, form, target), packed, 0
-    digits = takes_digits(NarrowWeight(8, k), m, k, target)
-    columns = (digit_tile(m) if digits else narrow_tile(m, target)).columns
-    form, packed = byte_weight(kind, k, n, columns)
-    if digits:
-        return digit_matmul(m, k, n, form, target), pack_digits(packed), DIGITS
-    return narrow_matmul(m, k, n, form, target), packed, 0
+    product = narrow_product(byte_weight(kind, k, n), (m,), target)
+    digits = DIGITS if product.name == "digit_matmul" else 0
+    return product.func, list(product.constants.values()), digits
 
 
-def byte_weight(kind: str, k: int, n: int, columns: int) -> tuple[Any, list[np.ndarray]]:
-    """Return the form of a weight of bytes and its constants, from random numbers."""
-    from icd_tvm.tir_schedules.cpu.gemv import (
-        SKIP_ROWS,
-        NarrowWeight,
-        pack_narrow,
-        pack_skipping,
-    )
+def byte_weight(kind: str, k: int, n: int) -> Any:
+    """Return a weight of bytes, from random numbers; half of its blocks are zeros if so asked."""
+    from icd_tvm.relax_passes.quantized_operands import Weight
+    from icd_tvm.tir_schedules.cpu.gemv import SKIP_ROWS
 
     rng = np.random.default_rng(0)
     values = rng.integers(-127, 128, (k, n), np.int8)
-    scale = np.full((1, n), 0.01, np.float32)
-    if kind == "int8":
-        return NarrowWeight(8, k), pack_narrow(values, [scale], NarrowWeight(8, k), columns)
-    runs = values.reshape(k // SKIP_ROWS, SKIP_ROWS, -1, columns)
-    for panel in range(runs.shape[2]):
-        runs[rng.permutation(len(runs))[len(runs) // 2 :], :, panel] = 0
-    return pack_skipping(values, scale, columns)
+    if kind != "int8":
+        runs = values.reshape(k // SKIP_ROWS, SKIP_ROWS, -1, BLOCK_COLUMNS)
+        for panel in range(runs.shape[2]):
+            runs[rng.permutation(len(runs))[len(runs) // 2 :], :, panel] = 0
+    return Weight(values, np.zeros((1, 1), np.int8), np.full((1, n), 0.01, np.float32), "weight")
 
 
 def gemv_arm(kind: str, m: int, k: int, n: int, target: Any) -> tuple[Callable[[], Any], int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cpu_targets import HOST
+from cpu_targets import HOST, basic_blocks
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +12,7 @@ from icd_tvm._tvm import tvm
 from icd_tvm.errors import ShapeError
 from icd_tvm.relax_passes.narrow_weight import narrow_product
 from icd_tvm.relax_passes.quantized_operands import Weight
+from icd_tvm.tir_schedules.cpu.digit_lanes import lane_digit_matmul, pack_lane_digits
 from icd_tvm.tir_schedules.cpu.digit_matmul import (
     DIGITS,
     digit_matmul,
@@ -151,6 +152,45 @@ def test_from_three_rows_on_bytes_are_multiplied(rows: int) -> None:
     assert kernel.description == f"{wanted}, 32 rows of 8 bits"
     tile = digit_tile(rows)
     assert DIGITS * rows * tile.vectors + tile.vectors + 2 <= 32
+
+
+def test_eight_rows_of_a_column_are_neighbours() -> None:
+    weight = np.arange(-128, 128, dtype=np.int16).astype(np.int8).reshape(2, 16, 8)
+    scale = np.ones((2, 1, 8), np.float32)
+    rows = np.array([[0, 8], [16, 0]], np.int32)
+    pairs, factors, lists, sums = pack_lane_digits([weight, scale, rows])
+    assert pairs.shape == (1, 2, 2, 64)
+    assert pairs[0, 0, 0, :9].tolist() == [*range(-128, -64, 8), -127]
+    assert pairs[0, 1, 1, :8].tolist() == [*range(64, 128, 8)]
+    assert factors.shape == (1, 1, 16)
+    assert lists.tolist() == [[[0, 8], [16, 0]]]
+    np.testing.assert_array_equal(sums[0, 0], weight.sum(axis=1, dtype=np.int32).reshape(-1))
+
+
+@needs_vnni
+@pytest.mark.parametrize(("rows", "lanes"), [(3, False), (6, False), (7, True), (8, True)])
+def test_eight_rows_fill_the_lanes(rows: int, lanes: bool) -> None:
+    x, values, scale = case((rows, 64), 40, seed=rows)
+    weight = Weight(values.astype(np.int8), np.zeros((1, 1), np.int8), scale, "w")
+    constants = narrow_product(weight, (rows,), HOST).constants
+    assert (constants[""].ndim == 4) == lanes
+    check(x, values, scale)
+    if not lanes:
+        with pytest.raises(ShapeError, match="no kernel of lanes"):
+            lane_digit_matmul(rows, 64, 40, NarrowWeight(8, 64), HOST)
+
+
+@needs_vnni
+def test_a_step_of_eight_rows_is_bound_by_products() -> None:
+    func = lane_digit_matmul(8, 512, 64, NarrowWeight(8, 512), HOST)
+    sch = ExplicitTileRule().apply(func, HOST, False)
+    text = compile_kernel(sch.mod["main"], HOST).mod.inspect_source("asm")
+    # What follows the jump back keeps its sums in memory.
+    block = max(basic_blocks(text), key=lambda block: block.count("vpdpbusd"))
+    loop = block.partition("\tjne")[0]
+    assert loop.count("vpdpbusd") % 24 == 0
+    assert loop.count("vpbroadcastq") == loop.count("vpdpbusd") // 3
+    assert "(%rsp)" not in "\n".join(line for line in loop.splitlines() if "zmm" in line)
 
 
 def test_four_rows_of_a_column_are_neighbours() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpu_targets import HOST, RUNNABLE
+from cpu_targets import HOST, RUNNABLE, basic_blocks
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from icd_tvm._tvm import tvm
 from icd_tvm.errors import ConfigError, ShapeError
 from icd_tvm.tir_schedules.cpu.block_int8 import (
     block_int8_matmul,
-    choose_block_tile,
+    block_int8_product,
     pack_block_int8,
 )
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul
@@ -28,6 +28,11 @@ from icd_tvm.tir_schedules.cpu.int8_matmul import (
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
 from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, flat_rows
 from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
+from icd_tvm.tir_schedules.cpu.transposed_int8 import (
+    pack_transposed_int8,
+    transposed_int8_matmul,
+)
+from icd_tvm.tir_schedules.cpu.transposed_sparse import TransposedSparseRule
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
 Array = np.ndarray
@@ -99,21 +104,10 @@ def test_hot_loop_is_the_dot_instruction_without_spills() -> None:
     target = parse_target("icelake-server", 1)
     sch = ExplicitTileRule().apply(int8_matmul(128, 384, 384, target), target, False)
     text = compile_kernel(sch.mod["main"], target).mod.inspect_source("asm")
-    loop = max(_loops(text), key=lambda body: body.count("vpdpbusd"))
+    loop = max(basic_blocks(text), key=lambda body: body.count("vpdpbusd"))
     tile = int8_tile(128, 384, 384, target)
     assert loop.count("vpdpbusd") >= 4 * tile.rows * tile.vectors
     assert "(%rsp)" not in "\n".join(line for line in loop.splitlines() if "zmm" in line)
-
-
-def _loops(text: str) -> list[str]:
-    """Return the basic blocks of assembly."""
-    blocks, block = [], ""
-    for line in text.splitlines():
-        if line.startswith("."):
-            blocks.append(block)
-            block = ""
-        block += line + "\n"
-    return [*blocks, block]
 
 
 @pytest.mark.parametrize("name", ["x86-64-v4", "x86-64-v3", "icelake-server", "alderlake"])
@@ -224,23 +218,119 @@ def test_quads_of_a_group_are_listed_in_order() -> None:
     assert np.count_nonzero(values) == 3
 
 
-@pytest.mark.parametrize(("m", "density", "sparse"), [(128, 0.5, True), (1, 0.5, True)])
+@pytest.mark.parametrize(("m", "many"), [(128, True), (32, True), (20, False), (1, False)])
 @pytest.mark.parametrize("width", [16, 32])
-def test_groups_are_chosen_where_they_pay(m: int, density: float, sparse: bool, width: int) -> None:
+def test_groups_are_chosen_where_they_pay(m: int, many: bool, width: int) -> None:
     target = parse_target("icelake-server", 1)
-    tile, reason = choose_block_tile(m, grouped(384, 384, width, density), target)
-    assert tile is not None
-    assert tile.columns in (16, width)
+    w = grouped(384, 384, width, 0.5)
+    product, reason = block_int8_product((), m, w, target)
+    assert product is not None
     assert reason.startswith("model")
+    columns = product.constants[""].shape[-1] // 4
+    # Groups of two vectors share what is broadcast, and need no transposes.
+    assert columns in ((8,) if many and width == 16 else (16, width))
     rng = np.random.default_rng(0)
     scattered = grouped(384, 384, 1, 0.5) * (rng.random((384, 384)) < 0.5)
-    assert choose_block_tile(m, scattered.astype(np.int8), target)[0] is None
-    assert choose_block_tile(m, grouped(384, 384, 16, 0.98), target)[0] is None
-    tile, reason = choose_block_tile(m, np.zeros((6, 16), np.int8), target)
-    assert tile is None
+    assert block_int8_product((), m, scattered.astype(np.int8), target)[0] is None
+    assert block_int8_product((), m, grouped(384, 384, 16, 0.98), target)[0] is None
+    product, reason = block_int8_product((), m, np.zeros((6, 16), np.int8), target)
+    assert product is None
     assert "multiple of 4" in reason
+
+
+def transposed_product(x: Array, w: Array, target: Any) -> Array:
+    *lead, m, k = x.shape
+    n = w.shape[1]
+    constants = pack_transposed_int8(w, target)
+    func = transposed_int8_matmul(m, k, n, constants[1].shape[1], target, lead=tuple(lead))
+    sch = TransposedSparseRule().apply(func, target, False)
+    arrays = (x, *constants, np.full((*lead, m, n), -7, np.int32))
+    *inputs, out = [tvm.runtime.tensor(array) for array in arrays]
+    compile_kernel(sch.mod["main"], target)["main"](*inputs, out)
+    return out.numpy()
+
+
+@few
+@given(
+    m=st.integers(1, 70),
+    quads=st.integers(1, 40),
+    n=st.integers(1, 70),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+    name=st.sampled_from(["host", "x86-64-v3", "x86-64"]),
+    threads=st.sampled_from([1, 2]),
+)
+@example(m=1, quads=1, n=1, density=0.0, name="host", threads=1)
+@example(m=70, quads=17, n=33, density=0.3, name="host", threads=2)
+def test_transposed_product_is_exact(
+    m: int, quads: int, n: int, density: float, name: str, threads: int
+) -> None:
+    x, _ = bytes_of(np.random.default_rng(m), (m,), 4 * quads, n)
+    w = grouped(4 * quads, n, 16, density)
+    target = parse_target(name, threads)
+    np.testing.assert_array_equal(transposed_product(x, w, target), exact(x, w))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32), (3, 20, 64), (9, 1, 32)])
+def test_transposed_product_keeps_batch_axes(shape: tuple[int, ...]) -> None:
+    x, _ = bytes_of(np.random.default_rng(0), shape[:-1], shape[-1], 40)
+    w = grouped(shape[-1], 40, 8, 0.5)
+    np.testing.assert_array_equal(transposed_product(x, w, HOST), exact(x, w))
+
+
+@pytest.mark.parametrize("name", ["host", "x86-64-v3"])
+@pytest.mark.parametrize("sign", [-128, 127])
+def test_extreme_bytes_do_not_saturate_transposed(name: str, sign: int) -> None:
+    x, w = np.full((3, 260), 255, np.uint8), np.full((260, 17), sign, np.int8)
+    np.testing.assert_array_equal(transposed_product(x, w, parse_target(name, 1)), exact(x, w))
+
+
+def test_transposed_product_reads_no_further_than_the_counts() -> None:
+    x, _ = bytes_of(np.random.default_rng(0), (40,), 64, 48)
+    w = grouped(64, 48, 8, 0.5)
+    counts, quads, values = pack_transposed_int8(w, HOST)
+    for group, count in enumerate(counts):
+        quads[group, count:], values[group, count:] = 2**30, 77
+    func = transposed_int8_matmul(40, 64, 48, quads.shape[1], HOST)
+    sch = TransposedSparseRule().apply(func, HOST, False)
+    arrays = (x, counts, quads, values, np.full((40, 48), -7, np.int32))
+    *inputs, out = [tvm.runtime.tensor(array) for array in arrays]
+    compile_kernel(sch.mod["main"], HOST)["main"](*inputs, out)
+    np.testing.assert_array_equal(out.numpy(), exact(x, w))
+
+
+def test_groups_of_a_transposed_product_fill_whole_vectors() -> None:
+    w = np.zeros((16, 20), np.int8)
+    w[1, 3], w[15, 0], w[8, 19] = 5, 6, 7
+    counts, quads, values = pack_transposed_int8(w, parse_target("icelake-server", 1))
+    np.testing.assert_array_equal(counts, [2, 0, 1, 0])
+    np.testing.assert_array_equal(quads[[0, 2], :2], [[0, 3], [2, 0]])
+    assert values.shape == (4, 4, 32)
+    assert (values[0, 0, 3 * 4 + 1], values[0, 1, 3], values[2, 0, 3 * 4]) == (5, 6, 7)
+    assert np.count_nonzero(values) == 3
+
+
+def test_a_step_of_the_transposed_product_is_bound_by_products() -> None:
+    target = parse_target("icelake-server", 1)
+    func = transposed_int8_matmul(128, 384, 384, 48, target)
+    sch = TransposedSparseRule().apply(func, target, False)
+    text = compile_kernel(sch.mod["main"], target).mod.inspect_source("asm")
+    loop = max(basic_blocks(text), key=lambda body: body.count("vpdpbusd"))
+    assert loop.count("vpdpbusd") == 16
+    assert loop.count("vpbroadcastd") <= 8
+    assert "(%rsp)" not in "\n".join(line for line in loop.splitlines() if "zmm" in line)
+
+
+@pytest.mark.parametrize(("n", "fetches"), [(96, True), (40, False)])
+def test_the_next_output_is_fetched_where_blocks_are_whole(n: int, fetches: bool) -> None:
+    target = parse_target("icelake-server", 1)
+    func = transposed_int8_matmul(32, 64, n, 16, target)
+    sch = TransposedSparseRule().apply(func, target, False)
+    asm = compile_kernel(sch.mod["main"], target).mod.inspect_source("asm")
+    assert ("prefetchw" in asm) == fetches
 
 
 def test_ragged_depths_have_no_sparse_kernel() -> None:
     with pytest.raises(ShapeError, match="multiple of 4"):
         block_int8_matmul(1, 6, 16, 1, Tile(1, 1, 16), HOST)
+    with pytest.raises(ShapeError, match="multiple of 4"):
+        transposed_int8_matmul(1, 6, 16, 1, HOST)

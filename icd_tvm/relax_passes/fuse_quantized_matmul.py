@@ -21,11 +21,7 @@ from icd_tvm.relax_passes.quantized_operands import (
     reads_bytes,
 )
 from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_call, is_float32, static_shape
-from icd_tvm.tir_schedules.cpu.block_int8 import (
-    block_int8_matmul,
-    choose_block_tile,
-    pack_block_int8,
-)
+from icd_tvm.tir_schedules.cpu.block_int8 import BlockProduct, block_int8_product
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul, int8_tile, pack_int8
@@ -260,25 +256,26 @@ class _Rewriter(PyExprMutator):
         *lead, m, k = static_shape(x) or ()
         n, rows = values.shape[1], flat_rows(tuple(lead), m)[1]
         like = relax.TensorType((*lead, m, n), "int32")
-        tile = self._block_tile(rows, values, name)
-        if tile is not None:
-            counts, quads, data = pack_block_int8(values, tile.columns)
-            parts = {f"{name}.counts": counts, f"{name}.quads": quads, name: data}
-            shape = (m, k, n, quads.shape[1])
-            func = block_int8_matmul(*shape, tile, self._target, lead=tuple(lead))
-            args = [x, *(named_const(array, part) for part, array in parts.items())]
-            kernel = f"block_int8, {4 * quads.shape[1]} rows"
-            return self._call(func, "block_int8_matmul", args, like), kernel
+        sparse = self._sparse_product(x, values, name)
+        if sparse is not None:
+            parts = sparse.constants.items()
+            args = [x, *(named_const(array, name + part) for part, array in parts)]
+            made = self._call(sparse.func, "block_int8_matmul", args, like)
+            return made, f"block_int8, {sparse.rows} rows"
         tile = int8_tile(rows, k, n, self._target)
         packed = named_const(pack_int8(values, tile.columns), name)
         func = int8_matmul(m, k, n, self._target, lead=tuple(lead), tile=tile)
         return self._call(func, "int8_matmul", [x, packed], like), f"int8, {k} rows"
 
-    def _block_tile(self, rows: int, values: npt.NDArray[np.int8], name: str) -> Any:
+    def _sparse_product(
+        self, x: Any, values: npt.NDArray[np.int8], name: str
+    ) -> BlockProduct | None:
+        """Return the kernel that skips zeros, where one is worth its lists."""
         if np.count_nonzero(values) > DENSE * values.size:
             return None
-        tile, self._sparse[name] = choose_block_tile(rows, values, self._target)
-        return tile
+        *lead, m, _ = static_shape(x) or ()
+        product, self._sparse[name] = block_int8_product(tuple(lead), m, values, self._target)
+        return product
 
     def _compensated(
         self,

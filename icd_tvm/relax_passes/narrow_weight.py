@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.relax_passes.quantized_operands import Weight
+from icd_tvm.tir_schedules.cpu.digit_lanes import (
+    GROUP,
+    lane_digit_matmul,
+    pack_lane_digits,
+    takes_lanes,
+    whole_groups,
+)
 from icd_tvm.tir_schedules.cpu.digit_matmul import (
     digit_matmul,
     digit_tile,
@@ -70,16 +78,29 @@ def narrow_product(weight: Weight, rows: tuple[int, ...], target: Any) -> Narrow
     (*lead, m), (k, n) = rows, weight.values.shape
     form, values, tables = narrow_form(weight)
     flat = flat_rows(tuple(lead), m)[1]
-    digits = takes_digits(form, flat, k, target)
-    tile = digit_tile(flat) if digits else narrow_tile(flat, target)
-    form, constants = _packed(form, values, tables, tile.columns)
-    kind, product = ("digit", digit_matmul) if digits else ("narrow", narrow_matmul)
-    if digits:
-        *packed, sums = pack_digits(list(constants.values()))
-        constants = {**dict(zip(constants, packed, strict=True)), ".sums": sums}
+    if takes_lanes(form, flat, k, target):
+        kind, product = "digit", lane_digit_matmul
+        values, tables = whole_groups(values), [whole_groups(table) for table in tables]
+        form, constants = _packed(form, values, tables, GROUP)
+        constants = _repacked(constants, pack_lane_digits)
+    elif takes_digits(form, flat, k, target):
+        kind, product = "digit", digit_matmul
+        form, constants = _packed(form, values, tables, digit_tile(flat).columns)
+        constants = _repacked(constants, pack_digits)
+    else:
+        kind, product = "narrow", narrow_matmul
+        form, constants = _packed(form, values, tables, narrow_tile(flat, target).columns)
     func = product(m, k, n, form, target, lead=tuple(lead))
     text = f"{kind}, {form.steps * SKIP_ROWS or k} rows of {form.bits} bits"
     return NarrowProduct(func, f"{kind}_matmul", constants, text)
+
+
+def _repacked(
+    constants: dict[str, Array], pack: Callable[[list[Array]], list[Array]]
+) -> dict[str, Array]:
+    """Return the constants of a product of digits, whose sums come last."""
+    *packed, sums = pack(list(constants.values()))
+    return {**dict(zip(constants, packed, strict=True)), ".sums": sums}
 
 
 def _packed(

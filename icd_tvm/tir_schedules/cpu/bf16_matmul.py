@@ -102,8 +102,9 @@ class _Bf16Builder(RunBuilder):
     types = ("uint16", "uint16", "float32")
 
     def prefetch(self, w: Any, at: Any, outer: Any) -> None:
-        """Fetch what few rows need `AHEAD` bytes later; past a panel's end comes the next."""
+        """Fetch what few rows need `AHEAD` bytes later, and more rows of the next panel."""
         if self.rows > MAX_ROWS:
+            super().prefetch(w, at, outer)
             return
         row = self.tile.columns * PAIR * 2
         for line in range(0, row * self.unroll, LINE):

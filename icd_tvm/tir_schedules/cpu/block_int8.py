@@ -1,24 +1,28 @@
 """Block-sparse matmul of bytes: groups of columns that skip the K-quads they do not need.
 
 A quad is four consecutive rows of W, what one byte product takes; the frame is that of
-:mod:`icd_tvm.tir_schedules.cpu.block_runs`.
+:mod:`icd_tvm.tir_schedules.cpu.block_runs`. It is for few rows of X; more are multiplied by
+:mod:`icd_tvm.tir_schedules.cpu.transposed_int8`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from math import inf, prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.block_runs import (
+    MARGIN,
     BlockBuilder,
     RunProduct,
-    choose_groups,
+    group_costs,
     pack_blocks,
 )
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
+from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.int8_matmul import (
     MAX_DEPTH,
     QUAD,
@@ -26,7 +30,18 @@ from icd_tvm.tir_schedules.cpu.int8_matmul import (
     int8_tile,
     pack_int8,
 )
-from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
+from icd_tvm.tir_schedules.cpu.panel_builder import step_cycles, turn_cycles
+from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows
+from icd_tvm.tir_schedules.cpu.transposed_int8 import (
+    GROUP,
+    pack_transposed_int8,
+    transposed_int8_matmul,
+    transposed_int8_shape,
+)
+
+# Transposes of bytes take four of their loads, stores and shuffles a cycle: measured on Zen 5.
+_TURN_SHARE = 0.25
+_DENSE = RunProduct("byte", QUAD, int8_tile, int8_cycles, pack_int8)
 
 
 def block_int8_matmul(
@@ -88,25 +103,74 @@ def pack_block_int8(
     return pack_blocks(pack_int8(weight, columns))
 
 
-def choose_block_tile(m: int, weight: npt.NDArray[np.int8], target: Any) -> tuple[Tile | None, str]:
-    """Return the tile of the block-sparse kernel where it is faster than the dense one.
+class BlockProduct(NamedTuple):
+    """A block-sparse product of bytes.
+
+    Attributes
+    ----------
+    func : PrimFunc
+        Of X, the constants and Y.
+    constants : dict of str to array
+        What follows the name of the weight in that of a constant -> its value.
+    rows : int
+        Rows of the weight for which a list has space.
+    """
+
+    func: Any
+    constants: dict[str, npt.NDArray[Any]]
+    rows: int
+
+
+def block_int8_product(
+    lead: Lead, m: int, weight: npt.NDArray[np.int8], target: Any
+) -> tuple[BlockProduct | None, str]:
+    """Return the fastest kernel of ``X[*lead, m, K] @ weight`` that skips quads.
+
+    Few rows take `block_int8_matmul`, more of them `transposed_int8_matmul`.
 
     Parameters
     ----------
+    lead : tuple of int
     m : int
-        Rows of X, as `flat_rows` returns them.
     weight : array [K, N] of int8
     target : tvm.target.Target
 
     Returns
     -------
-    tile : Tile or None
+    product : BlockProduct or None
         None if the dense kernel is faster.
     reason : str
         Modelled share of the dense kernel's time.
     """
-    dense = RunProduct("byte", QUAD, int8_tile, int8_cycles, pack_int8)
-    return choose_groups(m, weight, target, dense)
+    (k, n), rows = weight.shape, flat_rows(lead, m)[1]
+    if k % QUAD:
+        return None, f"{k} rows are no multiple of {QUAD}"
+    tiles = group_costs(rows, weight, target, _DENSE)
+    tile = min(tiles, key=tiles.__getitem__)
+    turned = _transposed_cost(lead, m, weight, target) if rows > MAX_ROWS else inf
+    columns, cost = (GROUP, turned) if turned < tiles[tile] else (tile.columns, tiles[tile])
+    reason = f"model: groups of {columns} take {cost:.2f} of the dense byte product"
+    if cost >= MARGIN:
+        return None, reason
+    if turned < tiles[tile]:
+        packed = pack_transposed_int8(weight, target)
+        func = transposed_int8_matmul(m, k, n, packed[1].shape[1], target, lead=lead)
+    else:
+        packed = pack_block_int8(weight, columns)
+        func = block_int8_matmul(m, k, n, packed[1].shape[1], tile, target, lead=lead)
+    counts, quads, values = packed
+    constants: dict[str, npt.NDArray[Any]] = {".counts": counts, ".quads": quads, "": values}
+    return BlockProduct(func, constants, QUAD * quads.shape[1]), reason
+
+
+def _transposed_cost(lead: Lead, m: int, weight: npt.NDArray[np.int8], target: Any) -> float:
+    """Return the modelled share of the dense kernel's time that the transposed one takes."""
+    (k, n), (batch, rows) = weight.shape, flat_rows(lead, m)
+    shape = transposed_int8_shape(m, k, n, 1, target, lead)
+    listed = pack_int8(weight, GROUP).any(axis=2).sum(axis=1).mean()
+    dense = int8_cycles(int8_tile(rows, k, n, target), rows, k, n) * (k // QUAD)
+    cycles = step_cycles(shape) * float(listed) + _TURN_SHARE * turn_cycles(shape)
+    return cycles / (dense * prod(batch))
 
 
 class _Builder(BlockBuilder):

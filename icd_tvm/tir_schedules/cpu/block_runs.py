@@ -20,7 +20,8 @@ from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
 
 # Reading the index of a run, and X out of order: as for the fp32 row lists on Zen 5.
 _INDEX_COST = 1.08
-_MARGIN = 0.97
+# A kernel must beat the dense one by more than the noise of the model.
+MARGIN = 0.97
 _WIDTHS = (1, 2)
 # Row lists have space for a multiple of this, so that similar weights share a function.
 _SPACE = 16
@@ -79,9 +80,21 @@ def choose_groups(
     reason : str
         Modelled share of the dense kernel's time.
     """
+    if weight.shape[0] % dense.length:
+        return None, f"{weight.shape[0]} rows are no multiple of {dense.length}"
+    costs = group_costs(m, weight, target, dense)
+    best = min(costs, key=costs.__getitem__)
+    reason = (
+        f"model: groups of {best.columns} take {costs[best]:.2f} of the dense {dense.name} product"
+    )
+    return (best if costs[best] < MARGIN else None), reason
+
+
+def group_costs(
+    m: int, weight: npt.NDArray[Any], target: Any, dense: RunProduct
+) -> dict[Tile, float]:
+    """Return the modelled share of the dense kernel's time by the tile that fits a group."""
     k, n = weight.shape
-    if k % dense.length:
-        return None, f"{k} rows are no multiple of {dense.length}"
     least = dense.cycles(dense.tile(m, k, n, target), m, k, n)
 
     def cost(tile: Tile) -> float:
@@ -89,12 +102,7 @@ def choose_groups(
         # Few rows take the time of the bytes, whatever the tile.
         return share * (1.0 if m <= MAX_ROWS else dense.cycles(tile, m, k, n) / least) * _INDEX_COST
 
-    costs = {tile: cost(tile) for tile in (dense.tile(m, k, n, target, v) for v in _WIDTHS)}
-    best = min(costs, key=costs.__getitem__)
-    reason = (
-        f"model: groups of {best.columns} take {costs[best]:.2f} of the dense {dense.name} product"
-    )
-    return (best if costs[best] < _MARGIN else None), reason
+    return {tile: cost(tile) for tile in (dense.tile(m, k, n, target, v) for v in _WIDTHS)}
 
 
 class BlockBuilder(RunBuilder):

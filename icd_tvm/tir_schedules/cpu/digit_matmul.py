@@ -3,7 +3,8 @@
 From three rows on, the multiply-adds of widened bytes take longer than the bytes take to arrive.
 ``vpdpbusd`` multiplies four at a time and wants nothing widened, but takes bytes on both sides:
 rows of X become fixed-point numbers of 23 bits, cut into three digits of a byte. Three
-instructions then do what four multiply-adds did, and the sums are exact integers.
+instructions then do what four multiply-adds did, and the sums are exact integers. Seven and eight
+rows are multiplied by :mod:`icd_tvm.tir_schedules.cpu.digit_lanes`.
 
 X is off by at most 2**-22.5 of the largest of its row, about what float32 sums lose, and what is
 smaller than that is taken as zero. Infinities and NaN spoil their row and no other.
@@ -39,7 +40,7 @@ _CHUNK = SKIP_ROWS
 # A float from 2**23 on has its integer in the bits of its mantissa. The middle of the range has
 # 128 in the lower digits and 64 in the upper one: those are subtracted from what is summed.
 _MIDDLE = float((3 << 22) + 0x8080)
-_ZERO_DIGITS = (128, 128, 64)
+ZERO_DIGITS = (128, 128, 64)
 _LARGEST = 4161000.0
 _ABSOLUTE = 0x7FFFFFFF
 # Rows of smaller numbers are scaled as if this were their largest.
@@ -109,7 +110,7 @@ def digit_matmul(
         raise ShapeError(
             f"{rows} rows of {k} numbers and {form} have no kernel of digits", "use narrow_matmul"
         )
-    return _DigitBuilder((*lead, m, n), k, form, dot_product(target)).build()
+    return DigitBuilder((*lead, m, n), k, form, dot_product(target), digit_tile(rows)).build()
 
 
 def pack_digits(packed: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
@@ -134,13 +135,39 @@ def pack_digits(packed: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     return [quads, *tables, weight.sum(axis=1, keepdims=True, dtype=np.int32)]
 
 
-class _DigitBuilder(TileBuilder):
+class DigitBuilder(TileBuilder):
+    """Emits the digits of X, and their products with a weight.
+
+    Parameters
+    ----------
+    shape, k
+        As of `TileBuilder`.
+    form : NarrowWeight
+    dot : DotProduct
+    tile : Tile
+    """
+
     name = "digit_matmul"
 
-    def __init__(self, shape: Lead, k: int, form: NarrowWeight, dot: DotProduct) -> None:
-        super().__init__(shape, k, digit_tile(flat_rows(shape[:-2], shape[-2])[1]), "float32")
+    def __init__(
+        self, shape: Lead, k: int, form: NarrowWeight, dot: DotProduct, tile: Tile
+    ) -> None:
+        super().__init__(shape, k, tile, "float32")
         self.form, self.dot = form, dot
         self.depth = form.steps * SKIP_ROWS or k
+
+    @property
+    def words(self) -> int:
+        """Words of the digits of a chunk."""
+        return self.m * _CHUNK
+
+    def own_words(self, row: Any) -> slice:
+        """Return the words of a chunk that a row writes."""
+        return slice(row * _CHUNK, (row + 1) * _CHUNK)
+
+    def store_words(self, digits: Any, cut: Any, place: list[Any], row: Any) -> None:
+        """Store ``cut``, the words of a chunk of a row: four of each of its quads."""
+        T.buffer_store(digits, cut, [*place, self.run(row * _CHUNK, _CHUNK)])
 
     def parameters(self) -> dict[str, tuple[Lead, str]]:
         """Return the shape and type of each parameter but Y, X first."""
@@ -154,8 +181,8 @@ class _DigitBuilder(TileBuilder):
         }
 
     def shared(self, x: Any) -> list[tuple[Any, Lead]]:
-        """Emit the digits ``[*batch, chunk, row x word]`` and the unit ``[*batch, row]`` of X."""
-        chunks, words = self.k // _CHUNK, self.m * _CHUNK
+        """Emit the digits ``[*batch, chunk, word]`` and the unit ``[*batch, row]`` of X."""
+        chunks, words = self.k // _CHUNK, self.words
         shapes: tuple[Lead, Lead] = ((*self.batch, chunks, words), (*self.batch, self.m))
         digits = T.sblock_alloc_buffer(shape64(shapes[0]), "int32")
         unit = T.sblock_alloc_buffer(shape64(shapes[1]), "float32")
@@ -163,7 +190,7 @@ class _DigitBuilder(TileBuilder):
         with T.grid(*shape64((*self.batch, self.m, 1))) as loops, T.sblock("digits"):
             *batch, row, _ = spatial_axes(loops)
             T.reads(x[tuple(slice(0, extent) for extent in (*self.shape, self.k))])
-            own = slice(row * _CHUNK, (row + 1) * _CHUNK)
+            own = self.own_words(row)
             T.writes(digits[(*batch, slice(0, chunks), own)], unit[(*batch, row)])
             peak = self._peak(x, self.row(batch, row))
             T.buffer_store(unit, peak / f32(_LARGEST), [*batch, row])
@@ -197,7 +224,7 @@ class _DigitBuilder(TileBuilder):
             bits = T.reinterpret("int8x32", value + splat(_MIDDLE, lanes))
             cut = T.call_llvm_pure_intrin("int8x32", shuffle, bits, T.reinterpret("int8x32", order))
             words = T.reinterpret(f"int32x{lanes}", cut)
-            T.buffer_store(digits, words, [*batch, chunk, self.run(row * lanes, lanes)])
+            self.store_words(digits, words, [*batch, chunk], row)
 
     def emit_sums(self, inputs: list[Any], sums: Any, batch: list[Any], at: Any) -> None:
         """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile."""
@@ -207,7 +234,7 @@ class _DigitBuilder(TileBuilder):
         parts = T.sblock_alloc_buffer(size, "int32", scope="local")
 
         def begin(r: Any, c: Any) -> None:
-            for digit, zero in enumerate(_ZERO_DIGITS):
+            for digit, zero in enumerate(ZERO_DIGITS):
                 less = totals[panel, 0, self.run(c)] * splat(-zero, lanes)
                 T.buffer_store(parts, less, [DIGITS * r + digit, self.run(c)])
 

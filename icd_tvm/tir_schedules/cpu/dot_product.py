@@ -49,7 +49,18 @@ class DotProduct(LaneDot):
             Four uint8, the first in the lowest byte.
         weight : int8 x (4 * lanes)
         """
-        row = T.broadcast(word, self.lanes)
+        return self.multiply(total, T.broadcast(word, self.lanes), weight)
+
+    def multiply(self, total: Any, row: Any, weight: Any) -> Any:
+        """Return ``total[j] + sum_b row[j, b] * weight[j, b]`` as a vector expression.
+
+        Parameters
+        ----------
+        total : int32 x lanes
+        row : int32 x lanes
+            Four uint8 each, the first in the lowest byte.
+        weight : int8 x (4 * lanes)
+        """
         if self.native:
             bytes_ = T.reinterpret(f"int8x{4 * self.lanes}", row)
             return self._call(total, bytes_, weight)

@@ -35,14 +35,14 @@ def zeros(dtype: str, lanes: int) -> Any:
     return T.broadcast(number(dtype, 0), lanes)
 
 
-def prefetch(element: Any, locality: int = 3) -> Any:
+def prefetch(element: Any, locality: int = 3, *, write: bool = False) -> Any:
     """Return the call that fetches the cache line of a buffer's element.
 
     One past the end of the buffer does no harm. A locality of 3 is level 1 of the caches, of 2
-    level 2.
+    level 2. Lines that will be written are fetched so that no other core keeps them.
     """
     # Read, locality, data: the arguments of llvm.prefetch.
-    kind = (i32(value) for value in (0, locality, 1))
+    kind = (i32(value) for value in (int(write), locality, 1))
     return tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), *kind)
 
 

@@ -10,13 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tvm.script.ir_builder import tirx as T
 
-from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.dense import pack_panels
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
-from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
 from icd_tvm.tir_schedules.cpu.run_builder import RunBuilder
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
 
@@ -138,23 +135,3 @@ class _Int8Builder(RunBuilder):
     name = "int8_matmul"
     length = QUAD
     types = ("uint8", "int8", "int32")
-
-    def prefetch(self, w: Any, at: Any, outer: Any) -> None:
-        """Fetch a part of the next panel, which lies behind this one; each row tile its own.
-
-        The weights of a model come from beyond L2: 16 rows of 768 take a seventh less time so. A
-        panel that serves one row tile alone streams as fast as memory gives it.
-        """
-        row_tiles = self.rows // self.tile.rows
-        if self.panels == 1 or row_tiles == 1:
-            return
-        panel, first = at
-        groups = self.k // QUAD // self.unroll
-        group = tirx.floordiv(first, self.tile.rows) * groups + outer
-        width = self.tile.columns * QUAD
-        lines = -(-self.unroll * width // (LINE * row_tiles))
-        for line in range(lines):
-            start = (group * lines + line) * LINE
-            ahead = self.runs + tirx.floordiv(start, width)
-            element = w[panel, ahead, tirx.floormod(start, width)]
-            T.evaluate(prefetch(element, locality=2))

@@ -18,13 +18,9 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
     vrow_tile,
 )
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul
+from icd_tvm.tir_schedules.cpu.panel_builder import VColShape, vcol_cycles
 from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, flat_rows, tile_cycles
-from icd_tvm.tir_schedules.cpu.transposed_sparse import (
-    VColShape,
-    pack_vcol,
-    vcol_cycles,
-    vcol_matmul,
-)
+from icd_tvm.tir_schedules.cpu.transposed_sparse import pack_vcol, vcol_matmul
 from icd_tvm.tir_schedules.target import vector_bits
 
 # Simplest first: of two that take about the same time, the earlier is chosen.

@@ -74,3 +74,30 @@ def _first_index(nest: Any) -> list[Any]:
         nest = nest.body
     start = (Var, lambda var: zeros.get(var, var))
     return [tvm_ffi.structural_map(value, start) for value in nest.iter_values]
+
+
+def prefetch_next_output(sch: Any, consumer: Any, columns: int) -> Any:
+    """Return a schedule in which a tile's epilogue fetches where the next tile is written.
+
+    Parameters
+    ----------
+    sch : tvm.s_tir.Schedule
+    consumer : SBlockRV
+        Writes ``Y[..., row, column]`` in loops over the rows and the columns of a tile, the
+        latter in vectors.
+    columns : int
+        Columns of a tile; the next one lies beside this one.
+    """
+    *_, row, _, _ = (sch.get(loop) for loop in sch.get_loops(consumer))
+    out, func = sch.get(consumer).writes[0].source, sch.mod["main"]
+
+    def extend(loop: Any) -> Any:
+        if not loop.loop_var.same_as(row.loop_var):
+            return loop
+        *index, column = _first_index(loop.body)
+        lines = range(columns, 2 * columns, LINE // 4)
+        fetches = [prefetch(out[(*index, column + line)], write=True) for line in lines]
+        body = tirx.SeqStmt([*map(tirx.Evaluate, fetches), loop.body])
+        return tirx.For(loop.loop_var, loop.min, loop.extent, loop.kind, body)
+
+    return s_tir.Schedule(func.with_body(tvm_ffi.structural_map(func.body, (tirx.For, extend))))

@@ -50,13 +50,13 @@ def _transpose_quarters(rows: list[Any], lanes: int) -> list[Any]:
 def _unpack(a: Any, b: Any, lanes: int, which: tuple[int, int]) -> Any:
     """Interleave two of the four values of each quarter: ``a0 b0 a1 b1``."""
     quarters = range(0, lanes, _QUAD)
-    return _shuffle(a, b, [q + i + side for q in quarters for i in which for side in (0, lanes)])
+    return shuffle(a, b, [q + i + side for q in quarters for i in which for side in (0, lanes)])
 
 
 def _pairs(a: Any, b: Any, lanes: int, which: tuple[int, int]) -> Any:
     """Join a pair of values of each quarter of ``a`` with the same pair of ``b``."""
     quarters = range(0, lanes, _QUAD)
-    return _shuffle(a, b, [q + i + side for q in quarters for side in (0, lanes) for i in which])
+    return shuffle(a, b, [q + i + side for q in quarters for side in (0, lanes) for i in which])
 
 
 def _gather_quarters(vectors: list[Any], lanes: int) -> list[Any]:
@@ -72,9 +72,10 @@ def _gather_quarters(vectors: list[Any], lanes: int) -> list[Any]:
             for i in range(_QUAD)
         ]
         pairs = zip(vectors[0::2], vectors[1::2], strict=True)
-        halves.append(_gather_quarters([_shuffle(a, b, indices) for a, b in pairs], lanes))
+        halves.append(_gather_quarters([shuffle(a, b, indices) for a, b in pairs], lanes))
     return [vector for pair in zip(*halves, strict=True) for vector in pair]
 
 
-def _shuffle(a: Any, b: Any, indices: list[int]) -> Any:
+def shuffle(a: Any, b: Any, indices: list[int]) -> Any:
+    """Return the elements of two vectors, one behind the other, at ``indices``."""
     return T.bind(tirx.Shuffle([a, b], [tirx.IntImm("int32", index) for index in indices]))

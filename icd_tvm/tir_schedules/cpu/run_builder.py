@@ -7,12 +7,14 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import i64, tirx
+from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
 from icd_tvm.tir_schedules.cpu.lane_dot import LaneDot
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
 _UNROLL = 4
-_WORD_BITS = 32
+# Bytes of a run.
+_WORD = 4
 
 
 class RunBuilder(TileBuilder):
@@ -81,9 +83,27 @@ class RunBuilder(TileBuilder):
         value = x[(*row, first)].astype("int32")
         for number in range(1, count):
             more = x[(*row, first + number)].astype("int32")
-            shift = tirx.IntImm("int32", _WORD_BITS // self.length * number)
+            shift = tirx.IntImm("int32", 8 * _WORD // self.length * number)
             value = T.bitwise_or(value, T.shift_left(more, shift))
         return value
 
     def prefetch(self, w: Any, at: Any, outer: Any) -> None:
-        """Fetch weights that a later one of the ``unroll`` runs at a time needs; none here."""
+        """Fetch a part of the next panel, which lies behind this one; each row tile its own.
+
+        The weights of a model come from beyond L2: 16 rows of 768 bytes take a seventh less time
+        so, 128 rows of 768 bfloat16 a twentieth. A panel that serves one row tile alone streams as
+        fast as memory gives it.
+        """
+        row_tiles = self.rows // self.tile.rows
+        if self.panels == 1 or row_tiles == 1:
+            return
+        panel, first = at
+        groups = self.k // self.length // self.unroll
+        group = tirx.floordiv(first, self.tile.rows) * groups + outer
+        width, size = self.tile.columns * _WORD, _WORD // self.length
+        lines = -(-self.unroll * width // (LINE * row_tiles))
+        for line in range(lines):
+            start = (group * lines + line) * LINE
+            ahead = self.runs + tirx.floordiv(start, width)
+            element = w[panel, ahead, tirx.floordiv(tirx.floormod(start, width), size)]
+            T.evaluate(prefetch(element, locality=2))
