@@ -164,6 +164,49 @@ def test_what_is_not_two_four_says_why(w: np.ndarray, rows: int, kind: str, reas
     assert ("not 2:4" in choice.reason) == ("2:4 along" in reason or "not 2:4" in reason)
 
 
+@pytest.mark.parametrize(
+    ("k", "rows", "words"), [(256, 1, "live blocks"), (200, 1, "dense"), (200, M, "live blocks")]
+)
+def test_a_vector_without_whole_blocks_has_dense_kernels(k: int, rows: int, words: str) -> None:
+    w = np.where(np.arange(k)[:, None] < 64, along_inputs(k, 128), 0).astype(np.float32)
+    (choice,) = read_cuda_kernels(selected(module(w, rows))[0]).values()
+    assert choice.kind == ("gemv" if rows == 1 else "gemm")
+    assert choice.reason.startswith(f"float16, {words}")
+
+
+def test_a_product_without_rows_stays_with_a_reason() -> None:
+    (choice,) = read_cuda_kernels(selected(module(along_inputs(64, 64), 0))[0]).values()
+    assert (choice.kind, choice.reason) == ("tvm", "it has no rows")
+
+
+def of_one_row(*weights: np.ndarray) -> Any:
+    """Return products of one row, each named after its columns."""
+    x = relax.Var("x", relax.TensorType((1, len(weights[0])), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            found = [(w.shape[1], named_const(w, f"w{w.shape[1]}")) for w in weights]
+            parts = [builder.emit(relax.op.matmul(x, w), f"product{n}") for n, w in found]
+            out = builder.emit_output(relax.Tuple([builder.emit(relax.op.exp(p)) for p in parts]))
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+def test_other_widths_do_not_move_the_columns_of_live_blocks() -> None:
+    listed, others = half_dead(256, 128), [np.ones((256, n), np.float32) for n in (96, 72)]
+    made, chosen = selected(of_one_row(others[0], listed, others[1]))
+    assert {name: one.live for name, one in chosen.choices.items()} == {
+        "product128": 4,
+        "w96+w72": 0,
+    }
+    reason = read_cuda_kernels(made)["product128"].reason
+    assert "its weight is floats, others of its row are floats in no groups of 64 columns" in reason
+    _, chosen = selected(of_one_row(others[0], np.ones((256, 128), np.float32), others[1]))
+    assert list(chosen.choices) == ["w96+w128+w72"]
+    _, chosen = selected(of_one_row(np.roll(listed, 16, axis=0)[:, :64], listed))
+    assert {name: one.live for name, one in chosen.choices.items()} == {"w64+w128": 4}
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_strays_are_added_to_live_blocks(dtype: str, tmp_path: Path) -> None:
