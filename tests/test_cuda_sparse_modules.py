@@ -18,8 +18,10 @@ from relax_models import constants
 from test_cuda_modules import bert, feeds_of, reference
 from test_cuda_two_four import two_four
 
+from benchmarks.gpu.build_models import Device
 from icd_tvm._tvm import apply_pass, named_const, relax
 from icd_tvm.adapters.sparsity import parse_sparsity
+from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.cuda_inspect import inspect_kernels
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
@@ -223,6 +225,15 @@ def test_strays_are_added_to_live_blocks(dtype: str, tmp_path: Path) -> None:
     assert 100 < np.count_nonzero(rest) < 400
     emulated = compare(w, tmp_path, dtype, {"float16": 2e-3, "bfloat16": 2e-2}[dtype])
     assert [chosen.kernels[name].family for name in emulated.calls] == ["turn", "gemm"]
+
+
+@pytest.mark.parametrize(
+    ("w", "form"),
+    [(blocks_and_strays(), "live blocks and strays"), (along_inputs(128, 128), "2:4")],
+)
+def test_the_suite_says_that_it_draws_no_such_weight(w: np.ndarray, form: str) -> None:
+    with pytest.raises(MeasurementError, match=f"in the form of product: float16, {form}$"):
+        Device("sm_90").lower(module(w), "float16")
 
 
 @needs_compiler

@@ -54,8 +54,9 @@ class MergeSharedInput:
 
     Each result becomes a slice of the wide one. For one row a slice is a part of memory; of more
     rows only attention reads slices without a copy, so others stay apart. Codes that
-    `HoldWeightOnly` kept are merged where they have as many bits and inputs to a scale. Where lists
-    of live blocks pay, widths that are no whole groups of their columns stay out. Merged constants are named after theirs, joined by ``+``. Why one that reads the row of others is not
+    `HoldWeightOnly` kept are merged where they have as many bits and inputs to a scale. Widths that
+    are no whole groups of columns stay apart from weights whose lists of live blocks pay. Merged
+    constants are named after theirs, joined by ``+``. Why one that reads the row of others is not
     merged travels with the module (`read_cuda_kernels`).
 
     Attributes
