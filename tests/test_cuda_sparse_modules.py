@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from relax_models import constants
 from test_cuda_modules import bert, feeds_of, reference
 from test_cuda_two_four import two_four
+from test_cuda_weight_only import module as product
 
 from benchmarks.gpu.build_models import Device
 from icd_tvm._tvm import apply_pass, named_const, relax
@@ -65,16 +66,7 @@ def blocks_and_strays(dtype: Any = np.float32) -> np.ndarray:
 
 def module(w: np.ndarray, rows: int = M) -> Any:
     """Return ``relu(x w + b) + r``."""
-    kinds = [relax.TensorType((rows, n), "float32") for n in w.shape]
-    x, r = relax.Var("x", kinds[0]), relax.Var("r", kinds[1])
-    builder, bias = relax.BlockBuilder(), np.linspace(-1, 1, w.shape[1], dtype=np.float32)
-    with builder.function("main", [x, r]):
-        with builder.dataflow():
-            total = builder.emit(relax.op.matmul(x, named_const(w, "w")), "product")
-            total = builder.emit(relax.op.add(total, named_const(bias, "b")))
-            out = builder.emit_output(relax.op.add(builder.emit(relax.op.nn.relu(total)), r))
-        builder.emit_func_output(out)
-    return builder.get()
+    return product(w, rows, relax.op.nn.relu)
 
 
 def compare(w: np.ndarray, folder: Path, dtype: str, error: float) -> EmulatedModule:
