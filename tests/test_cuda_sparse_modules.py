@@ -28,6 +28,7 @@ from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.cuda_plan import ProductKernels
 from icd_tvm.relax_passes.cuda_products import product_kernels
+from icd_tvm.relax_passes.kernel_calls import kernel_calls, owners
 from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.relax_passes.select_cuda_kernels import read_cuda_kernels
@@ -217,6 +218,13 @@ def test_strays_are_added_to_live_blocks(dtype: str, tmp_path: Path) -> None:
     assert 100 < np.count_nonzero(rest) < 400
     emulated = compare(w, tmp_path, dtype, {"float16": 2e-3, "bfloat16": 2e-2}[dtype])
     assert [chosen.kernels[name].family for name in emulated.calls] == ["turn", "gemm"]
+
+
+@pytest.mark.parametrize("w", [half_dead(256, 128), blocks_and_strays(), along_inputs(128, 128)])
+def test_what_kernels_keep_beside_a_weight_is_no_weight(w: np.ndarray) -> None:
+    lowered = lower_cuda(module(w), cuda_target("sm_90"), "float16")
+    found = owners(kernel_calls(lowered), None)
+    assert {name for one in found for name in one["weights"]} == {"w", "b"}
 
 
 @pytest.mark.parametrize(
