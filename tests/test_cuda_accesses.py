@@ -172,6 +172,18 @@ def test_segments_of_whole_tiles_are_ordered(hidden: int, sides: str) -> None:
         assert blocks(found) == blocks(weight) == 32 < blocks(both)
 
 
+def test_an_order_pays_for_the_blocks_of_segments_that_are_no_whole_tiles() -> None:
+    slabs = np.array([0, 1, 0])[None, :] == np.arange(8)[:, None] // 4
+    first = dense(128, 192) * np.kron(slabs, np.ones((SLAB, LIVE_COLUMNS), np.float32))
+    second = dense(96, 128) * (np.arange(96)[:, None] % 2 == np.arange(128) // LIVE_COLUMNS)
+    rewrite = RepermutePass(target=DEVICE, time_budget_s=5.0)
+    found = constants(rewrite(chain(first, second.astype(np.float32), gated=True)))
+    assert blocks(found["w0"]) + blocks(found["w1"]) <= blocks(first) + blocks(second) == 24
+    # Alone the second weight has an order with half of its blocks.
+    alone = constants(rewrite(chain(dense(128, 192), second.astype(np.float32), gated=True)))
+    assert blocks(alone["w1"]) == 6
+
+
 def test_a_weight_without_lists_is_read_whole() -> None:
     first, second = dense(64, 96), dense(96, 96)
     first[:, 7], first[3:50, 8:] = 0, 0

@@ -17,14 +17,18 @@ from onnx import numpy_helper
 from relax_models import constants
 from test_cuda_modules import bert, feeds_of, reference
 from test_cuda_two_four import two_four
+from test_cuda_weight_only import module as product
 
+from benchmarks.gpu.build_models import Device
 from icd_tvm._tvm import apply_pass, named_const, relax
 from icd_tvm.adapters.sparsity import parse_sparsity
+from icd_tvm.errors import MeasurementError
 from icd_tvm.measure.cuda_inspect import inspect_kernels
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.relax_passes.apply_sparsity import ApplySparsity
 from icd_tvm.relax_passes.cuda_plan import ProductKernels
 from icd_tvm.relax_passes.cuda_products import product_kernels
+from icd_tvm.relax_passes.kernel_calls import kernel_calls, owners
 from icd_tvm.relax_passes.layer_rules import parse_request
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.relax_passes.select_cuda_kernels import read_cuda_kernels
@@ -63,16 +67,7 @@ def blocks_and_strays(dtype: Any = np.float32) -> np.ndarray:
 
 def module(w: np.ndarray, rows: int = M) -> Any:
     """Return ``relu(x w + b) + r``."""
-    kinds = [relax.TensorType((rows, n), "float32") for n in w.shape]
-    x, r = relax.Var("x", kinds[0]), relax.Var("r", kinds[1])
-    builder, bias = relax.BlockBuilder(), np.linspace(-1, 1, w.shape[1], dtype=np.float32)
-    with builder.function("main", [x, r]):
-        with builder.dataflow():
-            total = builder.emit(relax.op.matmul(x, named_const(w, "w")), "product")
-            total = builder.emit(relax.op.add(total, named_const(bias, "b")))
-            out = builder.emit_output(relax.op.add(builder.emit(relax.op.nn.relu(total)), r))
-        builder.emit_func_output(out)
-    return builder.get()
+    return product(w, rows, relax.op.nn.relu)
 
 
 def compare(w: np.ndarray, folder: Path, dtype: str, error: float) -> EmulatedModule:
@@ -164,6 +159,49 @@ def test_what_is_not_two_four_says_why(w: np.ndarray, rows: int, kind: str, reas
     assert ("not 2:4" in choice.reason) == ("2:4 along" in reason or "not 2:4" in reason)
 
 
+@pytest.mark.parametrize(
+    ("k", "rows", "words"), [(256, 1, "live blocks"), (200, 1, "dense"), (200, M, "live blocks")]
+)
+def test_a_vector_without_whole_blocks_has_dense_kernels(k: int, rows: int, words: str) -> None:
+    w = np.where(np.arange(k)[:, None] < 64, along_inputs(k, 128), 0).astype(np.float32)
+    (choice,) = read_cuda_kernels(selected(module(w, rows))[0]).values()
+    assert choice.kind == ("gemv" if rows == 1 else "gemm")
+    assert choice.reason.startswith(f"float16, {words}")
+
+
+def test_a_product_without_rows_stays_with_a_reason() -> None:
+    (choice,) = read_cuda_kernels(selected(module(along_inputs(64, 64), 0))[0]).values()
+    assert (choice.kind, choice.reason) == ("tvm", "it has no rows")
+
+
+def of_one_row(*weights: np.ndarray) -> Any:
+    """Return products of one row, each named after its columns."""
+    x = relax.Var("x", relax.TensorType((1, len(weights[0])), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            found = [(w.shape[1], named_const(w, f"w{w.shape[1]}")) for w in weights]
+            parts = [builder.emit(relax.op.matmul(x, w), f"product{n}") for n, w in found]
+            out = builder.emit_output(relax.Tuple([builder.emit(relax.op.exp(p)) for p in parts]))
+        builder.emit_func_output(out)
+    return builder.get()
+
+
+def test_other_widths_do_not_move_the_columns_of_live_blocks() -> None:
+    listed, others = half_dead(256, 128), [np.ones((256, n), np.float32) for n in (96, 72)]
+    made, chosen = selected(of_one_row(others[0], listed, others[1]))
+    assert {name: one.live for name, one in chosen.choices.items()} == {
+        "product128": 4,
+        "w96+w72": 0,
+    }
+    reason = read_cuda_kernels(made)["product128"].reason
+    assert "its weight is floats, others of its row are floats in no groups of 64 columns" in reason
+    _, chosen = selected(of_one_row(others[0], np.ones((256, 128), np.float32), others[1]))
+    assert list(chosen.choices) == ["w96+w128+w72"]
+    _, chosen = selected(of_one_row(np.roll(listed, 16, axis=0)[:, :64], listed))
+    assert {name: one.live for name, one in chosen.choices.items()} == {"w64+w128": 4}
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_strays_are_added_to_live_blocks(dtype: str, tmp_path: Path) -> None:
@@ -180,6 +218,22 @@ def test_strays_are_added_to_live_blocks(dtype: str, tmp_path: Path) -> None:
     assert 100 < np.count_nonzero(rest) < 400
     emulated = compare(w, tmp_path, dtype, {"float16": 2e-3, "bfloat16": 2e-2}[dtype])
     assert [chosen.kernels[name].family for name in emulated.calls] == ["turn", "gemm"]
+
+
+@pytest.mark.parametrize("w", [half_dead(256, 128), blocks_and_strays(), along_inputs(128, 128)])
+def test_what_kernels_keep_beside_a_weight_is_no_weight(w: np.ndarray) -> None:
+    lowered = lower_cuda(module(w), cuda_target("sm_90"), "float16")
+    found = owners(kernel_calls(lowered), None)
+    assert {name for one in found for name in one["weights"]} == {"w", "b"}
+
+
+@pytest.mark.parametrize(
+    ("w", "form"),
+    [(blocks_and_strays(), "live blocks and strays"), (along_inputs(128, 128), "2:4")],
+)
+def test_the_suite_says_that_it_draws_no_such_weight(w: np.ndarray, form: str) -> None:
+    with pytest.raises(MeasurementError, match=f"in the form of product: float16, {form}$"):
+        Device("sm_90").lower(module(w), "float16")
 
 
 @needs_compiler

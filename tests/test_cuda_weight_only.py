@@ -46,8 +46,8 @@ def weight(k: int = K, n: int = N, *, dead: bool = False) -> np.ndarray:
     return w
 
 
-def module(w: np.ndarray, rows: int = 1) -> Any:
-    """Return ``silu(x w + bias) + r``."""
+def module(w: np.ndarray, rows: int = 1, activation: Any = relax.op.nn.silu) -> Any:
+    """Return ``activation(x w + bias) + r``."""
     bias = np.linspace(-1, 1, w.shape[1], dtype=np.float32)
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType((rows, len(w)), "float32"))
@@ -56,7 +56,7 @@ def module(w: np.ndarray, rows: int = 1) -> Any:
         with builder.dataflow():
             total = builder.emit(relax.op.matmul(x, named_const(w, "w")), "product")
             total = builder.emit(relax.op.add(total, named_const(bias, "b")))
-            out = builder.emit_output(relax.op.add(builder.emit(relax.op.nn.silu(total)), r))
+            out = builder.emit_output(relax.op.add(builder.emit(activation(total)), r))
         builder.emit_func_output(out)
     return builder.get()
 

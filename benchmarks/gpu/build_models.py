@@ -19,6 +19,7 @@ from benchmarks.gpu.repeat_layers import Repeated, repeat_layers
 from icd_tvm._tvm import const_name, tvm_ffi
 from icd_tvm.errors import IcdError, MeasurementError
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
+from icd_tvm.relax_passes.select_cuda_kernels import read_cuda_kernels
 from icd_tvm.relax_passes.verify_layout import order_tolerance
 from icd_tvm.runtime.arms import DENSE
 from icd_tvm.runtime.cross_compile import cross_compile
@@ -36,9 +37,19 @@ class Device:
     arch: str
 
     def lower(self, mod: Any, dtype: str) -> Any:
-        """Return calls of scheduled kernels."""
+        """Return calls of scheduled kernels.
+
+        Raises
+        ------
+        MeasurementError
+            If a kernel wants a weight in a form that no recipe makes.
+        """
         precision = dtype if dtype in PRECISIONS else BETWEEN.get(dtype)
-        return lower_cuda(mod, cuda_target(self.arch), precision)
+        lowered = lower_cuda(mod, cuda_target(self.arch), precision)
+        for name, one in read_cuda_kernels(lowered).items():
+            if one.kind == "gemm_24" or (one.kind == "gemm" and "strays" in one.reason):
+                raise MeasurementError(f"hosts draw no weight in the form of {name}: {one.reason}")
+        return lowered
 
     def compile(self, mod: Any, path: Path) -> None:
         """Write a library of a lowered module, machine code inside."""

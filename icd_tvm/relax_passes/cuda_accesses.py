@@ -95,9 +95,10 @@ class Blocks:
             found += [TileAccess(matrix, tile, weight, label, own) for matrix, own in parts]
         return found
 
-    def flop(self, orders: Orders) -> float:
-        """Return what the kernels of all products in `places` do in given orders."""
-        nodes = {use.node for uses in self.places.values() for use, _ in uses}
+    def flop(self, orders: Orders, group: str | None = None) -> float:
+        """Return what kernels do in given orders: of products that a group, or any, moves."""
+        moved = self.places if group is None else (group,)
+        nodes = {use.node for one in moved for use in self.groups.get(one).weights}
         return float(sum(2 * self.rows[node] * self._live(node, orders) for node in sorted(nodes)))
 
     def _live(self, node: str, orders: Orders) -> int:

@@ -120,6 +120,8 @@ def matrix_kernels(
 
 def _vector(weight: Array, dtype: str, blocks: Array | None) -> ProductKernels:
     k, n = weight.shape
+    # A vector is read by whole blocks.
+    blocks = None if k % SLAB else blocks
     live = None if blocks is None else (blocks.shape[0], blocks.shape[1])
 
     def make(epilogue: Epilogue, out: str) -> Rule:
@@ -167,6 +169,8 @@ def plan_product(
     if weight is None:
         return None
     rows = prod((static_shape(matmul.args[0]) or ())[:-1])
+    if not rows:
+        return "it has no rows"
     kernels = product_kernels(rows, weight, dtype, arch)
     if kernels.reason:
         return kernels.reason

@@ -21,7 +21,8 @@ from icd_tvm.relax_passes.relax_graph import is_call
 _ANONYMOUS = re.compile(r"(lv|gv)\d*(_\d+)?")
 # What kernels keep beside a weight is named after it.
 _PART = re.compile(
-    r"\.(rows|counts|quads|scale|zero_point|zero_sums|sums|g_idx|salient|salient_rows)$"
+    r"\.(rows|counts|quads|scale|zero_point|zero_sums|sums|g_idx|salient|salient_rows|"
+    r"blocks|places|starts|strays)$"
 )
 
 

@@ -20,7 +20,7 @@ def cuda_pipeline(arch: str, precision: str | None = None) -> Any:
     Parameters
     ----------
     arch : str
-        ``sm_80`` or ``sm_90``.
+        ``sm_80``, ``sm_90`` or ``sm_90a``.
     precision : str, optional
         ``float16`` or ``bfloat16``: use tensor cores for matmuls with constant weights. Operands
         that are quantised both are multiplied in int8, others are rounded to it. All stays float32,

@@ -78,7 +78,7 @@ class MarkInt8Products:
     Parameters
     ----------
     arch : str
-        ``sm_80`` or ``sm_90``.
+        ``sm_80``, ``sm_90`` or ``sm_90a``.
 
     Attributes
     ----------

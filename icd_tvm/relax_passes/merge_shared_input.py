@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, relax, tvm
 from icd_tvm.relax_passes.attention_match import Refused
+from icd_tvm.relax_passes.cuda_sparse_products import paying_blocks
 from icd_tvm.relax_passes.fuse_attention import match_attention
 from icd_tvm.relax_passes.held_product import HeldProduct, held_product, joined_held
 from icd_tvm.relax_passes.int8_product import Int8Product, int8_product, joined
@@ -23,6 +24,7 @@ from icd_tvm.relax_passes.relax_graph import (
     static_shape,
 )
 from icd_tvm.relax_passes.select_cuda_kernels import with_refusals
+from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class MergeSharedInput:
 
     Each result becomes a slice of the wide one. For one row a slice is a part of memory; of more
     rows only attention reads slices without a copy, so others stay apart. Codes that
-    `HoldWeightOnly` kept are merged where they have as many bits and inputs to a scale. Merged
+    `HoldWeightOnly` kept are merged where they have as many bits and inputs to a scale. Widths that
+    are no whole groups of columns stay apart from weights whose lists of live blocks pay. Merged
     constants are named after theirs, joined by ``+``. Why one that reads the row of others is not
     merged travels with the module (`read_cuda_kernels`).
 
@@ -122,9 +125,8 @@ class _Merger(PyExprMutator):
         if held:
             return joined_held(held, self.visit_expr).call()
         source = self.visit_expr(self._flow.values[group[0].matmul].args[0])
-        weight = np.concatenate([one.weight for one in group], axis=1)
         label = "+".join(one.weight_name for one in group)
-        return relax.op.matmul(source, named_const(weight, label))
+        return relax.op.matmul(source, named_const(_side_by_side(group), label))
 
 
 def _groups(flow: Dataflow, refused: dict[str, str]) -> list[list[_Product]]:
@@ -142,16 +144,31 @@ def _groups(flow: Dataflow, refused: dict[str, str]) -> list[list[_Product]]:
             by_source.setdefault(key, []).append(product)
     merged: list[list[_Product]] = []
     for key, products in by_source.items():
-        by_form: dict[str, list[_Product]] = {}
-        for one in products:
-            by_form.setdefault(one.form, []).append(one)
+        by_form = _by_form(products)
         # An attention whose three inputs have not one source has smaller groups, and keeps them.
         least = 2 if isinstance(key, relax.Var) else 3
         merged += [group for group in by_form.values() if len(group) >= least]
-        if len(by_form) > 1:
-            alone = [group[0] for group in by_form.values() if len(group) < least]
-            refused.update((str(one.matmul.name), _apart(one.form, by_form)) for one in alone)
+        for form, group in by_form.items() if len(by_form) > 1 else ():
+            if len(group) < least:
+                refused |= {str(one.matmul.name): _apart(form, by_form) for one in group}
     return merged
+
+
+def _by_form(products: Iterable[_Product]) -> dict[str, list[_Product]]:
+    """Return products by form; widths that would move the others' lists of blocks are another."""
+    found: dict[str, list[_Product]] = {}
+    for one in products:
+        found.setdefault(one.form, []).append(one)
+    for form, group in list(found.items()):
+        whole = [one for one in group if one.weight.shape[1] % LIVE_COLUMNS == 0]
+        rest = [one for one in group if one.weight.shape[1] % LIVE_COLUMNS]
+        if whole and rest and paying_blocks(_side_by_side(whole)) is not None:
+            found |= {form: whole, f"{form} in no groups of {LIVE_COLUMNS} columns": rest}
+    return found
+
+
+def _side_by_side(products: Iterable[_Product]) -> npt.NDArray[Any]:
+    return np.concatenate([one.weight for one in products], axis=1)
 
 
 def _apart(own: str, forms: Iterable[str]) -> str:

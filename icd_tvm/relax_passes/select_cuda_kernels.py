@@ -60,7 +60,7 @@ class SelectCudaKernels:
     Parameters
     ----------
     arch : str
-        ``sm_80`` or ``sm_90``.
+        ``sm_80``, ``sm_90`` or ``sm_90a``.
     dtype : str
         ``float16`` or ``bfloat16``.
 

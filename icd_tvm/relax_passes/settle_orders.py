@@ -37,9 +37,9 @@ def settle(blocks: Blocks, decided: Found, fit: Fit, deadline: float) -> Found:
     deadline : float
         Of ``time.perf_counter``; at least the first comparison is made.
     """
-    best, cost = min(((o, blocks.flop(o)) for o in (decided, Found())), key=lambda item: item[1])
+    best = min((decided, Found()), key=blocks.flop)
     for _ in range(_ROUNDS):
-        before = cost
+        before = best
         for group in blocks.places:
             left = deadline - time.perf_counter()
             if left <= 0:
@@ -48,8 +48,8 @@ def settle(blocks: Blocks, decided: Found, fit: Fit, deadline: float) -> Found:
             start = best.get(group, identity(accesses[0].n))
             perm, stats = fit(accesses, left, start)
             tried = {**best, group: perm}
-            if stats.improved and (least := blocks.flop(tried)) < cost:
-                best, cost = tried, least
-        if cost >= before:
+            if stats.improved and blocks.flop(tried, group) < blocks.flop(best, group):
+                best = tried
+        if best is before:
             break
     return best

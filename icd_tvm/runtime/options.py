@@ -31,7 +31,7 @@ class CompileOptions:
         ``linear`` keeps the order that was decided before the transform.
     target : str
         ``host``, another CPU as `parse_target` names it, or a CUDA device (``cuda:sm_80``,
-        ``cuda:sm_90``). Where this machine cannot run the code, nothing is timed.
+        ``cuda:sm_90``, ``cuda:sm_90a``). Where this machine cannot run the code, nothing is timed.
     cuda_graph : bool
         Whether a library for a CUDA device captures its step as a graph.
     threads : int or None
