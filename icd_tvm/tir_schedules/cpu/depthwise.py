@@ -35,16 +35,17 @@ def depthwise_rows(x: Any, weight: Any, bias: Any, *, before: int, after: int, s
     *lead, rows, channels = x.shape
     length, taps = int(rows), int(weight.shape[0])
 
-    def value(*index: Any) -> Any:
+    def at(*index: Any) -> Any:
         *batch, t, c = index
         total = bias[c]
         for k in range(taps):
             row = t + (k * step - before)
-            # Both sides of a selection are computed: no row outside X may be read.
+            # Both sides of a selection are computed: no row outside X may be read. TVM would take
+            # the clamp away under a condition that spells the bounds.
             near = te.min(te.max(row, i64(0)), i64(length - 1))
-            inside = tirx.all(row >= 0, row < length)
-            total = total + weight[k, c] * tirx.Select(inside, x[(*batch, near, c)], f32(0.0))
+            value = tirx.Select(tirx.EQ(near, row), x[(*batch, near, c)], f32(0.0))
+            total = total + weight[k, c] * value
         return total
 
     shape = (*lead, i64(length + before + after - (taps - 1) * step), channels)
-    return te.compute(shape, value, name="depthwise")
+    return te.compute(shape, at, name="depthwise")
