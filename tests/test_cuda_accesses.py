@@ -15,7 +15,7 @@ from icd_tvm.core.cost import TileAccess, tile_cost
 from icd_tvm.relax_passes.attach_layout_tags import tagged_groups
 from icd_tvm.relax_passes.build_access_graph import BuildAccessGraph, listed_blocks
 from icd_tvm.relax_passes.coaccess_attr import LISTED_BLOCKS, read_accesses
-from icd_tvm.relax_passes.cuda_products import paying_blocks
+from icd_tvm.relax_passes.cuda_sparse_products import paying_blocks
 from icd_tvm.relax_passes.decide_permutation import DecidePermutation, Decision
 from icd_tvm.relax_passes.permute_constants import permute_groups
 from icd_tvm.relax_passes.repermute_pass import RepermutePass

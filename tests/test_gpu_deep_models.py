@@ -44,7 +44,7 @@ from icd_tvm.models.mamba import (
     random_mamba_weights,
 )
 from icd_tvm.relax_passes.attach_layout_tags import AttachLayoutTags
-from icd_tvm.relax_passes.cuda_products import paying_blocks
+from icd_tvm.relax_passes.cuda_sparse_products import paying_blocks
 from icd_tvm.relax_passes.lower_cuda import lower_cuda
 from icd_tvm.tir_schedules.cuda.gemm import SLAB
 from icd_tvm.tir_schedules.target import cuda_target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,9 +13,6 @@ ROUNDS = 12
 SWEEPS = 600
 # A round that adds less than this share of the retained saliency ends the search.
 LEAST_GAIN = 1e-4
-
-# Saliency [K, N], and how many rows each group keeps of it.
-Part = tuple[Float64, int]
 
 
 def assign_groups(saliency: Float64, size: int, kept_rows: int, seed: int = 0) -> Index:
@@ -40,7 +37,7 @@ def assign_groups(saliency: Float64, size: int, kept_rows: int, seed: int = 0) -
     int32 array, shape [N / size, size]
         Columns of each group, ascending; groups ordered by their first column.
     """
-    return _assign([(saliency, kept_rows)], size, seed)
+    return _assign([saliency], kept_rows, size, seed)
 
 
 def assign_units(
@@ -73,19 +70,25 @@ def assign_units(
     order = np.argsort(unread, kind="stable")
     live = -(-np.count_nonzero(~unread) // size) * size
     read = ~unread[order[:live]]
-    parts = [(saliency[:, columns] * read, kept_rows) for columns in places[order[:live]].T]
-    found = order[_assign(parts, size, seed, int(read.sum()))]
+    parts = [saliency[:, columns] * read for columns in places[order[:live]].T]
+    found = order[_assign(parts, kept_rows, size, seed, int(read.sum()))]
     groups = np.concatenate([found, order[live:].reshape(-1, size)])
     return np.concatenate([columns[groups] for columns in places.T])
 
 
-def _assign(parts: Sequence[Part], size: int, seed: int, free: int | None = None) -> Index:
+def _assign(
+    parts: Sequence[Float64], kept_rows: int, size: int, seed: int, free: int | None = None
+) -> Index:
     """Group the columns that several matrices have in common; those from ``free`` on stay."""
-    whole = parts[0][0] if len(parts) == 1 else np.concatenate([part for part, _ in parts])
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
     every = np.arange(whole.shape[1])
     free = every.size if free is None else free
     starts = (every, np.concatenate([_principal_order(whole[:, :free]), every[free:]]))
-    ends = [_improve(whole, parts, start.reshape(-1, size), free, seed) for start in starts]
+
+    def support(columns: Index) -> Bool:
+        return np.concatenate([best_rows(part, columns, kept_rows) for part in parts], axis=1)
+
+    ends = [_improve(whole, support, start.reshape(-1, size), free, seed) for start in starts]
     columns, _ = max(ends, key=lambda end: end[1])
     inside = np.sort(columns, axis=1)
     return inside[np.argsort(inside[:, 0])].astype(np.int32)
@@ -119,16 +122,16 @@ def group_sums(saliency: Float64, columns: Index) -> Float64:
 
 
 def _improve(
-    saliency: Float64, parts: Sequence[Part], columns: Index, free: int, seed: int
+    saliency: Float64, support: Callable[[Index], Bool], columns: Index, free: int, seed: int
 ) -> tuple[Index, float]:
     rng = np.random.default_rng(seed)
     total = float(saliency.sum()) or 1.0
-    kept = _supports(parts, columns)
+    kept = support(columns)
     best, best_value = columns, _retained(saliency, columns, kept) / total
     for _ in range(ROUNDS):
         scores = saliency.T @ kept.T.astype(np.float64)
         columns = _swap(scores, columns, free, rng)
-        kept = _supports(parts, columns)
+        kept = support(columns)
         value = _retained(saliency, columns, kept) / total
         gain = value - best_value
         if gain > 0:
@@ -136,11 +139,6 @@ def _improve(
         if gain < LEAST_GAIN:
             break
     return best, best_value
-
-
-def _supports(parts: Sequence[Part], columns: Index) -> Bool:
-    """Return the rows that each group keeps of every part, one part after the other."""
-    return np.concatenate([best_rows(part, columns, kept) for part, kept in parts], axis=1)
 
 
 def _swap(scores: Float64, columns: Index, free: int, rng: np.random.Generator) -> Index:

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.relax_passes.cuda_plan import ProductKernels
-from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB, live_blocks
+from icd_tvm.tir_schedules.cuda.gemm import LIVE_COLUMNS, SLAB, STRAY_INPUTS, live_blocks
 from icd_tvm.tir_schedules.cuda.gemm_24 import gemm_24_rule, not_two_four, pack_two_four
 from icd_tvm.tir_schedules.cuda.gemm_tile import ROW, choose_tile
 from icd_tvm.tir_schedules.cuda.source_kernel import PLAIN, WIDTHS, Epilogue, Rule
-from icd_tvm.tir_schedules.cuda.strays import INPUTS, Strays, pack_strays, split_strays
+from icd_tvm.tir_schedules.cuda.strays import Strays, pack_strays, split_strays
 
 Array = npt.NDArray[Any]
 Lists = npt.NDArray[np.int32]
@@ -62,7 +62,7 @@ def paying_strays(weight: Array, blocks: Lists | None) -> Split | None:
         Its own lists, where they pay.
     """
     k, n = weight.shape
-    if _living(weight) > _PAYS or n % LIVE_COLUMNS or k > INPUTS:
+    if _living(weight) > _PAYS or n % LIVE_COLUMNS or k > STRAY_INPUTS:
         return None
     kept, rest = split_strays(weight, LIVE_COLUMNS, SLAB * LIVE_COLUMNS // _STRAY)
     lists, strays = live_blocks(kept, LIVE_COLUMNS), pack_strays(rest)

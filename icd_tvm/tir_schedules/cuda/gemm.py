@@ -35,6 +35,7 @@ from icd_tvm.tir_schedules.cuda.turn import turn_kernel
 Array = npt.NDArray[np.generic]
 SLAB = 16  # rows of W in a block that is live or dead
 LIVE_COLUMNS = 64  # columns of W in it, where a model's weights are packed
+STRAY_INPUTS = 1 << 16  # a stray has 16 bits for the number of its input
 _SCALED = (FP8, "int8")
 # What belongs to each row of A: nothing, a scale, or a scale and a zero point.
 RowScales = Literal["none", "scale", "zero"]
@@ -175,8 +176,9 @@ def gemm_rule(
     k_tiles = -(-k * width // ROW) if live is None else live * SLAB * width // ROW
     if live is not None and (live * SLAB * width % ROW or not live):
         return refused(f"{live} live blocks are no whole tiles of {ROW} bytes")
-    if strays is not None and (dtype in _SCALED or k > 1 << 16):
-        return refused(f"strays of {k} inputs of {dtype}: make them float16, at most 65536 inputs")
+    if strays is not None and (dtype in _SCALED or k > STRAY_INPUTS):
+        wanted = f"make them float16, at most {STRAY_INPUTS} inputs"
+        return refused(f"strays of {k} inputs of {dtype}: {wanted}")
     tile = tile or choose_tile(m, n, k_tiles, arch, tiles=tiles_of(m, dtype, arch))
     if tile.wgmma and (dtype == FP8 or arch != HOPPER):
         return refused(f"no warpgroup product of {dtype} for {arch} here; use another tile")

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cuda.gemm import SLAB
+from icd_tvm.tir_schedules.cuda.gemm import SLAB, STRAY_INPUTS
 
 Array = npt.NDArray[np.generic]
 _FOUR = 4
-INPUTS = 1 << 16  # a stray has as many bits for the number of its own
 
 
 class Strays(NamedTuple):
@@ -62,7 +61,7 @@ def pack_strays(strays: Array) -> Strays:
     k, n = strays.shape
     if strays.dtype.itemsize != 2:
         raise ShapeError(f"strays are {strays.dtype}", "expected float16 or bfloat16")
-    if k > INPUTS:
+    if k > STRAY_INPUTS:
         raise ShapeError(f"{k} inputs of strays have no numbers of 16 bits")
     columns, inputs = np.nonzero(strays.T)
     counts = np.bincount(columns, minlength=n)
