@@ -10,12 +10,13 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.attention_head import (
+    LEAST_MASK,
     AttentionShape,
     HeadTask,
     build_attention,
 )
 from icd_tvm.tir_schedules.cpu.emit import f32, local, zeros
-from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
+from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 from icd_tvm.tir_schedules.target import vector_bits
 
 
@@ -61,7 +62,7 @@ class FloatHead(HeadTask):
         self.bias = local(self.key_pad)
         self.score = local(self.rows, self.key_pad)
         self.partial = local(lanes)
-        self.inverse = local(self.rows)
+        self.peak, self.inverse = local(self.rows), local(self.rows)
 
     def allocate(self) -> tuple[Any, Any]:
         """Return the buffers of the keys, transposed, and of the values."""
@@ -77,12 +78,18 @@ class FloatHead(HeadTask):
                     self.keys, k[self.batch, j, shape.offsets[1] + self.column + d], [d, j]
                 )
             self._load_value_row(v, j)
-            T.buffer_store(self.bias, mask[self.batch % shape.mask_batch, 0, 0, j], [j])
+            self.load_mask(mask, j)
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
                 T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
                 with T.serial(dim) as d:
                     T.buffer_store(self.keys, f32(0.0), [d, shape.keys + j])
+
+    def load_mask(self, mask: Any, j: Any) -> None:
+        """Copy the mask of one key, in units of log 2."""
+        bias = mask[self.batch % self.shape.mask_batch, 0, 0, j]
+        scaled = T.max(f32(LEAST_MASK), bias * f32(vector_math.LOG2_E))
+        T.buffer_store(self.bias, T.Select(bias < f32(LEAST_MASK), bias, scaled), [j])
 
     def _load_value_row(self, v: Any, j: Any) -> None:
         whole = self.shape.head_dim // self.lanes * self.lanes
@@ -98,7 +105,7 @@ class FloatHead(HeadTask):
                 T.buffer_store(self.table, value, [j, whole + x])
 
     def scores(self, q: Any, first: Any) -> None:
-        """Fill the scratch rows with scaled and masked scores of the query rows from first on."""
+        """Fill the scratch rows with scaled and masked scores, in units of log 2."""
         shape = self.shape
         start = shape.offsets[0] + self.column
 
@@ -110,21 +117,30 @@ class FloatHead(HeadTask):
 
     def finish_score(self, r: Any, at: Any, value: Any) -> None:
         """Store one score, scaled and masked."""
-        scaled = value * f32(self.shape.scale) + self.bias[at]
+        scaled = value * f32(self.shape.scale * vector_math.LOG2_E) + self.bias[at]
         T.buffer_store(self.score, scaled, [r, at])
 
     def normalise(self) -> None:
         """Replace every scratch row by its exponentials; keep the inverse of their sum."""
+        lanes = self.lanes
+        # One loop for each step: a core overlaps the short chains of many rows, not long ones.
         with T.serial(self.rows) as r:
-            peak = self._reduce(T.max, lambda at: self.score[r, at])
-            with T.serial(self.key_pad // self.lanes) as c, T.vectorized(self.lanes) as x:
-                at = c * self.lanes + x
-                T.buffer_store(self.score, vector_math.exp(self.score[r, at] - peak), [r, at])
-            total = self._reduce(operator.add, lambda at: self.score[r, at])
+            peak = emit_reduce(
+                self.partial, lanes, self.key_pad, T.max, lambda at: self.score[r, at]
+            )
+            T.buffer_store(self.peak, peak, [r])
+        with T.serial(self.rows) as r:
+            T.buffer_store(self.partial, zeros("float32", lanes), [T.ramp(0, 1, lanes)])
+            with T.serial(self.key_pad // lanes) as c, T.vectorized(lanes) as x:
+                at = c * lanes + x
+                T.buffer_store(self.score, self.power(self.score[r, at] - self.peak[r]), [r, at])
+                T.buffer_store(self.partial, self.partial[x] + self.score[r, at], [x])
+            total = emit_reduce(self.partial, lanes, lanes, operator.add, lambda x: self.partial[x])
             T.buffer_store(self.inverse, f32(1.0) / total, [r])
 
-    def _reduce(self, combine: Combine, value: Callable[[Any], Any]) -> Any:
-        return emit_reduce(self.partial, self.lanes, self.key_pad, combine, value)
+    def power(self, x: Any) -> Any:
+        """Return ``2 ** x`` of numbers that are not positive."""
+        return vector_math.exp2(x)
 
     def values(self, y: Any, first: Any) -> None:
         """Write the weighted sums of the value rows."""

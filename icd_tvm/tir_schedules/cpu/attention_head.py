@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
@@ -16,6 +17,8 @@ from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.tile import row_pieces
 from icd_tvm.tir_schedules.target import target_threads
 
+# The most negative mask stays finite in units of log 2: minus itself must be zero.
+LEAST_MASK = float(np.finfo(np.float32).min)
 _ROWS = 8
 _SHAPE_ATTR = "icd.attention"
 
@@ -119,7 +122,10 @@ class HeadTask:
         raise NotImplementedError
 
     def scores(self, q: Any, first: Any) -> None:
-        """Fill the scratch rows with scaled and masked scores of the query rows from first on."""
+        """Fill the scratch rows with the scores of the query rows from first on.
+
+        They are scaled, masked and in units of log 2.
+        """
         raise NotImplementedError
 
     def normalise(self) -> None:

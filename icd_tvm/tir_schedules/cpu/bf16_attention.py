@@ -8,6 +8,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 
 from icd_tvm.errors import ShapeError
+from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.attention import FloatHead, attention
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape, build_attention
 from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot, require_bf16
@@ -86,7 +87,7 @@ class _Bf16Head(FloatHead):
             self._round_row(k, (self.batch, j), shape.offsets[1] + self.column, self.row_bits, ())
             with T.unroll(shape.head_dim // PAIR) as d:
                 T.buffer_store(self.keys, _pair(self.row_bits, (), d), [d, j])
-            T.buffer_store(self.bias, mask[self.batch % shape.mask_batch, 0, 0, j], [j])
+            self.load_mask(mask, j)
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
                 T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
@@ -121,7 +122,7 @@ class _Bf16Head(FloatHead):
             T.buffer_store(bits, self.dot.rounded(values), [*at, T.ramp(c * lanes, 1, lanes)])
 
     def scores(self, q: Any, first: Any) -> None:
-        """Fill the scratch rows with scaled and masked scores of the query rows from first on."""
+        """Fill the scratch rows with scaled and masked scores, in units of log 2."""
         shape = self.shape
         start = shape.offsets[0] + self.column
         with T.serial(self.rows) as r:
@@ -140,6 +141,10 @@ class _Bf16Head(FloatHead):
         with T.serial(self.rows) as r, T.serial(self.key_pad // self.lanes) as c:
             at = T.ramp(c * self.lanes, 1, self.lanes)
             T.buffer_store(self.weights, self.dot.rounded(self.score[r, at]), [r, at])
+
+    def power(self, x: Any) -> Any:
+        """Return ``2 ** x`` of numbers that are not positive, to be rounded to bfloat16."""
+        return vector_math.exp2_short(x)
 
     def weight(self, r: Any, pair: Any) -> Any:
         """Return what a pair of value rows is multiplied by."""

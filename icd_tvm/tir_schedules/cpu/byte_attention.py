@@ -17,6 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.attention_head import (
+    LEAST_MASK,
     AttentionShape,
     HeadTask,
     build_attention,
@@ -32,8 +33,6 @@ _ONES = 0x01010101
 # Turns four bytes that are 128 higher into signed ones, and back.
 _FLIP = 0x80808080 - (1 << 32)
 _MAX_CODE = 255.0
-# The most negative mask stays finite in units of log 2: minus itself must be zero.
-_LEAST = float(np.finfo(np.float32).min)
 # Products of bytes summed over more keys than this could overflow 32 bits.
 MAX_KEYS = (2**31 - 1) // (255 * 128)
 
@@ -169,7 +168,7 @@ class _Head(HeadTask):
         self._load_keys(k)
         with T.serial(shape.keys) as j:
             bias = mask[self.batch % shape.mask_batch, 0, 0, j] * f32(vector_math.LOG2_E)
-            T.buffer_store(self.bias, T.max(bias, f32(_LEAST)), [j])
+            T.buffer_store(self.bias, T.max(bias, f32(LEAST_MASK)), [j])
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
                 T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
