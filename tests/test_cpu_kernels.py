@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import special
 
-from icd_tvm._tvm import i64, te, tvm
+from icd_tvm._tvm import i64, s_tir, te, tvm
 from icd_tvm.errors import ConfigError, OutputError, ShapeError, TransformError
 from icd_tvm.files import CACHE_VARIABLE
 from icd_tvm.tir_schedules.cpu import cpu_rules, select, time_kernels, vector_math
@@ -30,12 +30,21 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
 )
 from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
 from icd_tvm.tir_schedules.cpu.softmax import softmax
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, panel_chunk, row_pieces, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import (
+    Tile,
+    choose_tile,
+    find_tiled_block,
+    panel_chunk,
+    row_pieces,
+    share_panels,
+    tile_cycles,
+)
 from icd_tvm.tir_schedules.cpu.transposed_sparse import pack_vcol, vcol_matmul
 from icd_tvm.tir_schedules.target import (
     host_target,
@@ -48,7 +57,7 @@ Array = np.ndarray
 few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 sizes = st.integers(1, 40)
 threads = st.sampled_from([1, 2])
-leads = st.sampled_from([(), (1,), (2, 3)])
+leads = st.sampled_from([(), (1,), (4,), (2, 3)])
 
 
 def random(rng: np.random.Generator, *shape: int) -> Array:
@@ -149,6 +158,29 @@ def test_panel_chunks_leave_work_for_every_thread(panels: int, length: int, coun
     assert panels // chunk >= min(count, panels)
     assert chunk == 1 or chunk * length * 64 <= 512 * 1024
     assert panel_chunk(Tile(8, 3, 16), panels, length, count) == 1
+
+
+@pytest.mark.parametrize(
+    ("m", "count", "extents"),
+    [
+        (32, 1, [1, 2, 6]),
+        (32, 2, [2, 2, 3]),
+        (32, 4, [6, 2]),
+        (32, 6, [6, 2]),
+        (128, 1, [6, 2]),
+    ],
+)
+def test_short_batches_of_a_thread_share_a_panel(m: int, count: int, extents: list[int]) -> None:
+    func = int8_matmul(m, 40, 96, host_target(count), lead=(6,), tile=Tile(8, 3, 16))
+    sch = s_tir.Schedule(func)
+    batch, panel, rows = sch.get_loops(find_tiled_block(sch, ("explicit",)))
+    tasks = share_panels(sch, [batch], panel, rows, count)
+    assert [int(sch.get(loop).extent) for loop in tasks] == extents
+    assert sch.get(tasks[1]).loop_var.same_as(sch.get(panel).loop_var)
+    loops = sch.get_loops(find_tiled_block(sch, ("explicit",)))
+    assert [sch.get(loop).loop_var for loop in loops] == [
+        sch.get(loop).loop_var for loop in (*tasks, rows)
+    ]
 
 
 # Dense
@@ -562,6 +594,19 @@ def test_attention_of_a_fully_masked_row_is_the_mean() -> None:
     mask = np.full((1, 1, 1, 5), -3.4028235e38, np.float32)
     actual = run(attention(shape, target), [q, k, v, mask], (1, 3, 16), target)
     assert_close(actual, np.broadcast_to(v.mean(axis=1, keepdims=True), (1, 3, 16)))
+
+
+def test_attention_gives_keys_of_an_infinite_mask_no_weight() -> None:
+    target = host_target(1)
+    shape = AttentionShape(2, 3, 5, 1, 16, 1.0, 2, (16,) * 3)
+    rng = np.random.default_rng(0)
+    q, k, v = (random(rng, 2, n, 16) for n in (3, 5, 5))
+    mask = np.zeros((2, 1, 1, 5), np.float32)
+    mask[0, ..., 1:4], mask[1] = -np.inf, -np.inf
+    actual = run(attention(shape, target), [q, k, v, mask], (2, 3, 16), target)
+    with np.errstate(invalid="ignore"):
+        assert_close(actual[:1], reference(shape, q, k, v, mask)[:1])
+    assert np.isnan(actual[1]).all()
 
 
 SCALES = ByteScales(query=0.03, query_zero=117, key=0.025, value=0.02, weight=1 / 255)

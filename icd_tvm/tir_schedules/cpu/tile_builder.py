@@ -26,6 +26,7 @@ from icd_tvm.tir_schedules.cpu.tile import (
     fuse_epilogue,
     is_prim_func,
     row_pieces,
+    share_panels,
     tile_attrs,
 )
 from icd_tvm.tir_schedules.target import target_threads
@@ -160,9 +161,11 @@ class ExplicitTileRule(ScheduleRule):
         tile = Tile(*(int(v) for v in sch.get(acc).annotations[TILE_ATTR]))
         producers = sch.get_producers(acc)
         inline_spatial(sch, keep=[acc, *producers])
-        *tasks, rows = sch.get_loops(acc)
+        *batch, panel, rows = sch.get_loops(acc)
+        threads = target_threads(target)
+        tasks = share_panels(sch, batch, panel, rows, threads)
         count = prod(int(sch.get(loop).extent) for loop in tasks)
-        pieces = row_pieces(count, int(sch.get(rows).extent), target_threads(target))
+        pieces = row_pieces(count, int(sch.get(rows).extent), threads)
         if pieces > 1:
             piece, rows = sch.split(rows, [pieces, None])
             tasks = [*tasks, piece]
