@@ -153,7 +153,8 @@ def run(case: Case, threads: int, rounds: int, folder: Path) -> dict[str, Any]:
     command += ["--repeats", str(rounds), "--peer", ",".join(case.peers), "--out", str(folder)]
     fresh = {**os.environ, "ICD_CACHE_DIR": str(folder.with_suffix(".cache"))}
     done = subprocess.run(command, env=fresh, capture_output=True, text=True)
-    line: dict[str, Any] = {"case": case.name, "threads": threads, "arm": case.arm, "bar": case.bar}
+    line: dict[str, Any] = {"case": case.name, "threads": threads, "rounds": rounds}
+    line |= {"arm": case.arm, "bar": case.bar}
     if done.returncode:
         return {**line, "failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     record = json.loads((folder / "metrics.json").read_text())
