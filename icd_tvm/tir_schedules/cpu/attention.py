@@ -72,11 +72,14 @@ class FloatHead(HeadTask):
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys transposed, its values padded to vectors, and the mask."""
         shape, dim = self.shape, self.shape.head_dim
+        start = shape.offsets[1] + self.column
+
+        def word(j: Any, first: Any, count: int) -> Any:
+            at = start + first
+            return k[self.batch, j, T.ramp(at, 1, count) if count > 1 else at]
+
+        self.transpose_keys(self.keys, word, self.lanes)
         with T.serial(shape.keys) as j:
-            with T.serial(dim) as d:
-                T.buffer_store(
-                    self.keys, k[self.batch, j, shape.offsets[1] + self.column + d], [d, j]
-                )
             self._load_value_row(v, j)
             self.load_mask(mask, j)
         if self.key_pad > shape.keys:

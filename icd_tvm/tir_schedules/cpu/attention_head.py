@@ -13,6 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.emit import enter_if, local
+from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.tile import row_pieces
 from icd_tvm.tir_schedules.target import target_threads
@@ -135,6 +136,35 @@ class HeadTask:
     def values(self, y: Any, first: Any) -> None:
         """Write the weighted sums of the value rows."""
         raise NotImplementedError
+
+    def transpose_keys(self, keys: Any, word: Callable[[Any, Any, int], Any], most: int) -> None:
+        """Transpose the keys of this head into scratch memory, in squares where they fit.
+
+        Squares reach past the last key and repeat it, which padding is written over.
+
+        Parameters
+        ----------
+        keys : tirx.Buffer [words, key_pad]
+        word : callable
+            (key, first word, count) -> so many words of its row: a vector, or one number.
+        most : int
+            Words in the longest such vector.
+        """
+        words, last = int(keys.shape[0]), self.shape.keys - 1
+        side = next((s for s in (16, 8, 4) if s <= most and words % s == 0), 1)
+        if side == 1:
+            with T.serial(self.shape.keys) as j, T.serial(words) as d:
+                T.buffer_store(keys, word(j, d, 1), [d, j])
+            return
+        with T.serial(last // side + 1) as square:
+            for first in range(0, words, side):
+                emit_transpose(
+                    side,
+                    lambda row, first=first: word(T.min(square * side + row, last), first, side),  # type: ignore[misc]
+                    lambda row, vector, first=first: T.buffer_store(  # type: ignore[misc]
+                        keys, vector, [first + row, T.ramp(square * side, 1, side)]
+                    ),
+                )
 
     def query_row(self, first: Any, r: Any) -> Any:
         """Return the number of a query row; rows past the end repeat the last one."""

@@ -63,7 +63,6 @@ class _Bf16Head(FloatHead):
     def __init__(self, shape: AttentionShape, dot: Bf16Dot, at: tuple[Any, Any]) -> None:
         super().__init__(shape, dot.lanes, at)
         self.dot = dot
-        self.row_bits = local(shape.head_dim, dtype="uint16")
         self.query = local(self.rows, shape.head_dim, dtype="uint16")
         self.weights = local(self.rows, self.key_pad, dtype="uint16")
 
@@ -83,10 +82,14 @@ class _Bf16Head(FloatHead):
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys and values in pairs, and the mask."""
         shape = self.shape
+        start = shape.offsets[1] + self.column
+
+        def words(j: Any, first: Any, count: int) -> Any:
+            values = k[self.batch, j, T.ramp(start + first * PAIR, 1, count * PAIR)]
+            return T.reinterpret(f"int32x{count}", self.dot.rounded(values))
+
+        self.transpose_keys(self.keys, words, self.lanes // PAIR)
         with T.serial(shape.keys) as j:
-            self._round_row(k, (self.batch, j), shape.offsets[1] + self.column, self.row_bits, ())
-            with T.unroll(shape.head_dim // PAIR) as d:
-                T.buffer_store(self.keys, _pair(self.row_bits, (), d), [d, j])
             self.load_mask(mask, j)
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:

@@ -25,7 +25,6 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
 from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat, zeros
 from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
-from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 
 _FORM_ATTR = "icd.byte_attention"
 _QUAD = 4
@@ -178,30 +177,13 @@ class _Head(HeadTask):
         self._load_values(v)
 
     def _load_keys(self, k: Any) -> None:
-        """Transpose the keys in squares of fours where whole ones fit, else one by one."""
-        words, keys = self.shape.head_dim // _QUAD, self.shape.keys
-        side = next((s for s in (16, 8, 4) if s <= self.lanes and words % s == 0), 1)
-        whole = keys // side if side > 1 else 0
         start = self.shape.offsets[1] + self.column
 
         def word(j: Any, first: Any, count: int) -> Any:
             run = k[self.batch, j, T.ramp(start + first * _QUAD, 1, count * _QUAD)]
             return self._signed(T.reinterpret("int32" + f"x{count}" * (count > 1), run), count)
 
-        if whole:
-            with T.serial(whole) as square:
-                for first in range(0, words, side):
-                    emit_transpose(
-                        side,
-                        lambda row, first=first: word(square * side + row, first, side),  # type: ignore[misc]
-                        lambda row, vector, first=first: T.buffer_store(  # type: ignore[misc]
-                            self.keys, vector, [first + row, T.ramp(square * side, 1, side)]
-                        ),
-                    )
-        if keys > whole * side:
-            with T.serial(keys - whole * side) as j, T.serial(words) as d:
-                at = whole * side + j
-                T.buffer_store(self.keys, word(at, d, 1), [d, at])
+        self.transpose_keys(self.keys, word, self.lanes)
 
     def _signed(self, words: Any, count: int) -> Any:
         """Return the bytes of words as signed ones, where they came raised."""
