@@ -81,6 +81,7 @@ class FloatHead(HeadTask):
         self.transpose_keys(self.keys, word, self.lanes)
         with T.serial(shape.keys) as j:
             self._load_value_row(v, j)
+        with T.serial(shape.keys) as j:
             self.load_mask(mask, j)
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
@@ -143,7 +144,7 @@ class FloatHead(HeadTask):
 
     def power(self, x: Any) -> Any:
         """Return ``2 ** x`` of numbers that are not positive."""
-        return vector_math.exp2(x)
+        return vector_math.exp2(x, positive=False)
 
     def values(self, y: Any, first: Any) -> None:
         """Write the weighted sums of the value rows."""

@@ -114,9 +114,13 @@ def exp(x: Any) -> Any:
     return _horner(_EXP, r) * half
 
 
-def exp2(x: Any) -> Any:
-    """Return ``2 ** x`` to 3 ulp; zero below -125.5, saturated near the largest float above."""
-    clamped = tirx.min(f32(_EXP2_MAX), tirx.max(f32(_EXP2_MIN), x))
+def exp2(x: Any, *, positive: bool = True) -> Any:
+    """Return ``2 ** x`` to 3 ulp; zero below -125.5, saturated near the largest float above.
+
+    Without ``positive`` numbers the saturation is left out.
+    """
+    clamped = tirx.max(f32(_EXP2_MIN), x)
+    clamped = tirx.min(f32(_EXP2_MAX), clamped) if positive else clamped
     n, half = _round(clamped)
     return _horner(_EXP2, clamped - n) * half
 
