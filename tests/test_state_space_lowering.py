@@ -139,6 +139,20 @@ def test_a_scan_forgets_and_keeps() -> None:
     np.testing.assert_array_equal(np.delete(states, 5, 0), [[10, 1]] * 15)
 
 
+@pytest.mark.parametrize(("op", "exact"), [("Max", np.maximum), ("Min", np.minimum)])
+def test_a_step_compares_as_many_numbers_as_there_are(op: str, exact: Any) -> None:
+    operands = [Operand(i, (True, True)) for i in range(2)]
+    program = ScanProgram((8, 4), operands, term(op, OLD, DT, U))
+    rng = np.random.default_rng(0)
+    start, *given = (rng.standard_normal((n, 8, 4)).astype(np.float32) for n in (1, 3, 3))
+    final = tvm.runtime.tensor(np.zeros_like(start))
+    tensors = [tvm.runtime.tensor(array) for array in (start, *given)]
+    compile_kernel(selective_scan(program, 3, (False,) * 2, ()), HOST)["main"](*tensors, final)
+    np.testing.assert_array_equal(
+        final.numpy(), exact.reduce(np.concatenate([start, *given]))[None]
+    )
+
+
 def test_a_scan_compiles_for_aarch64() -> None:
     func = selective_scan(mamba(32, 4), 5, (False,) * 6, (False,))
     text = compile_kernel(func, parse_target("aarch64", 1)).mod.inspect_source("asm")
