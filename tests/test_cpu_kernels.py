@@ -28,8 +28,9 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
     rowlist_matmul,
     vrow_matmul,
 )
-from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
+from icd_tvm.tir_schedules.cpu.byte_attention import ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
@@ -635,7 +636,7 @@ def test_bad_byte_attentions_are_refused() -> None:
     for change, word in (
         ({"queries": 0}, "at least 1"),
         ({"head_dim": 6, "strides": (12,) * 3}, "heads of 6 columns"),
-        ({"keys": MAX_KEYS + 1}, "may overflow"),
+        ({"keys": MAX_DEPTH + 1}, "may overflow"),
     ):
         sizes = {**good, "mask_batch": 1, "strides": (8, 8, 8), **change}
         with pytest.raises(ShapeError, match=word):
