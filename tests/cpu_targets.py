@@ -1,5 +1,11 @@
 """This machine, the portable CPUs whose code it runs, and what code is made for them."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from icd_tvm.tir_schedules.address_trace import address_trace, lower_loops
 from icd_tvm.tir_schedules.target import host_target, vector_bits
 
 HOST = host_target(1)
@@ -16,3 +22,16 @@ def basic_blocks(text: str) -> list[str]:
             block = ""
         block += line + "\n"
     return [*blocks, block]
+
+
+def assert_stays_inside(func: Any, sizes: Sequence[int], target: Any) -> None:
+    """Follow every load and store of a scheduled function; ``sizes`` are those of its arguments.
+
+    Both sides of a selection count, as the code computes both.
+    """
+    apart = 1 << 32
+    starts = [apart * i for i in range(1, len(sizes) + 1)]
+    ends = np.array([0, *sizes, apart])
+    for run in address_trace(lower_loops(func, target), starts, apart * (len(sizes) + 1)):
+        buffer, place = np.divmod(run.address, apart)
+        assert (place + run.size <= ends[buffer]).all()

@@ -28,9 +28,9 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
     rowlist_matmul,
     vrow_matmul,
 )
-from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
+from icd_tvm.tir_schedules.cpu.byte_attention import ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
-from icd_tvm.tir_schedules.cpu.int8_matmul import int8_matmul
+from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH, int8_matmul
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
@@ -685,7 +685,7 @@ def test_bad_byte_attentions_are_refused() -> None:
     for change, word in (
         ({"queries": 0}, "at least 1"),
         ({"head_dim": 6, "strides": (12,) * 3}, "heads of 6 columns"),
-        ({"keys": MAX_KEYS + 1}, "may overflow"),
+        ({"keys": MAX_DEPTH + 1}, "may overflow"),
     ):
         sizes = {**good, "mask_batch": 1, "strides": (8, 8, 8), **change}
         with pytest.raises(ShapeError, match=word):
@@ -776,7 +776,7 @@ def test_powers_at_their_limits(function: Any, top: float, target: Any) -> None:
     actual, _ = apply(function, np.resize(x, 80), target)
     np.testing.assert_array_equal(actual[:5], [0, 0, 0, 1, 1])
     assert actual[5] > 2e38
-    assert (actual[6:8] > 3.4e38).all()
+    np.testing.assert_array_equal(actual[6:8], np.inf)
     assert np.isnan(actual[8:10]).all()
 
 
@@ -791,8 +791,20 @@ def test_exp_at_its_limits() -> None:
     actual, _ = apply(vector_math.exp, np.resize(x, 64))
     np.testing.assert_array_equal(actual[:4], [0, 0, 0, 1])
     assert actual[4] == pytest.approx(np.exp(np.float64(x[4])), rel=1e-6)
-    assert actual[5] > 3e38
+    assert actual[5] == np.inf
     assert np.isnan(actual[6])
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET, ids=["host", *RUNNABLE])
+def test_exponentials_overflow_where_floats_do(target: Any) -> None:
+    for function, exact, edge in (
+        (vector_math.exp, np.exp, 88.7229),
+        (vector_math.exp2, np.exp2, 128),
+    ):
+        x = np.linspace(edge, 1.02 * edge, 4096).astype(np.float32)
+        with np.errstate(over="ignore"):
+            expected = exact(x)
+        np.testing.assert_array_equal(apply(function, x, target)[0], expected)
 
 
 def test_log_is_accurate_over_all_floats_and_makes_no_call() -> None:

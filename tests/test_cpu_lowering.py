@@ -333,6 +333,26 @@ def test_vector_legalisations(name: str) -> None:
     np.testing.assert_allclose(execute(mod, x), exact(x.astype(np.float64)), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("number", [1e-40, -(2.0**-126), 2.0**126, 3e38, np.inf])
+def test_division_by_any_constant(number: float) -> None:
+    """The reciprocals of the least and the largest numbers are no floats, or not in full."""
+    number = np.float32(number)
+    mod = module(lambda emit, x: emit(relax.op.divide(x, relax.const(number))), x=(5, 37))
+    x = random(5, 37)
+    with np.errstate(over="ignore"):
+        expected = x / number
+    np.testing.assert_allclose(execute(mod, x), expected, rtol=2e-7)
+
+
+def test_a_constant_of_more_axes_widens_the_quotient() -> None:
+    mod = module(
+        lambda emit, x: emit(relax.op.divide(x, relax.const(np.full((1, 1), 3, np.float32)))),
+        x=(5,),
+    )
+    x = random(5)
+    np.testing.assert_allclose(execute(mod, x), x[None] / 3, rtol=2e-7)
+
+
 def test_softmax_over_another_axis_falls_back() -> None:
     mod = module(lambda emit, x: emit(relax.op.nn.softmax(x, axis=0)), x=(5, 6))
     x = random(5, 6)

@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cpu_targets import assert_stays_inside
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import special
@@ -93,6 +94,16 @@ def test_every_number_of_16_bits_is_widened_exactly(dtype: str) -> None:
     zeros, mask = np.zeros(values.shape, FLOATS[dtype]), np.zeros(1, np.float32)
     actual = computed(shape, [query, zeros, values], mask, host_target(1))
     np.testing.assert_array_equal(actual, values.astype(np.float32))
+
+
+@pytest.mark.parametrize(("slots", "threads"), [(37, 1), (37, 4), (5, 1), (32, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_nothing_past_the_last_slot_is_read(slots: int, threads: int, dtype: str) -> None:
+    shape, target = DecodeShape(2, 1, 2, slots, 16, 1.0, dtype), host_target(threads)
+    query, cache, scales = 4 * 2 * 2 * 16, 2 * slots * 16, [4 * 2 * slots] * 2
+    rows = [cache, cache, *scales] if dtype == "int8" else [4 * cache] * 2
+    sizes = [query, *rows, 4 * slots, query]
+    assert_stays_inside(decode_attention(shape, target), sizes, target)
 
 
 @pytest.mark.parametrize("value", [LOWEST, -np.inf])

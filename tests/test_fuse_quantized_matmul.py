@@ -168,6 +168,19 @@ def test_transposed_weight_of_a_gemm() -> None:
     assert "int8_matmul" in kernels(check(model(nodes, constants, (M, K)), (M, K)))[-1]
 
 
+def test_a_transpose_that_leaves_the_axes_turns_nothing() -> None:
+    """Where the weight is square no shape tells."""
+    constants = {**weights(), **scales(), "w": weights()["w"][:20], "sw": np.float32(0.01)}
+    constants["zw"] = np.int8(0)
+    nodes = [
+        *QDQ[:2],
+        node("DequantizeLinear", ["w", "sw", "zw"], ["dw"]),
+        node("Transpose", ["dw"], ["tw"], perm=[0, 1]),
+        node("MatMul", ["d", "tw"], ["y"]),
+    ]
+    check(model(nodes, constants, (M, N)), (M, N))
+
+
 def test_one_quantisation_feeds_several_matmuls_and_other_readers() -> None:
     constants = {**weights(), **scales(np.int8, 3), "v": weights(seed=3)["w"]}
     nodes = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cpu_targets import HOST, RUNNABLE
+from cpu_targets import HOST, RUNNABLE, assert_stays_inside
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cpu_lowering import TARGET, Build, calls, constants, execute, lower, module
@@ -15,7 +15,6 @@ from icd_tvm._tvm import named_const, relax, te, tvm
 from icd_tvm.relax_passes.fuse_depthwise_conv import FuseDepthwiseConv
 from icd_tvm.relax_passes.fuse_softplus import FuseSoftplus
 from icd_tvm.relax_passes.slice_splits import SliceSplits
-from icd_tvm.tir_schedules.address_trace import address_trace, lower_loops
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.scan_program import Operand, ScanProgram, Term
 from icd_tvm.tir_schedules.cpu.scan_terms import POWER, SCALED, spare_states
@@ -140,6 +139,20 @@ def test_a_scan_forgets_and_keeps() -> None:
     np.testing.assert_array_equal(np.delete(states, 5, 0), [[10, 1]] * 15)
 
 
+@pytest.mark.parametrize(("op", "exact"), [("Max", np.maximum), ("Min", np.minimum)])
+def test_a_step_compares_as_many_numbers_as_there_are(op: str, exact: Any) -> None:
+    operands = [Operand(i, (True, True)) for i in range(2)]
+    program = ScanProgram((8, 4), operands, term(op, OLD, DT, U))
+    rng = np.random.default_rng(0)
+    start, *given = (rng.standard_normal((n, 8, 4)).astype(np.float32) for n in (1, 3, 3))
+    final = tvm.runtime.tensor(np.zeros_like(start))
+    tensors = [tvm.runtime.tensor(array) for array in (start, *given)]
+    compile_kernel(selective_scan(program, 3, (False,) * 2, ()), HOST)["main"](*tensors, final)
+    np.testing.assert_array_equal(
+        final.numpy(), exact.reduce(np.concatenate([start, *given]))[None]
+    )
+
+
 def test_a_scan_compiles_for_aarch64() -> None:
     func = selective_scan(mamba(32, 4), 5, (False,) * 6, (False,))
     text = compile_kernel(func, parse_target("aarch64", 1)).mod.inspect_source("asm")
@@ -217,15 +230,13 @@ def test_a_row_that_is_not_there_is_not_read() -> None:
     assert np.isnan(result[7:, 1:]).all()
 
 
-def test_no_memory_around_the_rows_is_read() -> None:
+@pytest.mark.parametrize(("rows", "taps"), [(20, 4), (1, 3), (3, 5)])
+def test_no_memory_around_the_rows_is_read(rows: int, taps: int) -> None:
     """Both sides of a selection are computed: the row that is read lies in X all the same."""
-    lowered = lower(module(convolved(False, 16, 4, padding=[3, 2]), x=(20, 16)))
+    lowered = lower(module(convolved(False, 16, taps, padding=[3, 2]), x=(rows, 16)))
     (kernel,) = (f for v, f in lowered.functions.items() if "depthwise" in str(v.name_hint))
-    func, apart = lower_loops(kernel, TARGET), 1 << 20
     sizes = [4 * int(np.prod([int(extent) for extent in one.shape])) for one in kernel.params]
-    for run in address_trace(func, range(apart, apart * (len(sizes) + 1), apart), 1 << 30):
-        buffer, place = np.divmod(run.address, apart)
-        assert (place + run.size <= np.array([0, *sizes])[buffer]).all()
+    assert_stays_inside(kernel, sizes, TARGET)
 
 
 def test_the_constants_keep_their_names() -> None:

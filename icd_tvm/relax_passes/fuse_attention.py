@@ -26,8 +26,9 @@ from icd_tvm.relax_passes.relax_graph import Dataflow, call_func, is_float32, st
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape
 from icd_tvm.tir_schedules.cpu.bf16_attention import HEAD_STEP, attention_kernel
 from icd_tvm.tir_schedules.cpu.bf16_dot import require_bf16
-from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_attention
+from icd_tvm.tir_schedules.cpu.byte_attention import ByteScales, byte_attention
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
+from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH
 
 _HEADS_FIRST = (0, 2, 1, 3)
 _KEYS_LAST = (0, 2, 3, 1)
@@ -177,7 +178,7 @@ def _codes(found: tuple[Codes | None, ...], target: Any, keys: int) -> tuple[Cod
             "probabilities is not 0")  # fmt: skip
     if target is None:
         return codes
-    require(keys <= MAX_KEYS, f"sums over {keys} keys may overflow")
+    require(keys <= MAX_DEPTH, f"sums over {keys} keys may overflow")
     try:
         dot_product(target)
     except ConfigError as error:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from icd_tvm._tvm import PyExprMutator, const_name, i64, mutator, named_const, relax, te, tvm
 from icd_tvm.errors import ConfigError
 from icd_tvm.relax_passes.fuse_quantized_matmul import BYTE_KERNELS_ATTR, read_byte_kernels
+from icd_tvm.relax_passes.narrow_weight import DENSE
 from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     call_func,
@@ -37,8 +38,6 @@ from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.tile import flat_rows
 
 _LOW_HALF = 0xFFFF
-# With more non-zeros than this there are too few groups to skip.
-_DENSE = 0.95
 
 
 @tvm.transform.module_pass(opt_level=0, name="FuseBf16Matmul")
@@ -146,7 +145,7 @@ class _Fuser(PyExprMutator):
         n, target, name = weight.shape[1], self._owner.target, const_name(call.args[1])
         rows = flat_rows(tuple(lead), m)[1]
         tile = None
-        if np.count_nonzero(weight) <= _DENSE * weight.size:
+        if np.count_nonzero(weight) <= DENSE * weight.size:
             tile, self._owner.sparse[name] = choose_bf16_blocks(rows, weight, target)
         if tile is not None:
             counts, pairs, data = pack_block_bf16(weight, tile.columns)

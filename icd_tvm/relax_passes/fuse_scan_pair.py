@@ -135,8 +135,10 @@ def _difference(flow: Dataflow, first: _Scan, second: _Scan) -> str:
     if any(used and left == right for used, left, right in turns):
         return "an operand is read in the same order by both"
     kept = kept_bytes(ScanProgram.from_json(first.program), first.length)
-    if not 0 < kept <= _MAX_BYTES:
-        return f"{kept} bytes would be kept, not between 1 and {_MAX_BYTES}"
+    if kept == 0:
+        return "nothing that both directions compute alike costs more than reading it back"
+    if kept > _MAX_BYTES:
+        return f"{first.length} steps keep {kept} bytes a task, more than {_MAX_BYTES}: use fewer"
     return ""
 
 

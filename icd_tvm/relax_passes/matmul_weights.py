@@ -11,7 +11,13 @@ import numpy.typing as npt
 from icd_tvm._tvm import GenericConst, const_name
 from icd_tvm.relax_passes.head_matmuls import head_matmuls
 from icd_tvm.relax_passes.layer_rules import Layer, Role
-from icd_tvm.relax_passes.relax_graph import Dataflow, is_call, is_float32, static_shape
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    is_call,
+    is_float32,
+    static_shape,
+    swaps_axes,
+)
 
 # What turns stored integers into the weight that a matmul reads.
 _DECODING = frozenset(
@@ -85,7 +91,7 @@ def _constant_behind(flow: Dataflow, expr: Any) -> tuple[Any, bool]:
     if is_call(value, "relax.permute_dims"):
         inner = flow.resolve(value.args[0])
         if isinstance(inner, GenericConst) and len(inner.value.shape) == 2:
-            return inner, True
+            return inner, swaps_axes(value)
     while any(is_call(value, name) for name in _DECODING):
         value = flow.resolve(value.args[0])
     return (value, False) if isinstance(value, GenericConst) else (None, False)

@@ -15,10 +15,10 @@ from icd_tvm.relax_passes.emit_quantized import bf16_activation, static_activati
 from icd_tvm.relax_passes.quant_plan import static_scale
 from icd_tvm.relax_passes.relax_graph import Dataflow, static_shape
 from icd_tvm.tir_schedules.cpu.bf16_attention import HEAD_STEP
+from icd_tvm.tir_schedules.cpu.int8_matmul import QUAD
 
 # Probabilities lie in [0, 1]: no calibration is needed for their codes.
 PROBABILITY = (1.0 / 255.0, 0)
-_QUAD = 4
 # Scale and zero point, and the type of the codes; no scale stands for bfloat16.
 _Code = tuple[tuple[float, int] | None, str]
 _BF16: list[_Code] = [(None, "bfloat16"), (None, "bfloat16")]
@@ -144,7 +144,7 @@ def _products(
     heads = static_shape(product.args[0])
     if bf16 and heads is not None and heads[-2] == 1:
         raise Refused("one query: a decode step reads its cache as it is kept")
-    if heads is None or heads[-1] % (HEAD_STEP if bf16 else _QUAD):
+    if heads is None or heads[-1] % (HEAD_STEP if bf16 else QUAD):
         what = "byte products take columns in fours"
         if bf16:
             what = f"bfloat16 products take columns in runs of {HEAD_STEP}"

@@ -10,7 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from icd_tvm._tvm import Call, GenericConst, const_name
-from icd_tvm.relax_passes.relax_graph import Dataflow, constant_array, is_call, static_shape
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    constant_array,
+    is_call,
+    static_shape,
+    swaps_axes,
+)
 
 _BYTES = ("int8", "uint8")
 _STEPS = tuple(
@@ -98,7 +104,7 @@ def find_weight(flow: Dataflow, expr: Any) -> Weight | None:
         return None
     if is_call(value, "relax.permute_dims"):
         inner = find_weight(flow, value.args[0])
-        return inner.transposed() if inner is not None else None
+        return inner.transposed() if inner is not None and swaps_axes(value) else inner
     if is_call(value, "relax.dequantize"):
         return _dequantized(flow, value)
     if is_call(value, "relax.astype"):
@@ -223,7 +229,7 @@ def evaluate(flow: Dataflow, expr: Any) -> Array | None:
     if is_call(value, "relax.reshape") or is_call(value, "relax.expand_dims"):
         return source.reshape(static_shape(value) or ())
     if is_call(value, "relax.permute_dims") and source.ndim == 2:
-        return source.T
+        return source.T if swaps_axes(value) else source
     if is_call(value, "relax.take"):
         index = evaluate(flow, value.args[1])
         return None if index is None else source.take(index, axis=int(value.attrs.axis))

@@ -78,6 +78,11 @@ def is_call(expr: Any, op: str) -> bool:
     return isinstance(expr, Call) and isinstance(expr.op, Op) and expr.op.name == op
 
 
+def swaps_axes(call: Any) -> bool:
+    """Tell whether a ``relax.permute_dims`` of a matrix swaps its axes; it may leave them."""
+    return call.attrs.axes is None or int(call.attrs.axes[0]) % 2 == 1
+
+
 def packed_fields(expr: Any, name: str) -> list[Any] | None:
     """Return the arguments of a ``call_dps_packed`` of that name, or None."""
     if not is_call(expr, "relax.call_dps_packed") or str(expr.args[0].global_symbol) != name:

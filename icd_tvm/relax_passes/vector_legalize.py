@@ -25,6 +25,8 @@ from icd_tvm.tir_schedules.target import vector_bits
 Legalizer = Callable[[Any, Any], Any]
 # Elements from which a transpose takes longer than the fusion that it ends would save.
 _LARGE = 1 << 14
+# Of smaller numbers, and of the reciprocals of larger ones, float32 does not hold all digits.
+_LEAST = 2.0**-126
 
 
 def legalize_map(target: Any) -> dict[str, Legalizer]:
@@ -77,7 +79,8 @@ def _unary(name: str, function: Callable[[Any], Any]) -> Legalizer:
 def _divide(builder: Any, call: Any) -> Any:
     """Multiply by the reciprocal of a constant: one rounding more, and no division."""
     number = scalar_constant(call.args[1])
-    if number is None or number == 0.0 or not is_float32(call):
+    widens = call.args[0].ty.ndim != call.ty.ndim
+    if number is None or not _LEAST <= abs(number) <= 1 / _LEAST or widens or not is_float32(call):
         return _default(builder, call)
     inverse = tirx.FloatImm("float32", 1.0 / number)
 

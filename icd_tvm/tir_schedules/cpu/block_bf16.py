@@ -98,7 +98,8 @@ def choose_bf16_blocks(
         Modelled share of the dense kernel's time.
     """
     dense = RunProduct("bfloat16", PAIR, bf16_tile, bf16_cycles, pack_bf16)
-    return choose_groups(m, weight, target, dense)
+    groups, reason = choose_groups(m, weight, target, dense)
+    return (groups.tile if groups else None), reason
 
 
 class _Builder(BlockBuilder):

@@ -7,25 +7,24 @@ A quad is four consecutive rows of W, what one byte product takes; the frame is 
 
 from __future__ import annotations
 
-from math import inf, prod
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.block_runs import (
-    MARGIN,
     BlockBuilder,
+    Groups,
     RunProduct,
-    group_costs,
+    choose_groups,
     pack_blocks,
 )
 from icd_tvm.tir_schedules.cpu.dot_product import dot_product
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.int8_matmul import (
-    MAX_DEPTH,
     QUAD,
+    check_quads,
     int8_cycles,
     int8_tile,
     pack_int8,
@@ -73,10 +72,7 @@ def block_int8_matmul(
     ShapeError
         If k is no multiple of four, or so long that a sum could overflow.
     """
-    if k % QUAD or k > MAX_DEPTH:
-        raise ShapeError(
-            f"k = {k} must be a multiple of {QUAD} up to {MAX_DEPTH}", "use the dense kernel"
-        )
+    check_quads(k)
     return _Builder((*lead, m, n), k, space, tile, dot_product(target)).build()
 
 
@@ -142,22 +138,23 @@ def block_int8_product(
     reason : str
         Modelled share of the dense kernel's time.
     """
-    (k, n), rows = weight.shape, flat_rows(lead, m)[1]
-    if k % QUAD:
-        return None, f"{k} rows are no multiple of {QUAD}"
-    tiles = group_costs(rows, weight, target, _DENSE)
-    tile = min(tiles, key=tiles.__getitem__)
-    turned = _transposed_cost(lead, m, weight, target) if rows > MAX_ROWS else inf
-    columns, cost = (GROUP, turned) if turned < tiles[tile] else (tile.columns, tiles[tile])
-    reason = f"model: groups of {columns} take {cost:.2f} of the dense byte product"
-    if cost >= MARGIN:
+    rows = flat_rows(lead, m)[1]
+
+    def transposed() -> dict[Groups, float]:
+        if rows <= MAX_ROWS:
+            return {}
+        return {Groups(GROUP): _transposed_cost(lead, m, weight, target)}
+
+    groups, reason = choose_groups(rows, weight, target, _DENSE, transposed)
+    if groups is None:
         return None, reason
-    if turned < tiles[tile]:
+    k, n = weight.shape
+    if groups.tile is None:
         packed = pack_transposed_int8(weight, target)
         func = transposed_int8_matmul(m, k, n, packed[1].shape[1], target, lead=lead)
     else:
-        packed = pack_block_int8(weight, columns)
-        func = block_int8_matmul(m, k, n, packed[1].shape[1], tile, target, lead=lead)
+        packed = pack_block_int8(weight, groups.columns)
+        func = block_int8_matmul(m, k, n, packed[1].shape[1], groups.tile, target, lead=lead)
     counts, quads, values = packed
     constants: dict[str, npt.NDArray[Any]] = {".counts": counts, ".quads": quads, "": values}
     return BlockProduct(func, constants, QUAD * quads.shape[1]), reason

@@ -16,12 +16,10 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
 from icd_tvm.tir_schedules.cpu.lane_dot import LaneDot
 from icd_tvm.tir_schedules.cpu.run_builder import RunBuilder
-from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
+from icd_tvm.tir_schedules.cpu.tile import INDEX_COST, Lead, Tile
 
-# Reading the index of a run, and X out of order: as for the fp32 row lists on Zen 5.
-_INDEX_COST = 1.08
 # A kernel must beat the dense one by more than the noise of the model.
-MARGIN = 0.97
+_MARGIN = 0.97
 _WIDTHS = (1, 2)
 # Row lists have space for a multiple of this, so that similar weights share a function.
 _SPACE = 16
@@ -59,10 +57,21 @@ def pack_blocks(packed: npt.NDArray[Any]) -> tuple[Any, Any, Any]:
     return counts, np.where(listed, order, 0).astype(np.int32), values.astype(packed.dtype)
 
 
+class Groups(NamedTuple):
+    """Columns of a group of a block-sparse kernel, and its tile; None outside of `BlockBuilder`."""
+
+    columns: int
+    tile: Tile | None = None
+
+
 def choose_groups(
-    m: int, weight: npt.NDArray[Any], target: Any, dense: RunProduct
-) -> tuple[Tile | None, str]:
-    """Return the tile of the block-sparse kernel where it is faster than the dense one.
+    m: int,
+    weight: npt.NDArray[Any],
+    target: Any,
+    dense: RunProduct,
+    others: Callable[[], dict[Groups, float]] = dict,
+) -> tuple[Groups | None, str]:
+    """Return the fastest groups where their kernel is faster than the dense one.
 
     Parameters
     ----------
@@ -72,27 +81,30 @@ def choose_groups(
         As ``dense.pack`` takes it.
     target : tvm.target.Target
     dense : RunProduct
+    others : callable, optional
+        Returns the modelled shares of the dense kernel's time of kernels in another frame.
 
     Returns
     -------
-    tile : Tile or None
+    groups : Groups or None
         None if the dense kernel is faster.
     reason : str
         Modelled share of the dense kernel's time.
     """
-    if weight.shape[0] % dense.length:
-        return None, f"{weight.shape[0]} rows are no multiple of {dense.length}"
-    costs = group_costs(m, weight, target, dense)
+    k = weight.shape[0]
+    if k % dense.length:
+        return None, f"{k} rows are no multiple of {dense.length}: pad the weight with zeros"
+    costs = _group_costs(m, weight, target, dense) | others()
     best = min(costs, key=costs.__getitem__)
     reason = (
         f"model: groups of {best.columns} take {costs[best]:.2f} of the dense {dense.name} product"
     )
-    return (best if costs[best] < MARGIN else None), reason
+    return (best if costs[best] < _MARGIN else None), reason
 
 
-def group_costs(
+def _group_costs(
     m: int, weight: npt.NDArray[Any], target: Any, dense: RunProduct
-) -> dict[Tile, float]:
+) -> dict[Groups, float]:
     """Return the modelled share of the dense kernel's time by the tile that fits a group."""
     k, n = weight.shape
     least = dense.cycles(dense.tile(m, k, n, target), m, k, n)
@@ -100,9 +112,10 @@ def group_costs(
     def cost(tile: Tile) -> float:
         share = float(dense.pack(weight, tile.columns).any(axis=2).mean())
         # Few rows take the time of the bytes, whatever the tile.
-        return share * (1.0 if m <= MAX_ROWS else dense.cycles(tile, m, k, n) / least) * _INDEX_COST
+        return share * (1.0 if m <= MAX_ROWS else dense.cycles(tile, m, k, n) / least) * INDEX_COST
 
-    return {tile: cost(tile) for tile in (dense.tile(m, k, n, target, v) for v in _WIDTHS)}
+    tiles = (dense.tile(m, k, n, target, vectors) for vectors in _WIDTHS)
+    return {Groups(tile.columns, tile): cost(tile) for tile in tiles}
 
 
 class BlockBuilder(RunBuilder):

@@ -24,16 +24,14 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
 )
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
 from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat, zeros
+from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH, QUAD
 from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 
 _FORM_ATTR = "icd.byte_attention"
-_QUAD = 4
 _ONES = 0x01010101
 # Turns four bytes that are 128 higher into signed ones, and back.
 _FLIP = 0x80808080 - (1 << 32)
 _MAX_CODE = 255.0
-# Products of bytes summed over more keys than this could overflow 32 bits.
-MAX_KEYS = (2**31 - 1) // (255 * 128)
 
 
 @dataclass(frozen=True)
@@ -107,12 +105,12 @@ def byte_attention(shape: AttentionShape, target: Any, form: ByteForm = ByteForm
         If the target has no int8 dot product.
     ShapeError
         If a size is less than one, a head reaches past the end of its row or is no multiple of
-        four columns, or there are more than ``MAX_KEYS`` keys.
+        four columns, or there are more than ``MAX_DEPTH`` keys.
     """
-    if shape.head_dim % _QUAD:
+    if shape.head_dim % QUAD:
         raise ShapeError(f"heads of {shape.head_dim} columns", "byte products take fours")
-    if shape.keys > MAX_KEYS:
-        raise ShapeError(f"sums over {shape.keys} keys may overflow", f"cut to {MAX_KEYS}")
+    if shape.keys > MAX_DEPTH:
+        raise ShapeError(f"sums over {shape.keys} keys may overflow", f"cut to {MAX_DEPTH}")
     dot = dot_product(target)
     side = "uint8" if form.raised else "int8"
     types = ("uint8", side, side, "uint8" if form.codes else "float32")
@@ -150,9 +148,9 @@ class _Head(HeadTask):
         super().__init__(shape, dot.lanes, at)
         self.dot, self.form = dot, form
         self.scales, self.zero, *self.output = given
-        self.key_quads = -(-shape.keys // _QUAD)
+        self.key_quads = -(-shape.keys // QUAD)
         # Four bytes that are multiplied at once are one int32 here.
-        self.keys = local(shape.head_dim // _QUAD, self.key_pad, dtype="int32")
+        self.keys = local(shape.head_dim // QUAD, self.key_pad, dtype="int32")
         self.table = local(self.key_quads, self.value_pad, dtype="int32")
         self.surplus = local(self.key_pad, dtype="int32")
         self.bias = local(self.key_pad)
@@ -171,7 +169,7 @@ class _Head(HeadTask):
         if self.key_pad > shape.keys:
             with T.serial(self.key_pad - shape.keys) as j:
                 T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
-                with T.serial(shape.head_dim // _QUAD) as d:
+                with T.serial(shape.head_dim // QUAD) as d:
                     T.buffer_store(self.keys, i32(0), [d, shape.keys + j])
         self._sum_keys()
         self._load_values(v)
@@ -180,7 +178,7 @@ class _Head(HeadTask):
         start = self.shape.offsets[1] + self.column
 
         def word(j: Any, first: Any, count: int) -> Any:
-            run = k[self.batch, j, T.ramp(start + first * _QUAD, 1, count * _QUAD)]
+            run = k[self.batch, j, T.ramp(start + first * QUAD, 1, count * QUAD)]
             return self._signed(T.reinterpret("int32" + f"x{count}" * (count > 1), run), count)
 
         self.transpose_keys(self.keys, word, self.lanes)
@@ -197,18 +195,18 @@ class _Head(HeadTask):
         with T.serial(self.key_pad // self.lanes) as c:
             at = T.ramp(c * self.lanes, 1, self.lanes)
             total: Any = nothing
-            for d in range(self.shape.head_dim // _QUAD):
+            for d in range(self.shape.head_dim // QUAD):
                 total = self.dot.add(total, i32(_ONES), self._bytes(self.keys[d, at]))
             zero = T.broadcast(self.zero[0], self.lanes)
             T.buffer_store(self.surplus, nothing - total * zero, [at])
 
     def _load_values(self, v: Any) -> None:
-        whole = self.shape.keys // _QUAD
+        whole = self.shape.keys // QUAD
         if whole:
             with T.serial(whole) as quad:
-                self._value_row(v, quad, _QUAD)
+                self._value_row(v, quad, QUAD)
         if whole < self.key_quads:
-            self._value_row(v, whole, self.shape.keys % _QUAD)
+            self._value_row(v, whole, self.shape.keys % QUAD)
 
     def _value_row(self, v: Any, quad: Any, count: int) -> None:
         """Interleave the bytes of four rows of values."""
@@ -217,7 +215,7 @@ class _Head(HeadTask):
         def word(d: Any) -> Any:
             total: Any = None
             for byte in range(count):
-                code = v[self.batch, quad * _QUAD + byte, start + d].astype("int32")
+                code = v[self.batch, quad * QUAD + byte, start + d].astype("int32")
                 code = T.shift_left(T.bitwise_and(code, i32(255)), i32(8 * byte))
                 total = code if total is None else T.bitwise_or(total, code)
             return self._signed(total, 1)
@@ -238,7 +236,7 @@ class _Head(HeadTask):
         factor = T.bind(f32(shape.scale * vector_math.LOG2_E) * self.scales[0])
 
         def step(total: Any, r: Any, d: Any, columns: Any) -> Any:
-            run = T.ramp(start + d * _QUAD, 1, _QUAD)
+            run = T.ramp(start + d * QUAD, 1, QUAD)
             four = T.reinterpret("int32", q[self.batch, self.query_row(first, r), run])
             return self.dot.add(total, four, self._bytes(self.keys[d, columns]))
 
@@ -246,7 +244,7 @@ class _Head(HeadTask):
             scaled = value.astype("float32") * factor + self.bias[at]
             T.buffer_store(self.score, scaled, [r, at])
 
-        size = (shape.head_dim // _QUAD, self.key_pad)
+        size = (shape.head_dim // QUAD, self.key_pad)
         self.multiply("scores", size, lambda at: self.surplus[at], step, finish, dtype="int32")
 
     def normalise(self) -> None:
@@ -277,7 +275,7 @@ class _Head(HeadTask):
         shape = self.shape
 
         def step(total: Any, r: Any, quad: Any, columns: Any) -> Any:
-            four = T.reinterpret("int32", self.codes[r, T.ramp(quad * _QUAD, 1, _QUAD)])
+            four = T.reinterpret("int32", self.codes[r, T.ramp(quad * QUAD, 1, QUAD)])
             return self.dot.add(total, four, self._bytes(self.table[quad, columns]))
 
         def finish(r: Any, at: Any, value: Any) -> None:
@@ -299,4 +297,4 @@ class _Head(HeadTask):
         )
 
     def _bytes(self, words: Any) -> Any:
-        return T.reinterpret(f"int8x{_QUAD * self.lanes}", words)
+        return T.reinterpret(f"int8x{QUAD * self.lanes}", words)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.cache_rows import BYTES, CacheRows
 from icd_tvm.tir_schedules.cpu.decode_join import JoinedRuns, WholeCache
-from icd_tvm.tir_schedules.cpu.emit import f32, local
+from icd_tvm.tir_schedules.cpu.emit import emit_if, f32, local
 from icd_tvm.tir_schedules.cpu.lane_reduce import Combine, emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
@@ -211,17 +211,44 @@ class _Run:
 
     def _finish(self, acc: Any, k: CacheRows, mask: Any, block: Any, r: Any) -> None:
         plan = self.plan
-        start = self.first + block * plan.lanes
+        start = block * plan.lanes
         with T.vectorized(plan.lanes) as x:
-            row = self._row(start + x)
-            score = acc[x] * f32(plan.shape.scale)
+            T.buffer_store(self.score, acc[x] * f32(plan.shape.scale), [r, start + x])
+
+        def finish(x: Any) -> None:
+            at = start + x
+            score, slot = self.score[r, at], self.first + at
             if k.scale is not None:
-                score = score * k.scale[self.batch, self.head, row, 0]
-            score = score + mask[row]
-            if plan.ragged:
-                inside = start + x < plan.shape.slots
-                score = T.Select(inside, score, f32(float("-inf")))
-            T.buffer_store(self.score, score, [r, block * plan.lanes + x])
+                score = score * k.scale[self.batch, self.head, slot, 0]
+            T.buffer_store(self.score, score + mask[slot], [r, at])
+
+        def hide(x: Any) -> None:
+            T.buffer_store(self.score, f32(float("-inf")), [r, start + x])
+
+        self._each_slot(start, finish, hide)
+
+    def _each_slot(
+        self, start: Any, emit: Callable[[Any], None], beyond: Callable[[Any], None] | None = None
+    ) -> None:
+        """Emit for a vector of slots from ``start`` of the task on; ``beyond`` past the last one.
+
+        A block that reaches past the end goes slot by slot: of a vector nothing may be read there.
+        """
+        plan, first = self.plan, self.first + start
+
+        def whole() -> None:
+            with T.vectorized(plan.lanes) as x:
+                emit(x)
+
+        def ragged() -> None:
+            with T.serial(plan.lanes) as x, T.If(first + x < plan.shape.slots):
+                with T.Then():
+                    emit(x)
+                if beyond is not None:
+                    with T.Else():
+                        beyond(x)
+
+        emit_if(plan.ragged, first + plan.lanes > plan.shape.slots, ragged, whole)
 
     def normalise(self) -> None:
         """Replace every scratch row by its exponentials; keep its peak and its sum."""
@@ -242,10 +269,15 @@ class _Run:
             return
         plan = self.plan
         blocks = plan.width // plan.lanes
-        with T.grid(plan.shape.share, blocks) as (r, c), T.vectorized(plan.lanes) as x:
-            at = c * plan.lanes + x
-            scale = v.scale[self.batch, self.head, self._row(self.first + at), 0]
-            T.buffer_store(self.score, self.score[r, at] * scale, [r, at])
+        with T.grid(plan.shape.share, blocks) as (r, c):
+            start = c * plan.lanes
+
+            def weigh(x: Any) -> None:
+                at = start + x
+                scale = v.scale[self.batch, self.head, self.first + at, 0]
+                T.buffer_store(self.score, self.score[r, at] * scale, [r, at])
+
+            self._each_slot(start, weigh)
 
     def _reduce(self, combine: Combine, r: Any) -> Any:
         plan = self.plan

@@ -40,10 +40,11 @@ def depthwise_rows(x: Any, weight: Any, bias: Any, *, before: int, after: int, s
         total = bias[c]
         for k in range(taps):
             row = t + (k * step - before)
-            # Both sides of a selection are computed: no row outside X may be read. TVM would take
-            # the clamp away under a condition that spells the bounds.
+            # Both sides of a selection are computed: no row outside X may be read. TVM takes the
+            # clamp away under a condition that it can solve for the row, which an xor is not.
             near = te.min(te.max(row, i64(0)), i64(length - 1))
-            value = tirx.Select(tirx.EQ(near, row), x[(*batch, near, c)], f32(0.0))
+            inside = tirx.EQ(near ^ row, i64(0))
+            value = tirx.Select(inside, x[(*batch, near, c)], f32(0.0))
             total = total + weight[k, c] * value
         return total
 

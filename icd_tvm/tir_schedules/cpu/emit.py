@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
@@ -49,6 +50,20 @@ def prefetch(element: Any, locality: int = 3, *, write: bool = False) -> Any:
 def local(*shape: int, dtype: str = "float32") -> Any:
     """Return a buffer in registers or on the stack."""
     return T.sblock_alloc_buffer(shape, dtype, scope="local")
+
+
+def emit_if(
+    ever: bool, condition: Any, then: Callable[[], None], otherwise: Callable[[], None]
+) -> None:
+    """Emit ``then`` under a condition and ``otherwise`` elsewhere; that alone if it never holds."""
+    if not ever:
+        otherwise()
+        return
+    with T.If(condition):
+        with T.Then():
+            then()
+        with T.Else():
+            otherwise()
 
 
 def enter_if(stack: contextlib.ExitStack, condition: Any) -> None:

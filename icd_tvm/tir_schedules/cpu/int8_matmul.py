@@ -88,6 +88,14 @@ def int8_matmul(
     return func.with_attr(_MARK, True)
 
 
+def check_quads(k: int) -> None:
+    """Raise ShapeError unless ``k`` rows are whole quads, and few enough for sums of 32 bits."""
+    if k % QUAD or k > MAX_DEPTH:
+        raise ShapeError(
+            f"k = {k} must be a multiple of {QUAD} up to {MAX_DEPTH}", "use the dense kernel"
+        )
+
+
 def is_int8_matmul(func: Any) -> bool:
     """Tell whether a function was made by `int8_matmul` and nothing was fused to it."""
     return func.attrs is not None and _MARK in func.attrs

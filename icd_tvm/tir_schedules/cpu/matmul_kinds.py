@@ -19,7 +19,13 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
 )
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul
 from icd_tvm.tir_schedules.cpu.panel_builder import VColShape, vcol_cycles
-from icd_tvm.tir_schedules.cpu.tile import Tile, choose_tile, flat_rows, tile_cycles
+from icd_tvm.tir_schedules.cpu.tile import (
+    INDEX_COST,
+    Tile,
+    choose_tile,
+    flat_rows,
+    tile_cycles,
+)
 from icd_tvm.tir_schedules.cpu.transposed_sparse import pack_vcol, vcol_matmul
 from icd_tvm.tir_schedules.target import vector_bits
 
@@ -27,8 +33,6 @@ from icd_tvm.tir_schedules.target import vector_bits
 KINDS = ("dense", "rowlist", "vrow32", "vrow16", "vcol16", "vcol8", "vcol1")
 # Groups of 8 read no more rows than groups of 16, at the same speed; vcol1 is CSR.
 CANDIDATES = ("rowlist", "vrow32", "vrow16", "vcol8", "vcol1")
-# The row index is one more load per step, which only one-vector tiles feel; Zen 5.
-_INDEX_COST = 1.08
 # Bytes a cycle that one core reads from memory: 43 GB/s measured at 3.6 GHz, Zen 5.
 _MEMORY_BYTES = 12
 # Row lists are padded so that weights of nearly one size share a function.
@@ -142,7 +146,7 @@ def _core_cycles(kind: str, shape: Shape, rows: float, target: Any) -> float:
         return vcol_cycles(VColShape(tuple(lead), m, k, n, 1, group_width(kind), lanes), rows)
     batch, m = flat_rows(tuple(lead), m)
     tile = _tile(kind, shape, target)
-    factor = _INDEX_COST if kind != "dense" and tile.vectors == 1 else 1.0
+    factor = INDEX_COST if kind != "dense" and tile.vectors == 1 else 1.0
     return prod(batch) * tile_cycles(tile, m, k, n) * rows * factor
 
 

@@ -23,10 +23,10 @@ from icd_tvm.tir_schedules.cpu.dense import (
     shape64,
     unravel_index,
 )
-from icd_tvm.tir_schedules.cpu.emit import prefetch, zeros
+from icd_tvm.tir_schedules.cpu.emit import emit_if, prefetch, zeros
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, flat_rows, tile_attrs
-from icd_tvm.tir_schedules.cpu.tile_builder import spatial_axes
+from icd_tvm.tir_schedules.cpu.tile_builder import buffer_arg, spatial_axes
 
 KERNEL = "vcol"
 # Vectors of rows per panel. A group of one column has no other column to hide the latency of its
@@ -182,11 +182,11 @@ class PanelBuilder:
         with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
             T.func_name(self.name)
             T.func_attr({"tirx.noalias": True, "op_pattern": OUT_EWISE_FUSABLE})
-            x = _arg("X", (*s.lead, s.m, s.k * self.length), x_type)
-            counts = _arg("counts", (s.groups,), "int32")
-            idx = _arg("idx", (s.groups, s.nk), "int32")
-            data = _arg("data", (s.groups, s.nk, s.v * self.length), w_type)
-            y = _arg("Y", (*s.lead, s.m, s.n), word)
+            x = buffer_arg("X", (*s.lead, s.m, s.k * self.length), x_type)
+            counts = buffer_arg("counts", (s.groups,), "int32")
+            idx = buffer_arg("idx", (s.groups, s.nk), "int32")
+            data = buffer_arg("data", (s.groups, s.nk, s.v * self.length), w_type)
+            y = buffer_arg("Y", (*s.lead, s.m, s.n), word)
             turned = self._buffer((*s.batch, s.panels, s.depth, s.width))
             acc = self._buffer((*s.batch, s.panels * s.width, s.blocks * s.block))
             self._emit_panels(x, turned)
@@ -230,7 +230,7 @@ class PanelBuilder:
                     value = self.words(x, row(r), T.min(first + c, i64(s.k - 1)), 1)
                     T.buffer_store(turned, value, [*batch, panel, first + c, left + r])
 
-            _emit_last(s.depth == s.k, chunk == chunks - 1, whole, ragged)
+            emit_if(s.depth != s.k, chunk == chunks - 1, ragged, whole)
 
     def _emit_product(self, inputs: tuple[Any, ...], acc: Any) -> None:
         """Fill ``acc[*batch, row, column]``, one panel of rows and block of columns at a time."""
@@ -310,21 +310,3 @@ class PanelBuilder:
 def run(start: Any, count: int) -> Any:
     """Return the index of ``count`` neighbours."""
     return T.ramp(start, i64(1), count)
-
-
-def _emit_last(
-    never: bool, last: Any, whole: Callable[[], None], ragged: Callable[[], None]
-) -> None:
-    """Emit ``ragged`` where ``last`` holds and ``whole`` elsewhere."""
-    if never:
-        whole()
-        return
-    with T.If(last):
-        with T.Then():
-            ragged()
-        with T.Else():
-            whole()
-
-
-def _arg(name: str, shape: Lead, dtype: str) -> Any:
-    return T.arg(name, T.Buffer(shape64(shape), dtype))

@@ -12,7 +12,7 @@ from typing import Any
 
 from icd_tvm._tvm import Var, i64, s_tir, tirx, tvm_ffi
 from icd_tvm.tir_schedules.cpu.emit import LINE, prefetch
-from icd_tvm.tir_schedules.cpu.tile import TILE_ATTR, Tile
+from icd_tvm.tir_schedules.cpu.tile import annotated_tile
 
 
 def prefetch_next_panel(sch: Any) -> Any:
@@ -35,7 +35,7 @@ def prefetch_next_panel(sch: Any) -> Any:
     weight, func = block.reads[-1].source, sch.mod["main"]
     if int(weight.ty.shape[0]) == 1:
         return sch
-    tile = Tile(*(int(v) for v in block.annotations[TILE_ATTR]))
+    tile = annotated_tile(block)
     row_tiles = int(block.iter_vars[-3].dom.extent) // tile.rows
 
     def extend(loop: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -29,8 +30,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": lambda a, b: a / b,
-    "Max": tirx.max,
-    "Min": tirx.min,
+    "Max": lambda *args: reduce(tirx.max, args),
+    "Min": lambda *args: reduce(tirx.min, args),
     "Neg": lambda a: -a,
     "Exp": vector_math.exp,
     POWER: vector_math.exp2,

@@ -8,17 +8,20 @@ from typing import Any
 
 from icd_tvm._tvm import s_tir, tvm
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
+from icd_tvm.tir_schedules.cpu.emit import LINE
 from icd_tvm.tir_schedules.target import target_threads, vector_bits
 
 Lead = tuple[int, ...]
 TILE_ATTR = "icd.tile"
+# Of reading a list of rows: one more load a step, which tiles of one vector feel; Zen 5.
+INDEX_COST = 1.08
 _K_UNROLL = 4
 _CHUNK_BYTES = 512 * 1024
 _MAX_VECTORS = 8
 _MAX_CLAMPED = 4
 _FEW_TILES = 8
-# Level-1 data cache of current x86-64 cores: 64-byte lines, 64 sets, 8 to 12 ways.
-_LINE, _L1_SETS, _L1_WAYS = 64, 64, 12
+# Level-1 data cache of current x86-64 cores: 64 sets of 8 to 12 ways.
+_L1_SETS, _L1_WAYS = 64, 12
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def tile_cycles(tile: Tile, m: int, k: int, n: int) -> float:
 
 def _lines_per_set(rows: int, k: int) -> float:
     """Return how many of ``rows`` lines, ``k`` fp32 values apart, share one L1 set."""
-    lines = max(1, 4 * k // _LINE)
+    lines = max(1, 4 * k // LINE)
     return rows * gcd(lines, _L1_SETS) / _L1_SETS
 
 
@@ -133,6 +136,11 @@ def flat_rows(lead: Lead, m: int) -> tuple[Lead, int]:
 def tile_attrs(tile: Tile, kernel: str) -> dict[str, Any]:
     """Return the block annotations by which the schedule rules recognise a matmul."""
     return {TILE_ATTR: [tile.rows, tile.vectors, tile.lanes], "icd.kernel": kernel}
+
+
+def annotated_tile(block: Any) -> Tile:
+    """Return the tile that `tile_attrs` wrote on a block."""
+    return Tile(*(int(v) for v in block.annotations[TILE_ATTR]))
 
 
 def find_tiled_block(sch: Any, kernels: tuple[str, ...]) -> Any:
@@ -155,7 +163,7 @@ def schedule_tiled(func: Any, target: Any, kernels: tuple[str, ...]) -> Any:
     acc = find_tiled_block(sch, kernels)
     if acc is None:
         return None
-    tile = Tile(*(int(v) for v in sch.get(acc).annotations[TILE_ATTR]))
+    tile = annotated_tile(sch.get(acc))
     prologue = sch.get_producers(acc)
     inline_spatial(sch, keep=[acc, *prologue])
     threads = target_threads(target)
@@ -164,7 +172,7 @@ def schedule_tiled(func: Any, target: Any, kernels: tuple[str, ...]) -> Any:
     for producer in prologue:
         schedule_spatial(sch, producer, target)
     # Annotate before the split of the reduction: its init block inherits the loop kinds.
-    sch.parallel(_spread(sch, tasks, rows, threads))
+    sch.parallel(spread(sch, tasks, rows, threads))
     for loop in (reduce[1], *inner[:2]):
         sch.unroll(loop)
     sch.vectorize(inner[2])
@@ -225,23 +233,31 @@ def panel_chunk(tile: Tile, panels: int, length: int, threads: int) -> int:
     return max(c for c in range(1, panels + 1) if panels % c == 0 and c <= fits)
 
 
-def fuse_epilogue(sch: Any, acc: Any, at: Any, tile: Tile, target: Any) -> None:
-    """Compute the consumer of the accumulator on the tile, or after it if shapes differ."""
+def fuse_epilogue(sch: Any, acc: Any, at: Any, tile: Tile, target: Any) -> Any:
+    """Compute the consumer of the accumulator on the tile, or after it if shapes differ.
+
+    Returns
+    -------
+    SBlockRV or None
+        The consumer, if it is computed on tiles and in vectors.
+    """
     (consumer,) = sch.get_consumers(acc)
     try:
         sch.reverse_compute_at(consumer, at, preserve_unit_loops=True)
     except s_tir.ScheduleError:
         schedule_spatial(sch, consumer, target)
-        return
+        return None
     sch.set_scope(acc, 0, "local")
     inner = sch.get_loops(consumer)[-1]
     # The last panel of a ragged output stores under a predicate, which does not vectorise.
     whole = int(sch.get(consumer).iter_vars[-1].dom.extent) % tile.columns == 0
-    if whole and int(sch.get(inner).extent) % tile.lanes == 0:
-        sch.vectorize(sch.split(inner, [None, tile.lanes])[1])
+    if not whole or int(sch.get(inner).extent) % tile.lanes:
+        return None
+    sch.vectorize(sch.split(inner, [None, tile.lanes])[1])
+    return consumer
 
 
-def _spread(sch: Any, tasks: list[Any], rows: Any, threads: int) -> Any:
+def spread(sch: Any, tasks: list[Any], rows: Any, threads: int) -> Any:
     """Fuse the task loops, with a piece of the row loop if there are too few, into one loop."""
     count = prod(int(sch.get(loop).extent) for loop in tasks)
     pieces = row_pieces(count, int(sch.get(rows).extent), threads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 from tvm.script.ir_builder import IRBuilder
@@ -18,15 +17,15 @@ from icd_tvm.tir_schedules.cpu.dense import (
 from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
 from icd_tvm.tir_schedules.cpu.emit import zeros
 from icd_tvm.tir_schedules.cpu.tile import (
-    TILE_ATTR,
     Lead,
     Tile,
+    annotated_tile,
     find_tiled_block,
     flat_rows,
     fuse_epilogue,
     is_prim_func,
-    row_pieces,
     share_panels,
+    spread,
     tile_attrs,
 )
 from icd_tvm.tir_schedules.target import target_threads
@@ -82,8 +81,8 @@ class TileBuilder:
         with IRBuilder() as builder, T.prim_func(is_private=True, s_tir=True):
             T.func_name(self.name)
             T.func_attr({"tirx.noalias": True, "op_pattern": OUT_EWISE_FUSABLE})
-            inputs = [_arg(name, *kind) for name, kind in self.parameters().items()]
-            y = _arg("Y", (*self.shape, self.n), self.dtype)
+            inputs = [buffer_arg(name, *kind) for name, kind in self.parameters().items()]
+            y = buffer_arg("Y", (*self.shape, self.n), self.dtype)
             size = shape64((*self.batch, self.rows, self.columns))
             acc = T.sblock_alloc_buffer(size, self.dtype)
             self._emit_tiles(self.shared(inputs[0]), inputs[1:], acc)
@@ -158,21 +157,15 @@ class ExplicitTileRule(ScheduleRule):
         acc = find_tiled_block(sch, (KERNEL,))
         if acc is None:
             return None
-        tile = Tile(*(int(v) for v in sch.get(acc).annotations[TILE_ATTR]))
         producers = sch.get_producers(acc)
         inline_spatial(sch, keep=[acc, *producers])
         *batch, panel, rows = sch.get_loops(acc)
         threads = target_threads(target)
         tasks = share_panels(sch, batch, panel, rows, threads)
-        count = prod(int(sch.get(loop).extent) for loop in tasks)
-        pieces = row_pieces(count, int(sch.get(rows).extent), threads)
-        if pieces > 1:
-            piece, rows = sch.split(rows, [pieces, None])
-            tasks = [*tasks, piece]
-        fuse_epilogue(sch, acc, rows, tile, target)
+        fuse_epilogue(sch, acc, rows, annotated_tile(sch.get(acc)), target)
         for producer in producers:
             schedule_spatial(sch, producer, target)
-        sch.parallel(sch.fuse(*tasks) if len(tasks) > 1 else tasks[0])
+        sch.parallel(spread(sch, tasks, rows, threads))
         return sch
 
 
@@ -182,5 +175,6 @@ def spatial_axes(loops: Any) -> list[Any]:
     return list(axes) if len(loops) > 1 else [axes]
 
 
-def _arg(name: str, shape: Lead, dtype: str) -> Any:
+def buffer_arg(name: str, shape: Lead, dtype: str) -> Any:
+    """Declare an argument of the function that is being built."""
     return T.arg(name, T.Buffer(shape64(shape), dtype))

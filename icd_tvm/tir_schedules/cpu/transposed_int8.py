@@ -21,11 +21,10 @@ import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T
 
 from icd_tvm._tvm import i64
-from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu.block_runs import pack_blocks
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
-from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH, QUAD, pack_int8
+from icd_tvm.tir_schedules.cpu.int8_matmul import QUAD, check_quads, pack_int8
 from icd_tvm.tir_schedules.cpu.panel_builder import PanelBuilder, VColShape, block_columns
 from icd_tvm.tir_schedules.cpu.tile import Lead
 
@@ -45,10 +44,7 @@ def transposed_int8_shape(
     ShapeError
         If k is no multiple of four, or so long that a sum could overflow.
     """
-    if k % QUAD or k > MAX_DEPTH:
-        raise ShapeError(
-            f"k = {k} must be a multiple of {QUAD} up to {MAX_DEPTH}", "use the dense kernel"
-        )
+    check_quads(k)
     return VColShape(lead, m, k // QUAD, n, space, GROUP, dot_product(target).lanes)
 
 

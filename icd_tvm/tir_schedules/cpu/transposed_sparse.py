@@ -20,7 +20,7 @@ from icd_tvm._tvm import ScheduleRule, s_tir
 from icd_tvm.errors import TransformError
 from icd_tvm.tir_schedules.cpu.block_sparse import group_rows
 from icd_tvm.tir_schedules.cpu.dense import matrix_shape
-from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial, schedule_spatial
+from icd_tvm.tir_schedules.cpu.elementwise import inline_spatial
 from icd_tvm.tir_schedules.cpu.panel_builder import (
     KERNEL,
     PanelBuilder,
@@ -29,10 +29,10 @@ from icd_tvm.tir_schedules.cpu.panel_builder import (
 )
 from icd_tvm.tir_schedules.cpu.prefetch import prefetch_next_output
 from icd_tvm.tir_schedules.cpu.tile import (
-    TILE_ATTR,
     Lead,
-    Tile,
+    annotated_tile,
     find_tiled_block,
+    fuse_epilogue,
     is_prim_func,
     row_pieces,
 )
@@ -142,9 +142,10 @@ class TransposedSparseRule(ScheduleRule):
             _parallel(sch, sch.get_loops(panel)[:-1])
         else:
             sch.compute_at(panel, tasks[-1], preserve_unit_loops=True)
-        fused = _fuse_epilogue(sch, acc, block, target)
+        tile = annotated_tile(sch.get(acc))
+        consumer = fuse_epilogue(sch, acc, block, tile, target)
         _parallel(sch, [*tasks, piece] if pieces > 1 else tasks)
-        return prefetch_next_output(sch, *fused) if fused else sch
+        return sch if consumer is None else prefetch_next_output(sch, consumer, tile.columns)
 
 
 def _pieces(sch: Any, tasks: list[Any], block: Any, threads: int) -> int:
@@ -155,27 +156,3 @@ def _pieces(sch: Any, tasks: list[Any], block: Any, threads: int) -> int:
 
 def _parallel(sch: Any, loops: list[Any]) -> None:
     sch.parallel(sch.fuse(*loops) if len(loops) > 1 else loops[0])
-
-
-def _fuse_epilogue(sch: Any, acc: Any, at: Any, target: Any) -> tuple[Any, int] | None:
-    """Compute the consumer of the accumulator on each block, or after all if shapes differ.
-
-    Returns
-    -------
-    tuple of SBlockRV and int, or None
-        The consumer and its columns, if it is computed on blocks and vectors of them.
-    """
-    (consumer,) = sch.get_consumers(acc)
-    try:
-        sch.reverse_compute_at(consumer, at, preserve_unit_loops=True)
-    except s_tir.ScheduleError:
-        schedule_spatial(sch, consumer, target)
-        return None
-    sch.set_scope(acc, 0, "local")
-    tile = Tile(*(int(v) for v in sch.get(acc).annotations[TILE_ATTR]))
-    inner = sch.get_loops(consumer)[-1]
-    # The last block of a ragged output stores under a predicate, which does not vectorise.
-    if int(sch.get(consumer).iter_vars[-1].dom.extent) % tile.columns:
-        return None
-    sch.vectorize(sch.split(inner, [None, tile.lanes])[1])
-    return consumer, tile.columns

@@ -61,7 +61,8 @@ _LOG = (
     3.3333331174e-1,
 )
 _SQRT_HALF_BITS, _LEAST_NORMAL = 0x3F3504F3, 2.0**-126
-_EXP_MIN, _EXP_MAX = -87.33654, 88.72283
+# Beyond the most the factor 2^(n - 1) is infinite: n is 129.
+_EXP_MIN, _EXP_MAX = -87.33654, 89.5
 _ERF_LIMIT = 3.8
 # erf(x) = x p(2 x^2 / 3.8^2 - 1) on |x| <= 3.8: minimax in |error|, 5e-8 before rounding; beyond,
 # erf is 1 to within 8e-8. No division, and coefficients small enough for Horner in fp32.
@@ -103,11 +104,11 @@ _EXP2_SHORT = (
     6.931218106e-01,
     9.999992613e-01,
 )
-_EXP2_MIN, _EXP2_MAX = -126.0, 128.0 - 2.0**-17
+_EXP2_MIN, _EXP2_MAX = -126.0, 129.0
 
 
 def exp(x: Any) -> Any:
-    """Return ``e ** x`` to 2 ulp; zero below -87, saturated near the largest float above."""
+    """Return ``e ** x`` to 2 ulp; zero below -87, infinite above 88.72."""
     clamped = tirx.min(f32(_EXP_MAX), tirx.max(f32(_EXP_MIN), x))
     n, half = _round(clamped * f32(LOG2_E))
     r = clamped - n * f32(_LN2_HIGH) - n * f32(_LN2_LOW)
@@ -115,9 +116,9 @@ def exp(x: Any) -> Any:
 
 
 def exp2(x: Any, *, positive: bool = True) -> Any:
-    """Return ``2 ** x`` to 3 ulp; zero below -125.5, saturated near the largest float above.
+    """Return ``2 ** x`` to 3 ulp; zero below -125.5, infinite from 128 on.
 
-    Without ``positive`` numbers the saturation is left out.
+    Without ``positive`` numbers the limit above is left out.
     """
     clamped = tirx.max(f32(_EXP2_MIN), x)
     clamped = tirx.min(f32(_EXP2_MAX), clamped) if positive else clamped
@@ -193,7 +194,7 @@ def to_code(x: Any, zero: Any, dtype: str) -> Any:
 
 
 def _round(x: Any) -> tuple[Any, Any]:
-    """Return n, which is x rounded, and ``2 ** (n - 1)``, for n from -126 (then zero) to 128."""
+    """Return n, which is x rounded, and ``2 ** (n - 1)``; zero for n = -126, infinite for 129."""
     bits = tirx.reinterpret("int32", x + f32(_SHIFT))
     # By way of the bits, because TVM simplifies (x + c) - c to x.
     n = tirx.reinterpret("float32", bits) - f32(_SHIFT)
