@@ -24,6 +24,7 @@ from icd_tvm.relax_passes.pack_weights import PackWeights
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
 from icd_tvm.tir_schedules.cpu.block_sparse import pack_vrow, vrow_matmul
+from icd_tvm.tir_schedules.cpu.matmul_kinds import build_matmul
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
@@ -307,6 +308,14 @@ def test_few_rows_take_the_kernel_that_fetches_ahead(
     assert calls(lower(mod)) == [f"{kernel}_matmul"]
     x = random(*rows, 24)
     np.testing.assert_allclose(execute(mod, x), x @ weight, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "name"), [(1, "narrow"), (64, "dense")])
+def test_what_is_timed_as_dense_is_what_a_model_gets(rows: int, name: str) -> None:
+    weight = random(24, 512)
+    mod = module(lambda emit, x: emit(relax.op.matmul(x, relax.const(weight))), x=(rows, 24))
+    given = PackWeights(TARGET)(mod)[f"{name}_matmul"]
+    tvm.ir.assert_structural_equal(build_matmul("dense", (rows, 24, 512), 24, TARGET), given)
 
 
 @pytest.mark.parametrize("shapes", [((2, 9, 24), (2, 24, 32)), ((5, 7), (7, 3)), ((4,), (4, 16))])
