@@ -682,6 +682,15 @@ def apply(function: Callable[[Any], Any], x: Array, target: Any = None) -> tuple
         (vector_math.exp, np.exp, 1.5e-7),
         (vector_math.erf, special.erf, 3e-7),
         (vector_math.gelu, lambda x: x * special.ndtr(x), 1e-6),
+        (
+            vector_math.gelu_tanh,
+            lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+            1e-6,
+        ),
+        *(
+            (lambda x, n=n: vector_math.whole_power(x, n), lambda x, n=n: x**n, n * 6e-8)
+            for n in (1, 2, 3, 7)
+        ),
         (vector_math.sigmoid, special.expit, 2e-7),
         (vector_math.tanh, np.tanh, 3e-7),
         (vector_math.softplus, lambda x: np.logaddexp(0, x), 2e-7),
