@@ -32,6 +32,7 @@ from icd_tvm.tir_schedules.cpu.byte_attention import MAX_KEYS, ByteScales, byte_
 from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
+from icd_tvm.tir_schedules.cpu.row_max import row_max
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
 from icd_tvm.tir_schedules.cpu.softmax import softmax
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
@@ -505,6 +506,17 @@ def test_softmax(lead: Any, d: int, count: int) -> None:
     assert_close(run(softmax(x.shape, target), [x], x.shape, target), expected)
 
 
+@few
+@given(
+    lead=st.sampled_from([(1,), (2, 5)]), d=st.integers(1, 200), negate=st.booleans(), count=threads
+)
+def test_row_max(lead: Any, d: int, negate: bool, count: int) -> None:
+    target = host_target(count)
+    x = random(np.random.default_rng(d), *lead, d)
+    actual = run(row_max(x.shape, target, negate=negate), [x], (*lead, 1), target)
+    np.testing.assert_array_equal(actual, (-x if negate else x).max(axis=-1, keepdims=True))
+
+
 # Attention
 
 
@@ -563,6 +575,18 @@ def test_attention_of_a_fully_masked_row_is_the_mean() -> None:
     mask = np.full((1, 1, 1, 5), -3.4028235e38, np.float32)
     actual = run(attention(shape, target), [q, k, v, mask], (1, 3, 16), target)
     assert_close(actual, np.broadcast_to(v.mean(axis=1, keepdims=True), (1, 3, 16)))
+
+
+@pytest.mark.parametrize("keys", [600, 1100])
+def test_attention_over_more_keys_than_the_stack_holds(keys: int) -> None:
+    """From 128 KiB on the copies of a head's keys and values come from TVM's pool."""
+    target = host_target(2)
+    shape = AttentionShape(1, 9, keys, 1, 64, 0.125, 1, (64,) * 3)
+    rng = np.random.default_rng(keys)
+    rows = [random(rng, 1, length, 64) for length in (9, keys, keys)]
+    mask = np.where(rng.random((1, 1, 1, keys)) < 0.4, -3.4028235e38, 0).astype(np.float32)
+    actual = run(attention(shape, target), [*rows, mask], (1, 9, 64), target)
+    assert_close(actual, reference(shape, *rows, mask))
 
 
 SCALES = ByteScales(query=0.03, query_zero=117, key=0.025, value=0.02, weight=1 / 255)
