@@ -86,7 +86,7 @@ def gemm_cases(folder: Path) -> Iterator[Case]:
         yield Case(f"{name} fp32", "dense", 1.0, FLOAT_PEERS, (str(path),))
         # The only product of a model is its last one, which is left alone unless it is named.
         flags = (str(path), "--quant", "none; weight=int8:w8a8")
-        yield Case(f"{name} int8", "linear", 1.0, INT8_PEERS, flags)
+        yield Case(f"{name} int8", "linear", 1.0, (*INT8_PEERS, "torch-int8"), flags)
         flags = (str(path), "--quant", "none; weight=bf16")
         yield Case(f"{name} bf16", "linear", 1.0, BF16_PEERS, flags)
 

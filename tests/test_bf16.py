@@ -346,12 +346,13 @@ def test_roundings_widen_the_tolerance_of_an_order() -> None:
 
 
 def block_product(x: Array, w: Array, target: Any, vectors: int) -> Array:
-    m, (k, n) = len(x), w.shape
-    tile = bf16_tile(m, k, n, target, vectors)
+    *lead, m, k = x.shape
+    n = w.shape[1]
+    tile = bf16_tile(flat_rows(tuple(lead), m)[1], k, n, target, vectors)
     counts, pairs, data = pack_block_bf16(w, tile.columns)
-    func = block_bf16_matmul(m, k, n, pairs.shape[1], tile, target)
+    func = block_bf16_matmul(m, k, n, pairs.shape[1], tile, target, lead=tuple(lead))
     sch = ExplicitTileRule().apply(func, target, False)
-    out = tvm.runtime.tensor(np.full((m, n), np.nan, np.float32))
+    out = tvm.runtime.tensor(np.full((*lead, m, n), np.nan, np.float32))
     arrays = [tvm.runtime.tensor(array) for array in (bits(x), counts, pairs, data)]
     compile_kernel(sch.mod["main"], target)["main"](*arrays, out)
     return out.numpy()
@@ -365,17 +366,25 @@ def with_dead_blocks(seed: int, k: int, n: int, keep: float) -> Array:
 
 
 @few
-@given(m=sizes, pairs=sizes, n=sizes, vectors=st.sampled_from([1, 2]), keep=st.floats(0, 1))
-@example(m=9, pairs=20, n=50, vectors=1, keep=0.0)
-@example(m=30, pairs=40, n=64, vectors=2, keep=1.0)
+@given(
+    lead=st.sampled_from([(), (3,), (2, 1)]),
+    m=sizes,
+    pairs=sizes,
+    n=sizes,
+    vectors=st.sampled_from([1, 2]),
+    keep=st.floats(0, 1),
+    target=st.sampled_from([HOST, host_target(2), *(parse_target(name, 2) for name in RUNNABLE)]),
+)
+@example(lead=(), m=9, pairs=20, n=50, vectors=1, keep=0.0, target=HOST)
+@example(lead=(), m=30, pairs=40, n=64, vectors=2, keep=1.0, target=HOST)
 def test_blocks_that_are_zero_are_skipped(
-    m: int, pairs: int, n: int, vectors: int, keep: float
+    lead: tuple[int, ...], m: int, pairs: int, n: int, vectors: int, keep: float, target: Any
 ) -> None:
     w = with_dead_blocks(n, 2 * pairs, n, keep)
-    (x,) = drawn(m, (m, 2 * pairs))
+    (x,) = drawn(m, (*lead, m, 2 * pairs))
     a, b = rounded(x).astype(np.float64), rounded(w).astype(np.float64)
     bound = (2 * pairs + 2) * 2.0**-23 * (np.abs(a) @ np.abs(b))
-    assert np.all(np.abs(block_product(x, w, HOST, vectors) - a @ b) <= bound)
+    assert np.all(np.abs(block_product(x, w, target, vectors) - a @ b) <= bound)
 
 
 def test_blocks_of_an_odd_weight_are_refused() -> None:

@@ -33,6 +33,7 @@ from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
 from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH, int8_matmul
 from icd_tvm.tir_schedules.cpu.layer_norm import layer_norm
 from icd_tvm.tir_schedules.cpu.matmul_kinds import KINDS, build_matmul, pack_matmul, padded_rows
+from icd_tvm.tir_schedules.cpu.row_max import row_max
 from icd_tvm.tir_schedules.cpu.select import KernelChoice, choose_matmul_kernel
 from icd_tvm.tir_schedules.cpu.softmax import softmax
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
@@ -451,9 +452,10 @@ def test_times_without_a_folder_to_keep_them_in_are_used(monkeypatch: pytest.Mon
     assert time_kernels.timed_kernels({"dense": 32}, (8, 32, 32), host_target(1)) == {"dense": 1.0}
 
 
-def test_every_kind_can_be_timed() -> None:
+@pytest.mark.parametrize("shape", [(8, 24, 40), (1, 24, 512)])
+def test_every_kind_can_be_timed(shape: tuple[int, ...]) -> None:
     rows = dict.fromkeys(KINDS, 12)
-    times = time_kernels.timed_kernels(rows, (8, 24, 40), host_target(1))
+    times = time_kernels.timed_kernels(rows, shape, host_target(1))
     assert set(times) == set(KINDS)
     assert all(0 < seconds < 0.1 for seconds in times.values())
 
@@ -541,6 +543,17 @@ def test_softmax(lead: Any, d: int, count: int) -> None:
     assert_close(run(softmax(x.shape, target), [x], x.shape, target), expected)
 
 
+@few
+@given(
+    lead=st.sampled_from([(1,), (2, 5)]), d=st.integers(1, 200), negate=st.booleans(), count=threads
+)
+def test_row_max(lead: Any, d: int, negate: bool, count: int) -> None:
+    target = host_target(count)
+    x = random(np.random.default_rng(d), *lead, d)
+    actual = run(row_max(x.shape, target, negate=negate), [x], (*lead, 1), target)
+    np.testing.assert_array_equal(actual, (-x if negate else x).max(axis=-1, keepdims=True))
+
+
 # Attention
 
 
@@ -612,6 +625,18 @@ def test_attention_gives_keys_of_an_infinite_mask_no_weight() -> None:
     with np.errstate(invalid="ignore"):
         assert_close(actual[:1], reference(shape, q, k, v, mask)[:1])
     assert np.isnan(actual[1]).all()
+
+
+@pytest.mark.parametrize("keys", [600, 1100])
+def test_attention_over_more_keys_than_the_stack_holds(keys: int) -> None:
+    """From 128 KiB on the copies of a head's keys and values come from TVM's pool."""
+    target = host_target(2)
+    shape = AttentionShape(1, 9, keys, 1, 64, 0.125, 1, (64,) * 3)
+    rng = np.random.default_rng(keys)
+    rows = [random(rng, 1, length, 64) for length in (9, keys, keys)]
+    mask = np.where(rng.random((1, 1, 1, keys)) < 0.4, -3.4028235e38, 0).astype(np.float32)
+    actual = run(attention(shape, target), [*rows, mask], (1, 9, 64), target)
+    assert_close(actual, reference(shape, *rows, mask))
 
 
 SCALES = ByteScales(query=0.03, query_zero=117, key=0.025, value=0.02, weight=1 / 255)
@@ -731,6 +756,15 @@ def apply(function: Callable[[Any], Any], x: Array, target: Any = None) -> tuple
         (vector_math.exp, np.exp, 1.5e-7),
         (vector_math.erf, special.erf, 3e-7),
         (vector_math.gelu, lambda x: x * special.ndtr(x), 1e-6),
+        (
+            vector_math.gelu_tanh,
+            lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+            1e-6,
+        ),
+        *(
+            (lambda x, n=n: vector_math.whole_power(x, n), lambda x, n=n: x**n, n * 6e-8)
+            for n in (1, 2, 3, 7)
+        ),
         (vector_math.sigmoid, special.expit, 2e-7),
         (vector_math.tanh, np.tanh, 3e-7),
         (vector_math.softplus, lambda x: np.logaddexp(0, x), 2e-7),

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from scipy import special
 
 from icd_tvm._tvm import GenericConst, const_name, named_const, relax, tvm
@@ -24,6 +26,7 @@ from icd_tvm.relax_passes.pack_weights import PackWeights
 from icd_tvm.relax_passes.replace_constants import replace_constants
 from icd_tvm.relax_passes.select_kernels import SelectKernels, read_kernels
 from icd_tvm.tir_schedules.cpu.block_sparse import pack_vrow, vrow_matmul
+from icd_tvm.tir_schedules.cpu.matmul_kinds import build_matmul
 from icd_tvm.tir_schedules.cpu.select import KernelChoice
 from icd_tvm.tir_schedules.target import host_target, parse_target
 
@@ -309,6 +312,14 @@ def test_few_rows_take_the_kernel_that_fetches_ahead(
     np.testing.assert_allclose(execute(mod, x), x @ weight, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "name"), [(1, "narrow"), (64, "dense")])
+def test_what_is_timed_as_dense_is_what_a_model_gets(rows: int, name: str) -> None:
+    weight = random(24, 512)
+    mod = module(lambda emit, x: emit(relax.op.matmul(x, relax.const(weight))), x=(rows, 24))
+    given = PackWeights(TARGET)(mod)[f"{name}_matmul"]
+    tvm.ir.assert_structural_equal(build_matmul("dense", (rows, 24, 512), 24, TARGET), given)
+
+
 @pytest.mark.parametrize("shapes", [((2, 9, 24), (2, 24, 32)), ((5, 7), (7, 3)), ((4,), (4, 16))])
 def test_matmul_without_a_constant(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     mod = module(lambda emit, a, b: emit(relax.op.matmul(a, b)), a=shapes[0], b=shapes[1])
@@ -316,47 +327,86 @@ def test_matmul_without_a_constant(shapes: tuple[tuple[int, ...], tuple[int, ...
     np.testing.assert_allclose(execute(mod, a, b), a @ b, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gelu", "silu", "softmax", "sigmoid", "tanh", "exp", "divide"])
+# What the vector code computes -> the operator, and numpy's.
+LEGALISED: dict[str, tuple[Any, Any]] = {
+    "gelu": (relax.op.nn.gelu, lambda x: x * special.ndtr(x)),
+    "gelu_tanh": (
+        relax.op.nn.gelu_tanh,
+        lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    ),
+    "silu": (relax.op.nn.silu, lambda x: x * special.expit(x)),
+    "sigmoid": (relax.op.sigmoid, special.expit),
+    "tanh": (relax.op.tanh, np.tanh),
+    "exp": (relax.op.exp, np.exp),
+    "erf": (relax.op.erf, special.erf),
+    "log": (lambda x: relax.op.log(relax.op.abs(x)), lambda x: np.log(np.abs(x))),
+    "round": (relax.op.round, np.rint),
+    "divide": (lambda x: relax.op.divide(x, relax.const(np.float32(3))), lambda x: x / 3),
+    "cube": (lambda x: relax.op.power(x, relax.const(np.float32(3))), lambda x: x**3),
+    "softmax": (lambda x: relax.op.nn.softmax(x, axis=-1), lambda x: special.softmax(x, -1)),
+    "softmax over the first axis": (
+        lambda x: relax.op.nn.softmax(x, axis=0),
+        lambda x: special.softmax(x, 0),
+    ),
+    "log_softmax": (
+        lambda x: relax.op.nn.log_softmax(x, axis=-1),
+        lambda x: special.log_softmax(x, -1),
+    ),
+}
+
+
+def check_legalised(name: str, shape: tuple[int, ...], target: Any = TARGET) -> None:
+    operator, exact = LEGALISED[name]
+    x = random(*shape) * 3
+    actual = execute(module(lambda emit, x: emit(operator(x)), x=shape), x, target=target)
+    np.testing.assert_allclose(actual, exact(x.astype(np.float64)), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LEGALISED)
 def test_vector_legalisations(name: str) -> None:
-    functions: dict[str, tuple[Any, Any]] = {
-        "gelu": (relax.op.nn.gelu, lambda x: x * special.ndtr(x)),
-        "silu": (relax.op.nn.silu, lambda x: x * special.expit(x)),
-        "softmax": (lambda x: relax.op.nn.softmax(x, axis=-1), lambda x: special.softmax(x, -1)),
-        "sigmoid": (relax.op.sigmoid, special.expit),
-        "tanh": (relax.op.tanh, np.tanh),
-        "exp": (relax.op.exp, np.exp),
-        "divide": (lambda x: relax.op.divide(x, relax.const(np.float32(3))), lambda x: x / 3),
-    }
-    operator, exact = functions[name]
-    mod = module(lambda emit, x: emit(operator(x)), x=(5, 37))
-    x = random(5, 37) * 3
-    np.testing.assert_allclose(execute(mod, x), exact(x.astype(np.float64)), rtol=2e-6, atol=1e-6)
+    check_legalised(name, (5, 37))
 
 
-@pytest.mark.parametrize("number", [1e-40, -(2.0**-126), 2.0**126, 3e38, np.inf])
-def test_division_by_any_constant(number: float) -> None:
-    """The reciprocals of the least and the largest numbers are no floats, or not in full."""
-    number = np.float32(number)
-    mod = module(lambda emit, x: emit(relax.op.divide(x, relax.const(number))), x=(5, 37))
-    x = random(5, 37)
-    with np.errstate(over="ignore"):
-        expected = x / number
-    np.testing.assert_allclose(execute(mod, x), expected, rtol=2e-7)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(sorted(LEGALISED)),
+    shape=st.lists(st.integers(1, 70), min_size=1, max_size=3).map(tuple),
+    target=st.sampled_from([TARGET, parse_target("x86-64-v3", 1)]),
+)
+@example(name="softmax", shape=(19,), target=TARGET)
+@example(name="gelu", shape=(3, 70, 127), target=TARGET)
+def test_vector_legalisations_of_any_shape(name: str, shape: tuple[int, ...], target: Any) -> None:
+    check_legalised(name, shape, target)
 
 
-def test_a_constant_of_more_axes_widens_the_quotient() -> None:
-    mod = module(
-        lambda emit, x: emit(relax.op.divide(x, relax.const(np.full((1, 1), 3, np.float32)))),
-        x=(5,),
-    )
-    x = random(5)
-    np.testing.assert_allclose(execute(mod, x), x[None] / 3, rtol=2e-7)
+@pytest.mark.parametrize("name", ["divide", "power"])
+def test_a_constant_that_adds_an_axis_keeps_it(name: str) -> None:
+    operator = getattr(relax.op, name)
+    number = relax.const(np.full((1, 1, 1), 2, np.float32))
+    mod, x = module(lambda emit, x: emit(operator(x, number)), x=(5, 8)), random(5, 8)
+    np.testing.assert_allclose(execute(mod, x), [x / 2 if name == "divide" else x * x], rtol=1e-6)
 
 
-def test_softmax_over_another_axis_falls_back() -> None:
-    mod = module(lambda emit, x: emit(relax.op.nn.softmax(x, axis=0)), x=(5, 6))
-    x = random(5, 6)
-    np.testing.assert_allclose(execute(mod, x), special.softmax(x, axis=0), atol=1e-6)
+@pytest.mark.parametrize("number", [1e-45, -1e-39, 3e38, np.inf, np.nan])
+def test_a_number_without_a_reciprocal_divides(number: float) -> None:
+    mod = module(lambda emit, x: emit(relax.op.divide(x, scalar(number))), x=(1, 16))
+    x = np.array([[0, 1, -1, 3e-39, 1e38, np.inf, -np.inf, np.nan] * 2], np.float32)
+    with np.errstate(all="ignore"):
+        expected = x / np.float32(number)
+    np.testing.assert_array_equal(execute(mod, x), expected)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.integers(1, 40), width=st.integers(1, 70), lead=st.sampled_from([(1,), (3, 7)]))
+def test_rows_of_a_table_are_looked_up(rows: int, width: int, lead: tuple[int, ...]) -> None:
+    table = random(rows, width)
+    places = np.random.default_rng(width).integers(0, rows, lead)
+    builder, i = relax.BlockBuilder(), relax.Var("i", relax.TensorType(lead, "int64"))
+    with builder.function("main", [i]):
+        with builder.dataflow():
+            out = builder.emit_output(relax.op.take(relax.const(table), i, axis=0))
+        builder.emit_func_output(out)
+    np.testing.assert_array_equal(execute(builder.get(), places), table[places])
 
 
 # FuseAttention

@@ -15,6 +15,7 @@ from test_cpu_kernels import assert_close, random, run
 from test_cpu_lowering import calls, execute, module
 
 from icd_tvm._tvm import relax
+from icd_tvm.adapters.kv_quant import dequantize_rows, quantize_rows
 from icd_tvm.errors import ShapeError
 from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.registry import build
@@ -36,11 +37,23 @@ def reference(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
 
 
 def arrays(shape: DecodeShape, seed: int = 0) -> list[Any]:
+    """Return what the kernel takes before the mask: of codes, their scales too."""
     rng = np.random.default_rng(seed)
     cache = (shape.batch, shape.kv_heads, shape.slots, shape.head_dim)
     query = (shape.batch, shape.kv_heads * shape.share, 1, shape.head_dim)
-    keys, values = (random(rng, *cache).astype(FLOATS[shape.dtype]) for _ in range(2))
-    return [random(rng, *query), keys, values]
+    rows = [random(rng, *cache) for _ in range(2)]
+    if shape.dtype == "int8":
+        (keys, k_scale), (values, v_scale) = (quantize_rows(one) for one in rows)
+        return [random(rng, *query), keys, values, k_scale, v_scale]
+    return [random(rng, *query), *(one.astype(FLOATS[shape.dtype]) for one in rows)]
+
+
+def widened(inputs: list[Any]) -> list[Any]:
+    """Return queries, keys and values as floats."""
+    query, keys, values, *scales = inputs
+    if not scales:
+        return inputs
+    return [query, *(dequantize_rows(*one) for one in zip((keys, values), scales, strict=True))]
 
 
 def computed(shape: DecodeShape, inputs: list[Any], mask: Any, target: Any) -> Any:
@@ -56,13 +69,14 @@ def computed(shape: DecodeShape, inputs: list[Any], mask: Any, target: Any) -> A
     head_dim=st.sampled_from([4, 8, 20, 32, 64]),
     threads=st.sampled_from([1, 2, 4]),
     mask_value=st.sampled_from([LOWEST, -np.inf]),
-    dtype=st.sampled_from([*FLOATS]),
+    dtype=st.sampled_from([*FLOATS, "int8"]),
 )
 @example(1, 1, 4, 130, 64, 4, -np.inf, "float32")  # ragged, cut in runs
 @example(1, 3, 3, 64, 64, 2, LOWEST, "float32")
 @example(1, 1, 9, 16, 128, 1, LOWEST, "float32")  # more sums than registers: panels
 @example(1, 1, 4, 130, 64, 4, -np.inf, "float16")
 @example(2, 3, 3, 75, 64, 2, LOWEST, "bfloat16")
+@example(1, 1, 4, 130, 64, 4, -np.inf, "int8")
 def test_kernel(
     batch: int,
     kv_heads: int,
@@ -73,14 +87,14 @@ def test_kernel(
     mask_value: float,
     dtype: str,
 ) -> None:
-    """Numbers of 16 bits are widened without loss, so they are compared as tightly."""
+    """Narrow numbers are widened without loss, so they are compared as tightly."""
     shape = DecodeShape(batch, kv_heads, share, slots, head_dim, 0.3, dtype)
     inputs = arrays(shape, slots)
     seen = np.random.default_rng(slots).random(slots) < 0.6
     seen[slots // 2] = True
     mask = np.where(seen, 0, mask_value).astype(np.float32)
     actual = computed(shape, inputs, mask, host_target(threads))
-    assert_close(actual, reference(*inputs, mask, 0.3))
+    assert_close(actual, reference(*widened(inputs), mask, 0.3))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -124,12 +138,12 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("cpu", ["x86-64", "x86-64-v3"])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [*FLOATS, "int8"])
 def test_narrower_vectors_compute_the_same(cpu: str, dtype: str) -> None:
     shape = DecodeShape(1, 2, 3, 21, 16, 0.5, dtype)
     inputs, mask = arrays(shape), np.zeros(21, np.float32)
     actual = computed(shape, inputs, mask, parse_target(cpu, 1))
-    assert_close(actual, reference(*inputs, mask, 0.5))
+    assert_close(actual, reference(*widened(inputs), mask, 0.5))
 
 
 def test_lanes_divide_the_head() -> None:

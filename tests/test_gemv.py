@@ -29,6 +29,7 @@ from icd_tvm.tir_schedules.target import host_target, parse_target, vector_bits
 
 Array = np.ndarray
 few = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TARGETS = [HOST, host_target(2), *(parse_target(name, 2) for name in RUNNABLE)]
 
 
 def product(
@@ -86,14 +87,15 @@ def check(form: NarrowWeight, shape: tuple[int, ...], n: int, target: Any = HOST
     n=st.integers(1, 90),
     bits=st.sampled_from([4, 8]),
     zeros=st.booleans(),
+    target=st.sampled_from(TARGETS),
 )
-@example(m=1, blocks=1, eighths=1, n=1, bits=4, zeros=False)
-@example(m=8, blocks=3, eighths=2, n=65, bits=4, zeros=True)
+@example(m=1, blocks=1, eighths=1, n=1, bits=4, zeros=False, target=HOST)
+@example(m=8, blocks=3, eighths=2, n=65, bits=4, zeros=True, target=HOST)
 def test_product_equals_float64(
-    m: int, blocks: int, eighths: int, n: int, bits: int, zeros: bool
+    m: int, blocks: int, eighths: int, n: int, bits: int, zeros: bool, target: Any
 ) -> None:
     form = NarrowWeight(bits, 8 * eighths, -8 if bits == 4 else 0, zeros)
-    check(form, (m, 8 * eighths * blocks), n)
+    check(form, (m, 8 * eighths * blocks), n, target)
 
 
 @pytest.mark.parametrize("k", [1, 7, 9, 21])
@@ -113,12 +115,17 @@ def test_portable_targets(name: str, form: NarrowWeight) -> None:
 
 
 @few
-@given(m=st.integers(1, MAX_ROWS), k=st.integers(1, 40), n=st.integers(1, 90))
-def test_floats_equal_float64(m: int, k: int, n: int) -> None:
+@given(
+    m=st.integers(1, MAX_ROWS),
+    k=st.integers(1, 40),
+    n=st.integers(1, 90),
+    target=st.sampled_from(TARGETS),
+)
+def test_floats_equal_float64(m: int, k: int, n: int, target: Any) -> None:
     rng = np.random.default_rng(m * k * n)
     x, weight = (rng.standard_normal(size).astype(np.float32) for size in ((m, k), (k, n)))
     expected = x.astype(np.float64) @ weight.astype(np.float64)
-    actual = product(x, NarrowWeight(32, k), weight, [])
+    actual = product(x, NarrowWeight(32, k), weight, [], target)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * np.abs(expected).max() + 1e-7)
 
 
@@ -128,22 +135,24 @@ def test_floats_equal_float64(m: int, k: int, n: int) -> None:
     runs=st.integers(1, 8),
     n=st.integers(1, 90),
     share=st.sampled_from([0.0, 0.3, 1.0]),
+    target=st.sampled_from(TARGETS),
 )
-@example(m=1, runs=3, n=5, share=0.0)
+@example(m=1, runs=3, n=5, share=0.0, target=HOST)
 def test_rows_of_zeros_are_neither_stored_nor_multiplied(
-    m: int, runs: int, n: int, share: float
+    m: int, runs: int, n: int, share: float, target: Any
 ) -> None:
     k = SKIP_ROWS * runs
     x, values, tables, _ = case(NarrowWeight(8, k), (m, k), n, seed=n)
-    columns = narrow_tile(m, HOST).columns
+    columns = narrow_tile(m, target).columns
     for start in range(0, n, columns):
         dropped = np.random.default_rng(start).random(runs) >= share
         values[np.repeat(dropped, SKIP_ROWS), start : start + columns] = 0
     form, packed = pack_skipping(values, tables[0], columns)
     assert packed[0].shape[1] == form.steps * SKIP_ROWS <= k
     expected = x.astype(np.float64) @ (values * tables[0].astype(np.float64))
+    actual = run_packed(x, form, packed, n, target)
     scale = max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(run_packed(x, form, packed, n), expected, rtol=0, atol=2e-6 * scale)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * scale)
 
 
 def test_threads_share_the_columns() -> None:

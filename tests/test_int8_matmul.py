@@ -191,12 +191,17 @@ def sparse_product(x: Array, w: Array, target: Any, vectors: int) -> Array:
     n=st.integers(1, 70),
     density=st.sampled_from([0.0, 0.3, 1.0]),
     vectors=st.sampled_from([1, 2]),
+    name=st.sampled_from(["host", *RUNNABLE]),
+    threads=st.sampled_from([1, 2]),
 )
-@example(m=1, quads=1, n=1, density=0.0, vectors=1)
-def test_sparse_product_is_exact(m: int, quads: int, n: int, density: float, vectors: int) -> None:
+@example(m=1, quads=1, n=1, density=0.0, vectors=1, name="host", threads=1)
+def test_sparse_product_is_exact(
+    m: int, quads: int, n: int, density: float, vectors: int, name: str, threads: int
+) -> None:
     x, _ = bytes_of(np.random.default_rng(m), (m,), 4 * quads, n)
     w = grouped(4 * quads, n, 16, density)
-    np.testing.assert_array_equal(sparse_product(x, w, HOST, vectors), exact(x, w))
+    target = parse_target(name, threads)
+    np.testing.assert_array_equal(sparse_product(x, w, target, vectors), exact(x, w))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32), (3, 1, 32)])

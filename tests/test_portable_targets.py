@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_cpu_lowering import LEGALISED, module
 from tiny_model import tiny_onnx
 
 from icd_tvm import cli
-from icd_tvm._tvm import relax, te, tvm
+from icd_tvm._tvm import apply_pass, relax, te, tvm
+from icd_tvm.adapters.quant import parse_quant
 from icd_tvm.errors import MissingDependencyError
 from icd_tvm.models.bert import BertConfig, build_bert, random_bert_weights
 from icd_tvm.models.decoder import DECODER_MINI, build_decoder_step, random_decoder_weights
@@ -24,6 +26,7 @@ from icd_tvm.models.importer import import_onnx
 from icd_tvm.models.inputs import random_inputs
 from icd_tvm.models.mamba import MAMBA_MINI, build_mamba_step, random_mamba_weights
 from icd_tvm.models.mamba_prefill import build_mamba_prefill
+from icd_tvm.relax_passes.apply_quant import ApplyQuant
 from icd_tvm.relax_passes.lower_cpu import build_cpu
 from icd_tvm.runtime.foreign_cpu import ARM_LINKER, export_foreign
 from icd_tvm.tir_schedules import target as targets
@@ -33,6 +36,8 @@ from icd_tvm.tir_schedules.target import host_target, is_aarch64, parse_target, 
 
 CONFIG = BertConfig(layers=2, hidden=64, heads=4, ffn=160, vocab=50, max_position=32)
 ARM = parse_target("aarch64", 2)
+# What every kernel calls: TVM's runtime, and copies.
+OWN = re.compile("_*(TVM|tvm_ffi)|memcpy|memset")
 EM_AARCH64 = 183
 
 
@@ -117,11 +122,17 @@ def library_calls(module: Any) -> set[str]:
     return set(re.findall(r"\b(?:call|jmp)q?\s+\*?(\w+)@(?:PLT|GOTPCREL)", assembly(module)))
 
 
+def quantised(request: str) -> Any:
+    return apply_pass(ApplyQuant(parse_quant(request)), encoder().mod)
+
+
 def models() -> dict[str, Any]:
     decoder = build_decoder_step(DECODER_MINI, dict(random_decoder_weights(DECODER_MINI)), 8)
     mamba = dict(random_mamba_weights(MAMBA_MINI))
     return {
         "encoder": encoder().mod,
+        "encoder in bytes": quantised("int8:w8a8-dynamic"),
+        "encoder in bf16": quantised("bf16"),
         "decoder": import_onnx(decoder).mod,
         "mamba step": import_onnx(build_mamba_step(MAMBA_MINI, mamba)).mod,
         "mamba": import_onnx(build_mamba_prefill(MAMBA_MINI, mamba, 16)).mod,
@@ -133,8 +144,15 @@ def test_no_kernel_calls_the_c_library_for_mathematics() -> None:
         name: library_calls(build_cpu(mod, host_target(1), tune=False).mod)
         for name, mod in models().items()
     }
-    own = {c for calls in found.values() for c in calls if re.match("_*TVM|memcpy|memset", c)}
+    own = {c for calls in found.values() for c in calls if OWN.match(c)}
     assert found == {name: found[name] & own for name in found}
+
+
+@pytest.mark.parametrize("name", LEGALISED)
+def test_no_operator_calls_the_c_library_for_mathematics(name: str) -> None:
+    mod = module(lambda emit, x: emit(LEGALISED[name][0](x)), x=(5, 64))
+    found = library_calls(build_cpu(mod, host_target(1)).mod)
+    assert not {call for call in found if not OWN.match(call)}
 
 
 def test_a_call_of_the_c_library_would_be_seen() -> None:

@@ -212,7 +212,7 @@ def test_a_convolution_of_rows_equals_float64(
     mod = module(build, x=shape)
     fuse = FuseDepthwiseConv()
     assert calls(fuse(mod)) == ["depthwise_conv"]
-    assert fuse.fused == 1
+    assert (fuse.fused, fuse.refusals) == (1, {})
     x = np.random.default_rng(rows).standard_normal(shape).astype(np.float32)
     weight, added = (array.astype(np.float64) for array in filters(channels, taps))
     padded = np.pad(x.astype(np.float64), [(0, 0)] * batch + [padding, (0, 0)])
@@ -248,39 +248,48 @@ def test_the_constants_keep_their_names() -> None:
 
 
 def test_other_convolutions_stay() -> None:
-    for change in ({"strides": 2}, {"groups": 1}):
-        weight = named_const(np.ones((16, 16 if "groups" in change else 1, 4), np.float32), "w")
+    for change, reason in (
+        ({"strides": 2}, "its stride is 2"),
+        ({"groups": 1}, "one filter for every channel"),
+        ({"padding": [20, 0], "taps": 17}, "17 taps"),
+    ):
+        options = {"groups": 16, **change}
+        shape = (16, 16 if "groups" in change else 1, options.pop("taps", 4))
+        weight = named_const(np.ones(shape, np.float32), "w")
 
-        def build(emit: Any, x: Any, weight: Any = weight, change: Any = change) -> Any:
+        def build(emit: Any, x: Any, weight: Any = weight, options: Any = options) -> Any:
             turned = emit(relax.op.permute_dims(x, [0, 2, 1]))
-            value = emit(relax.op.nn.conv1d(turned, weight, **{"groups": 16, **change}))
+            value = emit(relax.op.nn.conv1d(turned, weight, **options), name_hint="conv")
             return emit(relax.op.permute_dims(value, [0, 2, 1]))
 
-        stays(module(build, x=(1, 9, 16)))
+        stays(module(build, x=(1, 9, 16)), reason)
 
 
 def test_a_convolution_that_is_read_elsewhere_stays() -> None:
     def build(emit: Any, x: Any) -> Any:
         turned = emit(relax.op.permute_dims(x, [0, 2, 1]))
-        value = emit(relax.op.nn.conv1d(turned, named_const(filters(16, 4)[0], "w"), groups=16))
+        taps = named_const(filters(16, 4)[0], "w")
+        value = emit(relax.op.nn.conv1d(turned, taps, groups=16), name_hint="conv")
         again = emit(relax.op.permute_dims(value, [0, 2, 1]))
         return emit(relax.op.add(again, emit(relax.op.sum(value))))
 
-    stays(module(build, x=(1, 9, 16)))
+    stays(module(build, x=(1, 9, 16)), "nothing else reads")
 
 
 def test_a_convolution_with_filters_from_outside_stays() -> None:
     def build(emit: Any, x: Any, w: Any) -> Any:
-        value = emit(relax.op.nn.conv1d(emit(relax.op.permute_dims(x, [0, 2, 1])), w, groups=16))
+        turned = emit(relax.op.permute_dims(x, [0, 2, 1]))
+        value = emit(relax.op.nn.conv1d(turned, w, groups=16), name_hint="conv")
         return emit(relax.op.permute_dims(value, [0, 2, 1]))
 
-    stays(module(build, x=(1, 9, 16), w=(16, 1, 4)))
+    stays(module(build, x=(1, 9, 16), w=(16, 1, 4)), "no constant")
 
 
-def stays(mod: Any) -> None:
+def stays(mod: Any, reason: str) -> None:
     fuse = FuseDepthwiseConv()
     tvm.ir.assert_structural_equal(fuse(mod), mod)
     assert fuse.fused == 0
+    assert reason in fuse.refusals["conv"]
 
 
 # FuseSoftplus

@@ -13,10 +13,9 @@ from icd_tvm.relax_passes.relax_graph import (
     Dataflow,
     constant_array,
     is_float32,
-    operands,
-    scalar_constant,
     static_shape,
 )
+from icd_tvm.relax_passes.rms_norm_match import match_rms_norm
 from icd_tvm.tir_schedules.cuda.norm import norm_rule
 from icd_tvm.tir_schedules.cuda.row_codes import RowCodes
 from icd_tvm.tir_schedules.cuda.source_kernel import Rule
@@ -113,34 +112,7 @@ def _layer_norm(call: Any) -> _Norm | str:
 
 def _rms_norm(flow: Dataflow, var: Any) -> _Norm | None:
     """Return ``x / sqrt(mean(x^2) + eps) * gamma`` with its parts, or None."""
-    scaled = flow.bound(var, "relax.multiply")
-    if scaled is None:
+    found = match_rms_norm(flow, var)
+    if found is None or constant_array(found.gamma, dims=1) is None:
         return None
-    unit, gamma = operands(scaled)
-    array = constant_array(gamma, dims=1)
-    divided = flow.call(unit, "relax.divide")
-    root = None if divided is None else flow.call(divided.args[1], "relax.sqrt")
-    shifted = None if root is None else flow.call(root.args[0], "relax.add")
-    if array is None or divided is None or shifted is None or not flow.single_use(unit):
-        return None
-    mean, eps = operands(shifted)
-    rows = divided.args[0]
-    if not _mean_square(flow, mean, rows) or scalar_constant(eps) is None:
-        return None
-    if array.shape != (static_shape(rows) or ())[-1:]:
-        return None
-    return _Norm(rows, gamma, None, float(scalar_constant(eps) or 0.0))
-
-
-def _mean_square(flow: Dataflow, mean: Any, rows: Any) -> bool:
-    call = flow.call(mean, "relax.mean")
-    shape = static_shape(rows) or ()
-    if call is None or call.attrs.axis is None or not call.attrs.keepdims:
-        return False
-    if [int(axis) % max(1, len(shape)) for axis in call.attrs.axis] != [len(shape) - 1]:
-        return False
-    power = flow.call(call.args[0], "relax.power")
-    if power is not None:
-        return bool(power.args[0].same_as(rows) and scalar_constant(power.args[1]) == 2.0)
-    times = flow.call(call.args[0], "relax.multiply")
-    return times is not None and all(bool(arg.same_as(rows)) for arg in times.args)
+    return _Norm(found.rows, found.gamma, None, found.eps)

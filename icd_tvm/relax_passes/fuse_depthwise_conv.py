@@ -24,6 +24,7 @@ from icd_tvm.tir_schedules.cpu.depthwise import depthwise_rows
 _VIEWS = ("relax.expand_dims", "relax.squeeze", "relax.reshape")
 # The sum over the taps is written out.
 _MAX_TAPS = 16
+_NEIGHBOURS = "it does not lie between transposes that nothing else reads, with a bias a channel"
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,17 @@ class FuseDepthwiseConv:
     ----------
     fused : int
         Convolutions replaced.
+    refusals : dict of str to str
+        Name of each 1-D convolution that was left alone -> the reason.
     """
 
     def __init__(self) -> None:
         self.fused = 0
+        self.refusals: dict[str, str] = {}
 
     def transform_module(self, mod: Any, ctx: Any) -> Any:
         """Return a clone of ``mod`` with the convolutions replaced."""
-        self.fused = 0
+        self.fused, self.refusals = 0, {}
         mod = rewrite_functions(mod, lambda new, func: _Fuser(new, Dataflow(func), self))
         return relax.transform.DeadCodeElimination()(mod)
 
@@ -80,10 +84,16 @@ class FuseDepthwiseConv:
 class _Fuser(PyExprMutator):
     def __init__(self, mod: Any, flow: Dataflow, owner: FuseDepthwiseConv) -> None:
         super().__init__(mod)
-        self._flow, self._owner = flow, owner
+        self._owner = owner
+        every = {call: _convolution(flow, call) for call in flow.values.values()}
+        self._found = {call: found for call, found in every.items() if found is not None}
+        fused = {found.call for found in self._found.values()}
+        for var, call in flow.values.items():
+            if is_call(call, "relax.nn.conv1d") and call not in fused:
+                owner.refusals[str(var.name)] = _unsupported(call) or _NEIGHBOURS
 
     def visit_call_(self, call: Any) -> Any:
-        found = _convolution(self._flow, call)
+        found = self._found.get(call)
         if found is None:
             return super().visit_call_(call)
         self._owner.fused += 1
@@ -104,7 +114,9 @@ def _convolution(flow: Dataflow, call: Any) -> _Convolution | None:
         if not flow.single_use(result):
             return None
     conv = flow.resolve(result)
-    if not _fits(conv) or (added is not None and not _is_bias(constant, conv)):
+    if not is_call(conv, "relax.nn.conv1d") or _unsupported(conv):
+        return None
+    if added is not None and not _is_bias(constant, conv):
         return None
     source = _behind(flow, conv.args[0])
     if source is None or len(source.ty.shape) != len(call.ty.shape):
@@ -148,15 +160,20 @@ def _is_view(call: Any) -> bool:
     return new is not None and old is not None and ((1, *new) == old or new == (1, *old))
 
 
-def _fits(call: Any) -> bool:
-    """Tell whether a call is a convolution that `depthwise_rows` computes."""
-    if not is_call(call, "relax.nn.conv1d") or not is_float32(call) or not is_depthwise(call):
-        return False
+def _unsupported(call: Any) -> str:
+    """Return why `depthwise_rows` does not compute a convolution, or an empty string."""
     attrs, filters = call.attrs, constant_array(call.args[1], dims=3)
     layouts = (str(attrs.data_layout), str(attrs.kernel_layout))
-    if filters is None or layouts != ("NCW", "OIW") or static_shape(call) is None:
-        return False
-    return int(attrs.strides[0]) == 1 and filters.shape[2] <= _MAX_TAPS
+    if static_shape(call) is None or not is_float32(call):
+        return f"it is {call.ty}, not float32 of a known shape"
+    if not is_depthwise(call):
+        return "it has not one filter for every channel"
+    if filters is None or layouts != ("NCW", "OIW"):
+        return "its filters are no constant, or its layouts are not NCW and OIW"
+    if int(attrs.strides[0]) != 1:
+        return f"its stride is {int(attrs.strides[0])}, not 1"
+    taps = filters.shape[2]
+    return f"it has {taps} taps, more than {_MAX_TAPS}" if taps > _MAX_TAPS else ""
 
 
 def _is_bias(constant: Any, conv: Any) -> bool:

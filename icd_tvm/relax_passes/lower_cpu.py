@@ -14,6 +14,7 @@ from icd_tvm.relax_passes.fuse_depthwise_conv import FuseDepthwiseConv
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.fuse_quantized_output import FuseQuantizedOutput
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
+from icd_tvm.relax_passes.fuse_rms_norm import FuseRmsNorm
 from icd_tvm.relax_passes.fuse_scan_pair import FuseScanPair
 from icd_tvm.relax_passes.fuse_softplus import FuseSoftplus
 from icd_tvm.relax_passes.merge_parallel_matmul import MergeParallelMatmul
@@ -77,6 +78,7 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             AppendInPlace(),
             MergeParallelMatmul(target),
             FuseResidualNorm(target),
+            FuseRmsNorm(target),
             FoldScales(),
             FuseQuantizedOutput(target),
             ShortenErf(),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
-
-import numpy.typing as npt
 
 from icd_tvm._tvm import PyExprMutator, const_name, mutator, named_const, tvm
 from icd_tvm.relax_passes.relax_graph import (
@@ -14,18 +11,7 @@ from icd_tvm.relax_passes.relax_graph import (
     rewrite_functions,
     static_shape,
 )
-from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
-from icd_tvm.tir_schedules.cpu.gemv import (
-    MAX_ROWS,
-    NarrowWeight,
-    narrow_matmul,
-    narrow_tile,
-    pack_narrow,
-)
-from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
-
-# With fewer panels the padding of the last one is a large part of the weight.
-_MIN_PANELS = 4
+from icd_tvm.tir_schedules.cpu.matmul_kinds import dense_kernel
 
 
 @tvm.transform.module_pass(opt_level=0, name="PackWeights")
@@ -68,23 +54,8 @@ class _Packer(PyExprMutator):
         weight = constant_weight(call)
         if weight is None:
             return call
-        *lead, m, _ = static_shape(call.args[0]) or ()
-        name, func, packed = self._kernel(tuple(lead), m, weight)
+        shape = (*(static_shape(call.args[0]) or ()), weight.shape[1])
+        kernel = dense_kernel(shape, self._owner.target)
         self._owner.packed += 1
-        args = [call.args[0], named_const(packed, const_name(call.args[1]))]
-        return call_func(self.builder_, func, name, args, call.ty)
-
-    def _kernel(
-        self, lead: tuple[int, ...], m: int, weight: npt.NDArray[Any]
-    ) -> tuple[str, Any, npt.NDArray[Any]]:
-        """Return the name and function of the kernel, and the weight packed for it."""
-        (k, n), target = weight.shape, self._owner.target
-        batch, rows = flat_rows(lead, m)
-        # Few rows take what the weight takes to arrive, so that fetching ahead pays.
-        columns = narrow_tile(min(rows, MAX_ROWS), target).columns
-        if rows * prod(batch) <= MAX_ROWS and n >= _MIN_PANELS * columns:
-            form = NarrowWeight(32, k)
-            func = narrow_matmul(m, k, n, form, target, lead=lead)
-            return "narrow_matmul", func, pack_narrow(weight, [], form, columns)[0]
-        tile = choose_tile(rows, k, n, target)
-        return "dense_matmul", dense_matmul(m, k, n, tile, lead), pack_dense(weight, tile.columns)
+        args = [call.args[0], named_const(kernel.pack(weight), const_name(call.args[1]))]
+        return call_func(self.builder_, kernel.func, kernel.name, args, call.ty)

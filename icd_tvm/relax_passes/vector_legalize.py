@@ -18,15 +18,16 @@ from icd_tvm.relax_passes.relax_graph import (
 )
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.emit import f32
-from icd_tvm.tir_schedules.cpu.softmax import softmax
+from icd_tvm.tir_schedules.cpu.softmax import softmax, softmax_along
 from icd_tvm.tir_schedules.cpu.transpose import transpose
 from icd_tvm.tir_schedules.target import vector_bits
 
 Legalizer = Callable[[Any, Any], Any]
 # Elements from which a transpose takes longer than the fusion that it ends would save.
 _LARGE = 1 << 14
-# Of smaller numbers, and of the reciprocals of larger ones, float32 does not hold all digits.
-_LEAST = 2.0**-126
+# Exponents that are multiplied out; the rounding errors of more factors add up.
+_WHOLE_POWERS = range(2, 9)
+_FLOAT = np.finfo(np.float32)
 
 
 def legalize_map(target: Any) -> dict[str, Legalizer]:
@@ -50,44 +51,67 @@ def legalize_map(target: Any) -> dict[str, Legalizer]:
         "relax.tanh": vector_math.tanh,
         "relax.sigmoid": vector_math.sigmoid,
         "relax.nn.gelu": vector_math.gelu,
+        "relax.nn.gelu_tanh": vector_math.gelu_tanh,
         # Both round half to even; TVM's own `nearbyint` is not vectorised.
         "relax.round": te.round,
         "relax.nn.silu": lambda x: x * vector_math.sigmoid(x),
     }
-    table = {name: _unary(name, function) for name, function in unary.items()}
+    table = {name: _unary(function) for name, function in unary.items()}
     table["relax.divide"] = _divide
+    table["relax.power"] = _power
     table["relax.quantize"] = _quantize
     table["relax.permute_dims"] = lambda builder, call: _transpose(builder, call, target)
     table["relax.nn.softmax"] = lambda builder, call: _softmax(builder, call, target)
+    table["relax.nn.log_softmax"] = lambda builder, call: _softmax_along(builder, call, log=True)
     return table
 
 
-def _unary(name: str, function: Callable[[Any], Any]) -> Legalizer:
+def _unary(function: Callable[[Any], Any]) -> Legalizer:
     def legalize(builder: Any, call: Any) -> Any:
-        if not is_float32(call):
-            return _default(builder, call)
-
-        def compute(x: Any) -> Any:
-            return te.compute(x.shape, lambda *index: function(x[index]), name="compute")
-
-        hint = name.rsplit(".", 1)[-1]
-        return builder.call_te(compute, call.args[0], primfunc_name_hint=hint)
+        return _mapped(builder, call, function) if is_float32(call) else _default(builder, call)
 
     return legalize
 
 
 def _divide(builder: Any, call: Any) -> Any:
     """Multiply by the reciprocal of a constant: one rounding more, and no division."""
-    number = scalar_constant(call.args[1])
-    widens = call.args[0].ty.ndim != call.ty.ndim
-    if number is None or not _LEAST <= abs(number) <= 1 / _LEAST or widens or not is_float32(call):
+    number = _own_number(call)
+    if number is None or not _has_reciprocal(number):
         return _default(builder, call)
     inverse = tirx.FloatImm("float32", 1.0 / number)
+    return _mapped(builder, call, lambda x: x * inverse)
+
+
+def _power(builder: Any, call: Any) -> Any:
+    """Multiply for a small whole exponent; the C library's ``powf`` takes one number at a time."""
+    number = _own_number(call)
+    if number is None or number not in _WHOLE_POWERS:
+        return _default(builder, call)
+    return _mapped(builder, call, lambda x: vector_math.whole_power(x, int(number)))
+
+
+def _own_number(call: Any) -> float | None:
+    """Return the constant that a float32 tensor is combined with, if it leaves the shape alone."""
+    shape = static_shape(call)
+    if not is_float32(call) or shape is None or shape != static_shape(call.args[0]):
+        return None
+    return scalar_constant(call.args[1])
+
+
+def _has_reciprocal(number: float) -> bool:
+    """Tell whether the reciprocal of a number is one that float32 holds to full precision."""
+    least, most = (float(bound) for bound in (_FLOAT.tiny, _FLOAT.max))
+    return number != 0.0 and least <= 1.0 / abs(number) <= most
+
+
+def _mapped(builder: Any, call: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to every element of the first argument."""
 
     def compute(x: Any) -> Any:
-        return te.compute(x.shape, lambda *index: x[index] * inverse, name="compute")
+        return te.compute(x.shape, lambda *index: function(x[index]), name="compute")
 
-    return builder.call_te(compute, call.args[0], primfunc_name_hint="divide")
+    hint = str(call.op.name).rsplit(".", 1)[-1]
+    return builder.call_te(compute, call.args[0], primfunc_name_hint=hint)
 
 
 def _quantize(builder: Any, call: Any) -> Any:
@@ -120,10 +144,19 @@ def _quantize(builder: Any, call: Any) -> Any:
 def _softmax(builder: Any, call: Any, target: Any) -> Any:
     shape = static_shape(call)
     if shape is None or len(shape) < 2 or min(shape) < 1 or not is_float32(call):
-        return _default(builder, call)
+        return _softmax_along(builder, call)
     if int(call.attrs.axis) % len(shape) != len(shape) - 1:
-        return _default(builder, call)
+        return _softmax_along(builder, call)
     return call_func(builder, softmax(shape, target), "softmax", [call.args[0]], call.ty)
+
+
+def _softmax_along(builder: Any, call: Any, *, log: bool = False) -> Any:
+    """Softmax over any axis, or its logarithm."""
+    shape = static_shape(call)
+    if not shape or min(shape) < 1 or not is_float32(call):
+        return _default(builder, call)
+    axis, hint = int(call.attrs.axis) % len(shape), "log_softmax" if log else "softmax"
+    return builder.call_te(softmax_along, call.args[0], axis, log=log, primfunc_name_hint=hint)
 
 
 def _transpose(builder: Any, call: Any, target: Any) -> Any:

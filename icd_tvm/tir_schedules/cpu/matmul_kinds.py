@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,14 @@ from icd_tvm.tir_schedules.cpu.block_sparse import (
     vrow_matmul,
     vrow_tile,
 )
-from icd_tvm.tir_schedules.cpu.dense import dense_matmul
+from icd_tvm.tir_schedules.cpu.dense import dense_matmul, pack_dense
+from icd_tvm.tir_schedules.cpu.gemv import (
+    MAX_ROWS,
+    NarrowWeight,
+    narrow_matmul,
+    narrow_tile,
+    pack_narrow,
+)
 from icd_tvm.tir_schedules.cpu.panel_builder import VColShape, vcol_cycles
 from icd_tvm.tir_schedules.cpu.tile import (
     INDEX_COST,
@@ -37,9 +45,51 @@ CANDIDATES = ("rowlist", "vrow32", "vrow16", "vcol8", "vcol1")
 _MEMORY_BYTES = 12
 # Row lists are padded so that weights of nearly one size share a function.
 _ROW_STEP, _MAX_PADDING, _VCOL_STEP = 8, 0.03, 64
+# With fewer panels the padding of the last one is a large part of the weight.
+_MIN_PANELS = 4
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
+
+
+class DenseKernel(NamedTuple):
+    """The kernel of a product with a weight of which every row is read.
+
+    Attributes
+    ----------
+    name : str
+    func : PrimFunc
+        Of X, the packed weight and Y.
+    pack : callable
+        Weight [K, N] of float32 -> what the function takes.
+    """
+
+    name: str
+    func: Any
+    pack: Callable[[Array], Array]
+
+
+def dense_kernel(shape: Shape, target: Any) -> DenseKernel:
+    """Return the kernel of ``X[*lead, m, k] @ weight[k, n]`` in float32.
+
+    Few rows take what the weight takes to arrive, so that for them fetching ahead pays.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(*lead, m, k, n)``.
+    target : tvm.target.Target
+    """
+    *lead, m, k, n = shape
+    batch, rows = flat_rows(tuple(lead), m)
+    columns = narrow_tile(min(rows, MAX_ROWS), target).columns
+    if rows * prod(batch) <= MAX_ROWS and n >= _MIN_PANELS * columns:
+        form = NarrowWeight(32, k)
+        func = narrow_matmul(m, k, n, form, target, lead=tuple(lead))
+        return DenseKernel("narrow_matmul", func, lambda w: pack_narrow(w, [], form, columns)[0])
+    tile = choose_tile(rows, k, n, target)
+    func = dense_matmul(m, k, n, tile, tuple(lead))
+    return DenseKernel("dense_matmul", func, lambda w: pack_dense(w, tile.columns))
 
 
 def group_width(kind: str) -> int:
@@ -83,10 +133,9 @@ def build_matmul(kind: str, shape: Shape, nk: int, target: Any) -> Any:
         return vcol_matmul(m, k, n, nk, group, lead=tuple(lead), target=target)
     if group:
         return vrow_matmul(m, k, n, nk, group, lead=tuple(lead), target=target)
-    tile = _tile(kind, shape, target)
     if kind == "rowlist":
-        return rowlist_matmul(m, k, n, nk, tile, tuple(lead))
-    return dense_matmul(m, k, n, tile, tuple(lead))
+        return rowlist_matmul(m, k, n, nk, _tile(kind, shape, target), tuple(lead))
+    return dense_kernel(shape, target).func
 
 
 def pack_matmul(kind: str, weight: Array, shape: Shape, target: Any) -> dict[str, Array]:

@@ -1,7 +1,8 @@
-"""Softmax over the last axis, for what fused attention does not cover."""
+"""Softmax, for what fused attention does not cover: over rows, and over any axis."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from icd_tvm._tvm import i64, te, tirx
@@ -41,3 +42,40 @@ def softmax(shape: tuple[int, ...], target: Any) -> Any:
     )
     y = te.compute(shape64(shape), lambda *r: power[r] * inverse[(*r[:-1], 0)], name="Y")
     return schedule_rows([*peaks, power, *sums, inverse, y], [x], target)
+
+
+def softmax_along(x: Any, axis: int, *, log: bool = False) -> Any:
+    """Return the TE stage of the softmax over any axis, or of its logarithm.
+
+    Parameters
+    ----------
+    x : te.Tensor
+        float32.
+    axis : int
+        From 0 on.
+    log : bool, optional
+        Return the logarithm, which does not underflow where the softmax does.
+
+    Returns
+    -------
+    te.Tensor
+        Of the shape of ``x``.
+    """
+
+    def row(at: Sequence[Any], along: Any) -> tuple[Any, ...]:
+        return (*at[:axis], along, *at[axis + 1 :])
+
+    def reduced(source: Any, reducer: Any, name: str) -> Any:
+        k = te.reduce_axis((i64(0), x.shape[axis]), "k")
+        return te.compute(
+            row(x.shape, i64(1)), lambda *at: reducer(source[row(at, k)], axis=k), name=name
+        )
+
+    peak = reduced(x, te.max, "peak")
+    power = te.compute(x.shape, lambda *at: vector_math.exp(x[at] - peak[row(at, 0)]), name="power")
+    total = reduced(power, te.sum, "sum")
+    if not log:
+        return te.compute(x.shape, lambda *at: power[at] / total[row(at, 0)], name="Y")
+    return te.compute(
+        x.shape, lambda *at: x[at] - peak[row(at, 0)] - vector_math.log(total[row(at, 0)]), name="Y"
+    )

@@ -20,19 +20,20 @@ from icd_tvm.errors import OutputError
 from icd_tvm.files import default_cache
 from icd_tvm.steps import steps
 from icd_tvm.tir_schedules.cpu.block_sparse import BlockSparseRule
-from icd_tvm.tir_schedules.cpu.dense import DenseRule, pack_dense
+from icd_tvm.tir_schedules.cpu.dense import DenseRule
 from icd_tvm.tir_schedules.cpu.kernel_database import FILE_NAME, KernelDatabase
 from icd_tvm.tir_schedules.cpu.matmul_kinds import (
     build_matmul,
+    dense_kernel,
     group_width,
     modelled_cycles,
     pack_matmul,
 )
 from icd_tvm.tir_schedules.cpu.stack import compile_kernel
-from icd_tvm.tir_schedules.cpu.tile import choose_tile, flat_rows
+from icd_tvm.tir_schedules.cpu.tile_builder import ExplicitTileRule
 from icd_tvm.tir_schedules.cpu.transposed_sparse import TransposedSparseRule
 
-_RULES = (DenseRule, BlockSparseRule, TransposedSparseRule)
+_RULES = (DenseRule, BlockSparseRule, TransposedSparseRule, ExplicitTileRule)
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 5, 40, 0.05
 # Extents are rounded to two steps per power of two, kept rows to quarters of K.
 _STEPS, _SHARES, _SMALL = 2, 4, 64
@@ -173,10 +174,8 @@ def _pack(
     kind: str, weight: npt.NDArray[Any], shape: Shape, target: Any
 ) -> tuple[list[npt.NDArray[Any]], int]:
     """Return the constants of a kernel and the length of its row lists."""
-    *lead, m, k, n = shape
     if kind == "dense":
-        columns = choose_tile(flat_rows(tuple(lead), m)[1], k, n, target).columns
-        return [pack_dense(weight, columns)], k
+        return [dense_kernel(shape, target).pack(weight)], shape[-2]
     constants = pack_matmul(kind, weight, shape, target)
     return list(constants.values()), int(constants["rows"].shape[-1])
 

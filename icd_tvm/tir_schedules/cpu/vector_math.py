@@ -104,6 +104,7 @@ _EXP2_SHORT = (
     6.931218106e-01,
     9.999992613e-01,
 )
+_TANH_SCALE = math.sqrt(2.0 / math.pi)
 _EXP2_MIN, _EXP2_MAX = -126.0, 129.0
 
 
@@ -177,6 +178,13 @@ def gelu(x: Any) -> Any:
     return x * (f32(0.5) + f32(0.5) * erf(x * f32(0.5**0.5)))
 
 
+def gelu_tanh(x: Any) -> Any:
+    """Return ``x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x ** 3))) / 2``."""
+    inner = x * (f32(_TANH_SCALE) + f32(0.044715 * _TANH_SCALE) * x * x)
+    # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+    return x * sigmoid(inner * f32(2.0))
+
+
 def sigmoid(x: Any) -> Any:
     """Return ``1 / (1 + e ** -x)``."""
     return f32(1.0) / (f32(1.0) + exp(-x))
@@ -185,6 +193,14 @@ def sigmoid(x: Any) -> Any:
 def tanh(x: Any) -> Any:
     """Return the hyperbolic tangent to 3e-7 absolute."""
     return f32(2.0) * sigmoid(x * f32(2.0)) - f32(1.0)
+
+
+def whole_power(x: Any, exponent: int) -> Any:
+    """Return ``x ** exponent`` of a positive whole exponent, off by as many ulp at most."""
+    if exponent == 1:
+        return x
+    half = whole_power(x, exponent // 2)
+    return half * half * x if exponent % 2 else half * half
 
 
 def to_code(x: Any, zero: Any, dtype: str) -> Any:
