@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cpu_targets import assert_stays_inside
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special
@@ -109,6 +110,15 @@ def test_byte_attention_of_a_fully_masked_row_is_the_mean() -> None:
     actual = run(byte_attention(shape, target), [q, k, v, mask, *SCALES.arrays()], [out], target)[0]
     mean = np.broadcast_to(v.mean(axis=1, keepdims=True) * SCALES.value, (1, 3, 16))
     np.testing.assert_allclose(actual, mean, atol=1e-4)
+
+
+def test_a_norm_reads_its_own_factors_and_point() -> None:
+    """By their names a trace tells the arguments apart."""
+    target, rows, columns = host_target(1), 3, 20
+    func = layer_norm((rows, columns), 1e-5, target, residual=True, codes=True)
+    size = 4 * rows * columns
+    sizes = [size, size, *[4 * columns] * 3, 4, size, rows * columns]
+    assert_stays_inside(func, sizes, target)
 
 
 def test_kernels_remember_their_form() -> None:

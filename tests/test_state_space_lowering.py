@@ -139,15 +139,18 @@ def test_a_scan_forgets_and_keeps() -> None:
     np.testing.assert_array_equal(np.delete(states, 5, 0), [[10, 1]] * 15)
 
 
+@pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize(("op", "exact"), [("Max", np.maximum), ("Min", np.minimum)])
-def test_a_step_compares_as_many_numbers_as_there_are(op: str, exact: Any) -> None:
-    operands = [Operand(i, (True, True)) for i in range(2)]
-    program = ScanProgram((8, 4), operands, term(op, OLD, DT, U))
+def test_a_step_compares_as_many_numbers_as_there_are(op: str, exact: Any, count: int) -> None:
+    operands = [Operand(i, (True, True)) for i in range(count)]
+    program = ScanProgram((8, 4), operands, term(op, OLD, *[DT, U][:count]))
     rng = np.random.default_rng(0)
-    start, *given = (rng.standard_normal((n, 8, 4)).astype(np.float32) for n in (1, 3, 3))
+    start, *given = (
+        rng.standard_normal((n, 8, 4)).astype(np.float32) for n in [1, 3, 3][: 1 + count]
+    )
     final = tvm.runtime.tensor(np.zeros_like(start))
     tensors = [tvm.runtime.tensor(array) for array in (start, *given)]
-    compile_kernel(selective_scan(program, 3, (False,) * 2, ()), HOST)["main"](*tensors, final)
+    compile_kernel(selective_scan(program, 3, (False,) * count, ()), HOST)["main"](*tensors, final)
     np.testing.assert_array_equal(
         final.numpy(), exact.reduce(np.concatenate([start, *given]))[None]
     )

@@ -61,7 +61,7 @@ def append_row(
         r = T.arg("R", T.Buffer((batch, heads, 1, channels), dtype))
         n = T.arg("L", T.Buffer(length, index))
         slot = n[tuple(0 for _ in length)]
-        block, lane = "blockIdx.x" * gpu, "threadIdx.x" * gpu
+        block, lane = ("blockIdx.x", "threadIdx.x") if gpu else ("", "")
         with _loop(batch * heads, block) as row, _loop(channels, lane) as x, T.sblock("append"):
             b, h = row // heads, row % heads
             with T.If(tirx.all(slot >= 0, slot < slots)), T.Then():

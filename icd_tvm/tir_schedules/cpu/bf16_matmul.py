@@ -14,7 +14,7 @@ from icd_tvm.tir_schedules.cpu.bf16_dot import bf16_dot
 from icd_tvm.tir_schedules.cpu.dense import pack_panels
 from icd_tvm.tir_schedules.cpu.emit import AHEAD, LINE, prefetch
 from icd_tvm.tir_schedules.cpu.gemv import MAX_ROWS
-from icd_tvm.tir_schedules.cpu.run_builder import RunBuilder
+from icd_tvm.tir_schedules.cpu.run_builder import UNROLL, RunBuilder
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile, dot_tile, flat_rows, tile_cycles
 
 PAIR = 2
@@ -107,6 +107,6 @@ class _Bf16Builder(RunBuilder):
             super().prefetch(w, at, outer)
             return
         row = self.tile.columns * PAIR * 2
-        for line in range(0, row * self.unroll, LINE):
-            ahead = outer * self.unroll + (AHEAD + line) // row
+        for line in range(0, row * UNROLL, LINE):
+            ahead = outer * UNROLL + (AHEAD + line) // row
             T.evaluate(prefetch(w[at[0], ahead, line % row // 2]))

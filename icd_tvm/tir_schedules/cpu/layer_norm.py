@@ -105,7 +105,8 @@ def layer_norm(
     inputs += affine
     more = []
     if codes:
-        factor, point = (te.placeholder((i64(s),), "float32") for s in (d, 1))
+        factor = te.placeholder((i64(d),), "float32", name="factor")
+        point = te.placeholder((i64(1),), "float32", name="point")
         inputs += [factor, point]
         more = [te.compute(shape64(shape), lambda *r: _code(y[r], factor[r[-1]], point), name="C")]
     func = schedule_rows(stages, inputs, target, more)

@@ -12,7 +12,8 @@ from icd_tvm.tir_schedules.cpu.lane_dot import LaneDot
 from icd_tvm.tir_schedules.cpu.tile import Lead, Tile
 from icd_tvm.tir_schedules.cpu.tile_builder import TileBuilder
 
-_UNROLL = 4
+# Runs in a step of the loop.
+UNROLL = 4
 # Bytes of a run.
 _WORD = 4
 
@@ -35,7 +36,6 @@ class RunBuilder(TileBuilder):
     """
 
     length = 1
-    unroll = _UNROLL
     types = ("", "", "")
 
     def __init__(self, shape: Lead, k: int, tile: Tile, dot: LaneDot) -> None:
@@ -53,13 +53,13 @@ class RunBuilder(TileBuilder):
         """Fill ``sums[rows, columns]`` for ``at``, a panel of W and the first row of the tile."""
         whole, place = self.k // self.length, (batch, *at)
         with self.dot.imported():
-            if whole >= _UNROLL:
-                with T.serial(i64(whole // _UNROLL)) as outer:
+            if whole >= UNROLL:
+                with T.serial(i64(whole // UNROLL)) as outer:
                     self.prefetch(inputs[1], at, outer)
-                    with T.unroll(i64(_UNROLL)) as inner:
-                        run = outer * _UNROLL + inner
+                    with T.unroll(i64(UNROLL)) as inner:
+                        run = outer * UNROLL + inner
                         self.step(inputs, sums, place, run, run * self.length, self.length)
-            for tail in range(whole // _UNROLL * _UNROLL, self.runs):
+            for tail in range(whole // UNROLL * UNROLL, self.runs):
                 count = min(self.length, self.k - tail * self.length)
                 self.step(inputs, sums, place, i64(tail), i64(tail) * self.length, count)
 
@@ -98,10 +98,10 @@ class RunBuilder(TileBuilder):
         if self.panels == 1 or row_tiles == 1:
             return
         panel, first = at
-        groups = self.k // self.length // self.unroll
+        groups = self.k // self.length // UNROLL
         group = tirx.floordiv(first, self.tile.rows) * groups + outer
         width, size = self.tile.columns * _WORD, _WORD // self.length
-        lines = -(-self.unroll * width // (LINE * row_tiles))
+        lines = -(-UNROLL * width // (LINE * row_tiles))
         for line in range(lines):
             start = (group * lines + line) * LINE
             ahead = self.runs + tirx.floordiv(start, width)

@@ -12,7 +12,6 @@ from icd_tvm.errors import ConfigError
 from icd_tvm.tir_schedules.cpu.matmul_kinds import (
     KINDS,
     candidate_rows,
-    group_width,
     modelled_cycles,
 )
 from icd_tvm.tir_schedules.cpu.time_kernels import timed_kernels
@@ -35,11 +34,6 @@ class KernelChoice:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"unknown matmul kernel {self.kind!r}", f"use one of {KINDS}")
-
-    @property
-    def group(self) -> int:
-        """Columns per group; 0 for kernels without groups."""
-        return group_width(self.kind)
 
 
 def choose_matmul_kernel(
@@ -83,7 +77,9 @@ def choose_matmul_kernel(
     tune = tune and runs_here(target)
     if tune:
         limit = _HOPELESS * min(costs.values())
-        timed = {k: rows for k, rows in kept.items() if k == "dense" or costs[k] <= limit}
+        timed = {
+            kind: rows for kind, rows in kept.items() if kind == "dense" or costs[kind] <= limit
+        }
         costs = timed_kernels(timed, shape, target)
     best = preferred(costs)
     source = "measured, scaled by the model" if tune else "model"

@@ -130,7 +130,7 @@ def least_seconds(arms: Mapping[str, Arm]) -> dict[str, float]:
     Parameters
     ----------
     arms : Mapping[str, callable]
-        What to time; each has run once before.
+        What to time.
     """
     best = dict.fromkeys(arms, float("inf"))
     start, rounds = time.perf_counter(), 0
