@@ -6,7 +6,7 @@ fastest peer of the case, by medians and by minima.
 
     pip install 'icd_tvm[peers]'      # DeepSparse: a Python of its own, ICD_PYTHON_DEEPSPARSE
     python benchmarks/cpu_peers.py --only minilm [--rounds 200] [--full] [--threads 1 2]
-        [--out docs/results/cpu-peers.json]
+        [--peers openvino openvino-bf16 openvino-int8] [--out docs/results/cpu-peers.json]
     python benchmarks/cpu_peers.py --only gemm [--out docs/results/cpu-gemm.json]
 
 A record that is there keeps the lines that are not measured again. Products also get their share of
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,7 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name contains one")
+    parser.add_argument("--peers", nargs="+", help="only these, of those that a case has")
     parser.add_argument("--rounds", type=int, default=200, help="of each case, turn by turn")
     parser.add_argument("--full", action="store_true", help="batches of 8 at every length too")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -218,10 +219,14 @@ def parsed() -> argparse.Namespace:
 
 
 def chosen(arguments: argparse.Namespace, folder: Path) -> list[Case]:
-    """Return the cases whose name contains one of the words."""
+    """Return the cases whose name contains one of the words, beside the peers that are wanted."""
     cases = chain(gemm_cases(folder), sparse_cases(folder), model_cases(folder, arguments.full))
     words = [word.lower() for word in arguments.only]
-    return [case for case in cases if any(word in case.name.lower() for word in words)]
+    found = [case for case in cases if any(word in case.name.lower() for word in words)]
+    if arguments.peers is None:
+        return found
+    wanted = set(arguments.peers)
+    return [replace(case, peers=tuple(p for p in case.peers if p in wanted)) for case in found]
 
 
 if __name__ == "__main__":
