@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,6 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
     build_attention,
 )
 from icd_tvm.tir_schedules.cpu.emit import f32, local, zeros
-from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 from icd_tvm.tir_schedules.target import vector_bits
 
 
@@ -59,10 +57,6 @@ class FloatHead(HeadTask):
     def __init__(self, shape: AttentionShape, lanes: int, at: tuple[Any, Any]) -> None:
         super().__init__(shape, lanes, at)
         self.keys, self.table = self.allocate()
-        self.bias = local(self.key_pad)
-        self.score = local(self.rows, self.key_pad)
-        self.partial = local(lanes)
-        self.peak, self.inverse = local(self.rows), local(self.rows)
 
     def allocate(self) -> tuple[Any, Any]:
         """Return the buffers of the keys, transposed, and of the values."""
@@ -71,29 +65,20 @@ class FloatHead(HeadTask):
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys transposed, its values padded to vectors, and the mask."""
-        shape, dim = self.shape, self.shape.head_dim
-        start = shape.offsets[1] + self.column
+        start = self.shape.offsets[1] + self.column
 
         def word(j: Any, first: Any, count: int) -> Any:
             at = start + first
             return k[self.batch, j, T.ramp(at, 1, count) if count > 1 else at]
 
-        self.transpose_keys(self.keys, word, self.lanes)
-        with T.serial(shape.keys) as j:
+        self.transpose_keys(word, self.lanes)
+        with T.serial(self.shape.keys) as j:
             self._load_value_row(v, j)
-        with T.serial(shape.keys) as j:
-            self.load_mask(mask, j)
-        if self.key_pad > shape.keys:
-            with T.serial(self.key_pad - shape.keys) as j:
-                T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
-                with T.serial(dim) as d:
-                    T.buffer_store(self.keys, f32(0.0), [d, shape.keys + j])
+        self.load_mask(mask)
 
-    def load_mask(self, mask: Any, j: Any) -> None:
-        """Copy the mask of one key, in units of log 2."""
-        bias = mask[self.batch % self.shape.mask_batch, 0, 0, j]
-        scaled = T.max(f32(LEAST_MASK), bias * f32(vector_math.LOG2_E))
-        T.buffer_store(self.bias, T.Select(bias < f32(LEAST_MASK), bias, scaled), [j])
+    def scaled_mask(self, bias: Any) -> Any:
+        """Return one number of the mask in units of log 2; infinities stay, as in the model."""
+        return T.Select(bias < f32(LEAST_MASK), bias, super().scaled_mask(bias))
 
     def _load_value_row(self, v: Any, j: Any) -> None:
         whole = self.shape.head_dim // self.lanes * self.lanes
@@ -126,21 +111,7 @@ class FloatHead(HeadTask):
 
     def normalise(self) -> None:
         """Replace every scratch row by its exponentials; keep the inverse of their sum."""
-        lanes = self.lanes
-        # One loop for each step: a core overlaps the short chains of many rows, not long ones.
-        with T.serial(self.rows) as r:
-            peak = emit_reduce(
-                self.partial, lanes, self.key_pad, T.max, lambda at: self.score[r, at]
-            )
-            T.buffer_store(self.peak, peak, [r])
-        with T.serial(self.rows) as r:
-            T.buffer_store(self.partial, zeros("float32", lanes), [T.ramp(0, 1, lanes)])
-            with T.serial(self.key_pad // lanes) as c, T.vectorized(lanes) as x:
-                at = c * lanes + x
-                T.buffer_store(self.score, self.power(self.score[r, at] - self.peak[r]), [r, at])
-                T.buffer_store(self.partial, self.partial[x] + self.score[r, at], [x])
-            total = emit_reduce(self.partial, lanes, lanes, operator.add, lambda x: self.partial[x])
-            T.buffer_store(self.inverse, f32(1.0) / total, [r])
+        self.exponentiate(self.power, f32(1.0))
 
     def power(self, x: Any) -> Any:
         """Return ``2 ** x`` of numbers that are not positive."""
@@ -151,7 +122,7 @@ class FloatHead(HeadTask):
         shape = self.shape
 
         def finish(r: Any, at: Any, value: Any) -> None:
-            T.buffer_store(y, value * self.inverse[r], [self.batch, first + r, self.column + at])
+            T.buffer_store(y, value * self.each[r], [self.batch, first + r, self.column + at])
 
         limits = (shape.queries - first, shape.head_dim)
         size = (self.value_steps(), self.value_pad)

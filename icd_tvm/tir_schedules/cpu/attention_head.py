@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from icd_tvm._tvm import tirx
 from icd_tvm.errors import ShapeError
-from icd_tvm.tir_schedules.cpu.emit import enter_if, local
+from icd_tvm.tir_schedules.cpu import vector_math
+from icd_tvm.tir_schedules.cpu.emit import enter_if, f32, local, zeros
+from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 from icd_tvm.tir_schedules.cpu.register_transpose import emit_transpose
 from icd_tvm.tir_schedules.cpu.row_reduce import OPAQUE
 from icd_tvm.tir_schedules.cpu.tile import row_pieces
@@ -105,6 +109,9 @@ class HeadTask:
         Number of the sequence and of the head.
     """
 
+    # Keys, transposed: [words of a head, key_pad]. Of the type that a subclass multiplies.
+    keys: Any
+
     def __init__(self, shape: AttentionShape, lanes: int, at: tuple[Any, Any]) -> None:
         self.shape, self.lanes = shape, lanes
         self.batch, head = at
@@ -113,6 +120,9 @@ class HeadTask:
         self.tiles = -(-shape.queries // self.rows)
         self.key_pad = -(-shape.keys // lanes) * lanes
         self.value_pad = -(-shape.head_dim // lanes) * lanes
+        self.bias = local(self.key_pad)
+        self.score = local(self.rows, self.key_pad)
+        self.partial, self.each = local(lanes), local(self.rows)
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """Return the scope in which the statements are emitted."""
@@ -137,34 +147,74 @@ class HeadTask:
         """Write the weighted sums of the value rows."""
         raise NotImplementedError
 
-    def transpose_keys(self, keys: Any, word: Callable[[Any, Any, int], Any], most: int) -> None:
-        """Transpose the keys of this head into scratch memory, in squares where they fit.
+    def transpose_keys(self, word: Callable[[Any, Any, int], Any], most: int) -> None:
+        """Fill ``keys`` with the keys of this head, transposed, and with zeros past the last one.
 
-        Squares reach past the last key and repeat it, which padding is written over.
+        They are turned in squares where these fit. Squares reach past the last key and repeat it.
 
         Parameters
         ----------
-        keys : tirx.Buffer [words, key_pad]
         word : callable
             (key, first word, count) -> so many words of its row: a vector, or one number.
         most : int
             Words in the longest such vector.
         """
-        words, last = int(keys.shape[0]), self.shape.keys - 1
+        words, last = int(self.keys.shape[0]), self.shape.keys - 1
         side = next((s for s in (16, 8, 4) if s <= most and words % s == 0), 1)
         if side == 1:
             with T.serial(self.shape.keys) as j, T.serial(words) as d:
-                T.buffer_store(keys, word(j, d, 1), [d, j])
-            return
-        with T.serial(last // side + 1) as square:
-            for first in range(0, words, side):
-                emit_transpose(
-                    side,
-                    lambda row, first=first: word(T.min(square * side + row, last), first, side),  # type: ignore[misc]
-                    lambda row, vector, first=first: T.buffer_store(  # type: ignore[misc]
-                        keys, vector, [first + row, T.ramp(square * side, 1, side)]
-                    ),
-                )
+                T.buffer_store(self.keys, word(j, d, 1), [d, j])
+        else:
+            with T.serial(last // side + 1) as square:
+                for first in range(0, words, side):
+                    emit_transpose(
+                        side,
+                        lambda row, first=first: word(  # type: ignore[misc]
+                            T.min(square * side + row, last), first, side
+                        ),
+                        lambda row, vector, first=first: T.buffer_store(  # type: ignore[misc]
+                            self.keys, vector, [first + row, T.ramp(square * side, 1, side)]
+                        ),
+                    )
+        if self.key_pad > self.shape.keys:
+            zero = tirx.const(0, str(self.keys.dtype))
+            with T.serial(self.key_pad - self.shape.keys) as j, T.serial(words) as d:
+                T.buffer_store(self.keys, zero, [d, self.shape.keys + j])
+
+    def load_mask(self, mask: Any) -> None:
+        """Fill ``bias`` with the mask in units of log 2; keys past the last one are hidden."""
+        shape = self.shape
+        with T.serial(shape.keys) as j:
+            bias = mask[self.batch % shape.mask_batch, 0, 0, j]
+            T.buffer_store(self.bias, self.scaled_mask(bias), [j])
+        if self.key_pad > shape.keys:
+            with T.serial(self.key_pad - shape.keys) as j:
+                T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
+
+    def scaled_mask(self, bias: Any) -> Any:
+        """Return one number of the mask in units of log 2; what was finite stays so."""
+        return T.max(f32(LEAST_MASK), bias * f32(vector_math.LOG2_E))
+
+    def exponentiate(self, power: Callable[[Any], Any], factor: Any) -> None:
+        """Replace the scores by the powers of 2 over their peaks.
+
+        ``each`` holds ``factor`` over the sum of every row's powers then.
+        """
+        lanes = self.lanes
+        # One loop for each step: a core overlaps the short chains of many rows, not long ones.
+        with T.serial(self.rows) as r:
+            peak = emit_reduce(
+                self.partial, lanes, self.key_pad, T.max, lambda at: self.score[r, at]
+            )
+            T.buffer_store(self.each, peak, [r])
+        with T.serial(self.rows) as r:
+            T.buffer_store(self.partial, zeros("float32", lanes), [T.ramp(0, 1, lanes)])
+            with T.serial(self.key_pad // lanes) as c, T.vectorized(lanes) as x:
+                at = c * lanes + x
+                T.buffer_store(self.score, power(self.score[r, at] - self.each[r]), [r, at])
+                T.buffer_store(self.partial, self.partial[x] + self.score[r, at], [x])
+            total = emit_reduce(self.partial, lanes, lanes, operator.add, lambda x: self.partial[x])
+            T.buffer_store(self.each, factor / total, [r])
 
     def query_row(self, first: Any, r: Any) -> Any:
         """Return the number of a query row; rows past the end repeat the last one."""

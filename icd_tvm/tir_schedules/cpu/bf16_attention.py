@@ -13,7 +13,7 @@ from icd_tvm.tir_schedules.cpu.attention import FloatHead, attention
 from icd_tvm.tir_schedules.cpu.attention_head import AttentionShape, build_attention
 from icd_tvm.tir_schedules.cpu.bf16_dot import Bf16Dot, bf16_dot, require_bf16
 from icd_tvm.tir_schedules.cpu.bf16_matmul import PAIR
-from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat
+from icd_tvm.tir_schedules.cpu.emit import local, splat
 
 # Columns of a head come in whole vectors of AVX-512.
 HEAD_STEP = 16
@@ -88,14 +88,8 @@ class _Bf16Head(FloatHead):
             values = k[self.batch, j, T.ramp(start + first * PAIR, 1, count * PAIR)]
             return T.reinterpret(f"int32x{count}", self.dot.rounded(values))
 
-        self.transpose_keys(self.keys, words, self.lanes // PAIR)
-        with T.serial(shape.keys) as j:
-            self.load_mask(mask, j)
-        if self.key_pad > shape.keys:
-            with T.serial(self.key_pad - shape.keys) as j:
-                T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
-                with T.serial(shape.head_dim // PAIR) as d:
-                    T.buffer_store(self.keys, i32(0), [d, shape.keys + j])
+        self.transpose_keys(words, self.lanes // PAIR)
+        self.load_mask(mask)
         if shape.keys // PAIR:
             with T.serial(shape.keys // PAIR) as pair:
                 self._value_pair(v, pair, PAIR)

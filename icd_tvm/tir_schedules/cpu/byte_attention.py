@@ -6,7 +6,6 @@ are what the dot product instruction takes; a third of the work of the float ker
 
 from __future__ import annotations
 
-import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from tvm.script.ir_builder import tirx as T
 from icd_tvm.errors import ShapeError
 from icd_tvm.tir_schedules.cpu import vector_math
 from icd_tvm.tir_schedules.cpu.attention_head import (
-    LEAST_MASK,
     AttentionShape,
     HeadTask,
     build_attention,
@@ -25,7 +23,6 @@ from icd_tvm.tir_schedules.cpu.attention_head import (
 from icd_tvm.tir_schedules.cpu.dot_product import DotProduct, dot_product
 from icd_tvm.tir_schedules.cpu.emit import f32, i32, local, splat, zeros
 from icd_tvm.tir_schedules.cpu.int8_matmul import MAX_DEPTH, QUAD
-from icd_tvm.tir_schedules.cpu.lane_reduce import emit_reduce
 
 _FORM_ATTR = "icd.byte_attention"
 _ONES = 0x01010101
@@ -153,24 +150,12 @@ class _Head(HeadTask):
         self.keys = local(shape.head_dim // QUAD, self.key_pad, dtype="int32")
         self.table = local(self.key_quads, self.value_pad, dtype="int32")
         self.surplus = local(self.key_pad, dtype="int32")
-        self.bias = local(self.key_pad)
-        self.score = local(self.rows, self.key_pad)
         self.codes = local(self.rows, self.key_pad, dtype="uint8")
-        self.partial = local(self.lanes)
-        self.each = local(self.rows)
 
     def load(self, k: Any, v: Any, mask: Any) -> None:
         """Copy this head's keys and values in fours, the mask, and what the zero point adds."""
-        shape = self.shape
         self._load_keys(k)
-        with T.serial(shape.keys) as j:
-            bias = mask[self.batch % shape.mask_batch, 0, 0, j] * f32(vector_math.LOG2_E)
-            T.buffer_store(self.bias, T.max(bias, f32(LEAST_MASK)), [j])
-        if self.key_pad > shape.keys:
-            with T.serial(self.key_pad - shape.keys) as j:
-                T.buffer_store(self.bias, f32(float("-inf")), [shape.keys + j])
-                with T.serial(shape.head_dim // QUAD) as d:
-                    T.buffer_store(self.keys, i32(0), [d, shape.keys + j])
+        self.load_mask(mask)
         self._sum_keys()
         self._load_values(v)
 
@@ -181,7 +166,7 @@ class _Head(HeadTask):
             run = k[self.batch, j, T.ramp(start + first * QUAD, 1, count * QUAD)]
             return self._signed(T.reinterpret("int32" + f"x{count}" * (count > 1), run), count)
 
-        self.transpose_keys(self.keys, word, self.lanes)
+        self.transpose_keys(word, self.lanes)
 
     def _signed(self, words: Any, count: int) -> Any:
         """Return the bytes of words as signed ones, where they came raised."""
@@ -249,23 +234,13 @@ class _Head(HeadTask):
 
     def normalise(self) -> None:
         """Turn every scratch row into codes of its softmax."""
-        lanes, runs = self.lanes, self.key_pad // self.lanes
-
-        def reduced(combine: Any, r: Any) -> Any:
-            return emit_reduce(
-                self.partial, lanes, self.key_pad, combine, lambda at: self.score[r, at]
-            )
-
-        # One loop for each step: a core overlaps the short chains of many rows, not long ones.
-        with T.serial(self.rows) as r:
-            T.buffer_store(self.each, reduced(T.max, r), [r])
-        with T.serial(self.rows) as r:
-            with T.serial(runs) as c, T.vectorized(lanes) as x:
-                at = c * lanes + x
-                power = vector_math.exp2_short(self.score[r, at] - self.each[r])
-                T.buffer_store(self.score, power, [r, at])
-            T.buffer_store(self.each, self.scales[1] / reduced(operator.add, r), [r])
-        with T.serial(self.rows) as r, T.serial(runs) as c, T.vectorized(lanes) as x:
+        lanes = self.lanes
+        self.exponentiate(vector_math.exp2_short, self.scales[1])
+        with (
+            T.serial(self.rows) as r,
+            T.serial(self.key_pad // lanes) as c,
+            T.vectorized(lanes) as x,
+        ):
             at = c * lanes + x
             code = T.min(self.score[r, at] * self.each[r] + f32(0.5), f32(_MAX_CODE))
             T.buffer_store(self.codes, code.astype("int32").astype("uint8"), [r, at])
