@@ -867,4 +867,4 @@ def test_compiled_tile_keeps_its_accumulators_in_registers() -> None:
     stock = tvm.compile(func.with_attr("global_symbol", "main"), target).mod.inspect_source("asm")
     assert "AllocWorkspace" in stock
     assert "AllocWorkspace" not in ours
-    assert len(re.findall(r"vfmadd231ps\s.*%zmm", ours)) >= 4 * 24
+    assert len(re.findall(r"vfmadd231ps\s.*%zmm", ours)) >= 2 * 24
