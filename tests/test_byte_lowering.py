@@ -313,16 +313,20 @@ def erf_module(*, floats: bool = False) -> Any:
     return module(build, x=(2, 5, 32))
 
 
-def test_erf_that_becomes_bytes_is_short() -> None:
-    before = module(lambda emit, x: through(emit, emit(relax.op.erf(x))), x=(2, 5, 32))
+@pytest.mark.parametrize(
+    ("function", "kernel"),
+    [(relax.op.erf, vector_math.erf_short), (relax.op.nn.gelu, vector_math.gelu_short)],
+)
+def test_erf_that_becomes_bytes_is_short(function: Any, kernel: Any) -> None:
+    before = module(lambda emit, x: through(emit, emit(function(x))), x=(2, 5, 32))
 
     def short(emit: Build, x: Any) -> Any:
-        kernel = relax.BlockBuilder.current().call_te(
-            lambda t: te.compute(t.shape, lambda *at: vector_math.erf_short(t[at]), name="compute"),
+        call = relax.BlockBuilder.current().call_te(
+            lambda t: te.compute(t.shape, lambda *at: kernel(t[at]), name="compute"),
             x,
-            primfunc_name_hint="erf_short",
+            primfunc_name_hint=kernel.__name__,
         )
-        return through(emit, emit(kernel))
+        return through(emit, emit(call))
 
     shorten = ShortenErf()
     tvm.ir.assert_structural_equal(shorten(before), module(short, x=(2, 5, 32)))

@@ -755,7 +755,7 @@ def apply(function: Callable[[Any], Any], x: Array, target: Any = None) -> tuple
     [
         (vector_math.exp, np.exp, 1.5e-7),
         (vector_math.erf, special.erf, 3e-7),
-        (vector_math.gelu, lambda x: x * special.ndtr(x), 1e-6),
+        (vector_math.gelu, lambda x: x * special.ndtr(x), 5e-7),
         (
             vector_math.gelu_tanh,
             lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
@@ -778,6 +778,17 @@ def test_vector_functions_are_accurate_and_make_no_call(
     expected = exact(x.astype(np.float64))
     np.testing.assert_array_less(np.abs(actual - expected) / np.maximum(1, np.abs(expected)), bound)
     assert not SCALAR_CALL.search(asm)
+
+
+@pytest.mark.parametrize("target", EVERY_TARGET, ids=["host", *RUNNABLE])
+@pytest.mark.parametrize("function", [vector_math.gelu, vector_math.gelu_short])
+def test_gelu_at_its_limits(function: Any, target: Any) -> None:
+    x = np.array([-np.inf, -3e38, -1000, -8, 0, 8, 1000, np.inf, np.nan], np.float32)
+    actual, _ = apply(function, np.resize(x, 64), target)
+    np.testing.assert_allclose(actual[:4], 0, atol=1e-6)
+    assert actual[4] == 0
+    np.testing.assert_allclose(actual[5:8], x[5:8], rtol=1.2e-7)
+    assert np.isnan(actual[8])
 
 
 def test_the_search_for_scalar_calls_finds_one() -> None:

@@ -11,6 +11,7 @@ from icd_tvm.relax_passes.fuse_attention import FuseAttention
 from icd_tvm.relax_passes.fuse_bf16_matmul import FuseBf16Matmul
 from icd_tvm.relax_passes.fuse_decode_attention import FuseDecodeAttention
 from icd_tvm.relax_passes.fuse_depthwise_conv import FuseDepthwiseConv
+from icd_tvm.relax_passes.fuse_gelu import FuseGelu
 from icd_tvm.relax_passes.fuse_quantized_matmul import FuseQuantizedMatmul
 from icd_tvm.relax_passes.fuse_quantized_output import FuseQuantizedOutput
 from icd_tvm.relax_passes.fuse_residual_norm import FuseResidualNorm
@@ -79,6 +80,7 @@ def cpu_pipeline(target: Any, *, kernels: KernelChoice | None = None, tune: bool
             MergeParallelMatmul(target),
             FuseResidualNorm(target),
             FuseRmsNorm(target),
+            FuseGelu(),
             FoldScales(),
             FuseQuantizedOutput(target),
             ShortenErf(),
