@@ -263,25 +263,28 @@ def scaled(*factors: Any, scale: float = 0.03, reads: bool = False) -> Any:
 COLUMNS = np.random.default_rng(4).uniform(0.5, 2, ROWS[-1]).astype(np.float32)
 
 
-def test_factors_before_a_quantisation_become_one() -> None:
+@pytest.mark.parametrize(
+    ("factors", "total"), [((0.5, COLUMNS, (4.0,)), COLUMNS * np.float64(0.125)), ((0.5,), 0.5)]
+)
+def test_factors_before_a_quantisation_become_one(factors: tuple[Any, ...], total: Any) -> None:
     fold = FoldScales()
-    after = fold(scaled(0.5, COLUMNS, (4.0,)))
+    after = fold(scaled(*factors))
 
     def expected(emit: Build, x: Any) -> Any:
-        factor = (COLUMNS * np.float64(0.5) / 4.0 / np.float32(0.03)).astype(np.float32)
+        factor = np.asarray(total / np.float64(np.float32(0.03)), np.float32)
         product = emit(relax.op.multiply(x, const(factor)))
         one, zero = relax.const(1.0, "float32"), const(ZERO, "uint8")
         codes = emit(relax.op.quantize(product, one, zero, axis=2, out_dtype="uint8"))
         return emit(relax.op.dequantize(codes, const(0.03), zero, axis=2))
 
     tvm.ir.assert_structural_equal(after, module(expected, x=ROWS))
-    assert list(fold.folded.values()) == [3]
+    assert list(fold.folded.values()) == [len(factors)]
 
 
 @pytest.mark.parametrize(
     "mod",
     [
-        scaled(0.5),
+        scaled(),
         scaled(0.5, COLUMNS, reads=True),
         scaled(0.5, np.ones((5, 1))),
         scaled(0.5, 0.0),

@@ -27,8 +27,7 @@ class FoldScales:
     """Replace ``quantize(x * a / b * c, scale)`` by ``quantize(x * (a / b * c / scale), 1)``.
 
     The factors are constants of one element, or of one for every column (the last axis), and
-    nothing else reads what is between them. Two of them or more are folded: one alone is one
-    product already. The result differs by roundings of the factors.
+    nothing else reads what is between them. The result differs by roundings of the factors.
 
     Attributes
     ----------
@@ -60,7 +59,7 @@ class _Folder(PyExprMutator):
             return super().visit_call_(call)
         source, factors = _factors(self._flow, call.args[0], shape)
         total = _product(factors, scale)
-        if len(factors) < 2 or not np.isfinite(total).all():
+        if not factors or not np.isfinite(total).all():
             return super().visit_call_(call)
         self._owner.folded[str(self._names[call].name)] = len(factors)
         factor = named_const(total, "")
@@ -73,7 +72,9 @@ class _Folder(PyExprMutator):
 def _product(factors: list[Array], scale: float) -> Array:
     """Return one factor for all, steps per unit; infinite where float32 does not hold it."""
     with np.errstate(over="ignore"):
-        return (np.prod(np.broadcast_arrays(1.0, *factors), axis=0) / scale).astype(np.float32)
+        total = (np.prod(np.broadcast_arrays(1.0, *factors), axis=0) / scale).astype(np.float32)
+    # A number is an immediate of the kernel; a vector has to be read.
+    return np.asarray(total.flat[0]) if (total == total.flat[0]).all() else total
 
 
 def _factors(flow: Dataflow, expr: Any, shape: tuple[int, ...]) -> tuple[Any, list[Array]]:

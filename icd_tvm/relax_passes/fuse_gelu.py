@@ -54,7 +54,7 @@ class _Fuser(PyExprMutator):
 
 def _source(flow: Dataflow, value: Any) -> Any:
     """Return what an error function's argument is a multiple of, or None."""
-    scaled = flow.resolve(value.args[0]) if is_call(value, "relax.erf") else None
-    if not (is_call(scaled, "relax.multiply") or is_call(scaled, "relax.divide")):
+    scaled: Any = flow.resolve(value.args[0]) if is_call(value, "relax.erf") else None
+    if not any(is_call(scaled, op) for op in ("relax.multiply", "relax.divide")):
         return None
     return next((arg for arg in scaled.args if isinstance(arg, Var) and is_float32(arg)), None)
