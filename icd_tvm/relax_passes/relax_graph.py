@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from icd_tvm._tvm import Call, GenericConst, Op, Var, relax, tirx
+from icd_tvm._tvm import Call, GenericConst, Op, Var, relax, te, tirx
 
 Rewriter = Callable[[Any], Any]
 
@@ -175,3 +175,12 @@ def operands(call: Any) -> tuple[Any, Any]:
 def call_func(builder: Any, func: Any, name: str, args: list[Any], like: Any) -> Any:
     """Return ``call_tir`` of a new function with the type of ``like`` as its result."""
     return relax.call_tir(builder.add_func(func, name), relax.Tuple(args), like)
+
+
+def map_elements(builder: Any, x: Any, function: Callable[[Any], Any], name: str) -> Any:
+    """Return the call of a new kernel that applies ``function`` to every element of ``x``."""
+
+    def compute(tensor: Any) -> Any:
+        return te.compute(tensor.shape, lambda *at: function(tensor[at]), name="compute")
+
+    return builder.call_te(compute, x, primfunc_name_hint=name)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from icd_tvm._tvm import PyExprMutator, Var, mutator, te, tvm
-from icd_tvm.relax_passes.relax_graph import Dataflow, is_call, is_float32, rewrite_functions
+from icd_tvm._tvm import PyExprMutator, Var, mutator, tvm
+from icd_tvm.relax_passes.relax_graph import (
+    Dataflow,
+    is_call,
+    is_float32,
+    map_elements,
+    rewrite_functions,
+)
 from icd_tvm.tir_schedules.cpu import vector_math
 
 _SHORT = {"relax.erf": vector_math.erf_short, "relax.nn.gelu": vector_math.gelu_short}
@@ -46,17 +52,13 @@ class _Shortener(PyExprMutator):
 
     def visit_call_(self, call: Any) -> Any:
         var = self._names.get(call)
-        op = next((name for name in _SHORT if is_call(call, name)), None)
-        if var is None or op is None or not is_float32(call):
+        short = next((short for op, short in _SHORT.items() if is_call(call, op)), None)
+        if var is None or short is None or not is_float32(call):
             return super().visit_call_(call)
         if not _becomes_bytes(self._flow, var):
             return super().visit_call_(call)
         self._owner.shortened.append(str(var.name))
-        return self.builder_.call_te(
-            lambda x: te.compute(x.shape, lambda *index: _SHORT[op](x[index]), name="compute"),
-            self.visit_expr(call.args[0]),
-            primfunc_name_hint=f"{op.rpartition('.')[-1]}_short",
-        )
+        return map_elements(self.builder_, self.visit_expr(call.args[0]), short, short.__name__)
 
 
 def _becomes_bytes(flow: Dataflow, var: Any) -> bool:

@@ -13,6 +13,7 @@ from icd_tvm.relax_passes.relax_graph import (
     call_func,
     constant_array,
     is_float32,
+    map_elements,
     scalar_constant,
     static_shape,
 )
@@ -106,12 +107,8 @@ def _has_reciprocal(number: float) -> bool:
 
 def _mapped(builder: Any, call: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to every element of the first argument."""
-
-    def compute(x: Any) -> Any:
-        return te.compute(x.shape, lambda *index: function(x[index]), name="compute")
-
     hint = str(call.op.name).rsplit(".", 1)[-1]
-    return builder.call_te(compute, call.args[0], primfunc_name_hint=hint)
+    return map_elements(builder, call.args[0], function, hint)
 
 
 def _quantize(builder: Any, call: Any) -> Any:
